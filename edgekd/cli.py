@@ -1,0 +1,352 @@
+"""The command line. One subcommand a verb; each imports only what it needs, so that --help stays instant.
+
+Figures and results go to stdout, progress and errors to stderr. With --json, stdout holds one line of JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import EdgekdError, SpecError
+
+if TYPE_CHECKING:
+    from .pipeline import Run
+    from .spec import BenchSpec
+
+app = typer.Typer(
+    name="edgekd",
+    help="Distil a large language model into a small one, export it to on-device runtimes, and prove what it does.\n\n"
+    "Start with: edgekd run quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a shipped spec.")]
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder with a manifest.json.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the spec's seed.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")]
+
+
+def _open(spec: str, out: Path | None, seed: int | None = None) -> Run:
+    from .pipeline import open_run
+    from .spec import builtin_spec, load_spec
+
+    loaded = load_spec(spec)
+    if seed is not None:
+        loaded = loaded.model_copy(update={"seed": seed})
+    shipped = not Path(spec).is_file() and builtin_spec(spec) is not None
+    return open_run(loaded, base=Path() if shipped else Path(spec).parent, out=out)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+@app.command(epilog="Example: edgekd run quickstart --out runs/first")
+def run(
+    spec: SpecArgument,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Do not fail on a missed threshold.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Do a whole run: distil, quantize, export, verify, benchmark, report. Run it again to go on after a stop."""
+    from .console import artifact_lines, watching
+    from .pipeline import run_stages
+
+    opened = _open(spec, out, seed)
+    with watching() as watcher:
+        results = run_stages(opened, watcher, report_only=report_only)
+    if as_json:
+        return _print_json(results)
+    for line in artifact_lines(results):
+        typer.echo(line)
+    typer.echo(f"report: {opened.folder / 'report.html'}")
+
+
+@app.command(epilog="Example: edgekd plan quickstart")
+def plan(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, as_json: JsonOption = False) -> None:
+    """Show the stages, what is done already, and the RAM, disk and time each will need. Does no work."""
+    from .console import plan_table
+    from .pipeline import is_done, stages
+    from .plan import measure_machine, refuse_what_cannot_fit
+
+    opened = _open(spec, out, seed)
+    machine = measure_machine(opened.folder)
+    chain = stages(opened, machine)
+    rows = [
+        {
+            "stage": stage.name,
+            "done": is_done(opened, stage),
+            "ram_bytes": stage.cost.ram_bytes,
+            "disk_bytes": stage.cost.disk_bytes,
+            "seconds": round(stage.cost.seconds, 1),
+            "source": "estimated:shape",
+        }
+        for stage in chain
+    ]
+    if as_json:
+        _print_json({"folder": str(opened.folder), "stages": rows})
+    else:
+        plan_table(opened.folder, rows)
+    todo = {stage.name: stage.cost for stage in chain if not is_done(opened, stage)}
+    refuse_what_cannot_fit(todo, machine, opened.folder)
+
+
+@app.command(epilog="Example: edgekd distill quickstart")
+def distill(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, as_json: JsonOption = False) -> None:
+    """Train the student (and the label-only baseline), measure both, and stop there."""
+    from .console import quality_table, watching
+    from .pipeline import run_stages
+
+    opened = _open(spec, out, seed)
+    with watching() as watcher:
+        results = run_stages(opened, watcher, until="quality")
+    if as_json:
+        return _print_json({"student": str(opened.path("student")), "quality": results["quality"]})
+    quality_table(results["quality"])
+    typer.echo(f"student: {opened.path('student')}")
+
+
+@app.command(epilog="Example: edgekd quantize runs/quickstart/student student-int4")
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the quantized student to.")],
+    method: Annotated[str, typer.Option(help="rtn")] = "rtn",
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the grid's integers once, for every target."""
+    from .quant.folder import write_grid
+    from .student import resolve_model
+
+    figures = write_grid(resolve_model(model), out, method=method)
+    if as_json:
+        return _print_json({"folder": str(out), **figures})
+    typer.echo(f"quantized student: {out}")
+
+
+@app.command(epilog="Example: edgekd export runs/quickstart/student model-q4 --target gguf --recipe q4_0")
+def export(
+    model: Annotated[str, typer.Argument(help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the artifact to; must not exist.")],
+    target: Annotated[str, typer.Option(help="gguf")] = "gguf",
+    recipe: Annotated[str, typer.Option(help="For gguf: f16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k.")] = "q4_0",
+    context: Annotated[int | None, typer.Option(min=1, help="Context length. Default: the model's.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="A quantized student whose integers to pack.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an artifact for one runtime from a model folder."""
+    from .spec import TargetSpec
+    from .student import Checkpoint, resolve_model
+    from .targets import check
+    from .targets import export as make
+
+    if out.exists():
+        raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
+    folder = resolve_model(model)
+    spec = TargetSpec(target=target, recipes=[recipe], context=context)
+    check(Checkpoint(folder).config, folder, spec)
+    artifact = make(folder, spec, recipe, out, name=folder.resolve().name, grid=grid)
+    if as_json:
+        return _print_json({"folder": str(out), "size_bytes": artifact.size_bytes, **artifact.manifest.model_dump()})
+    typer.echo(f"{out}: {artifact.size_bytes / 1e6:.1f} MB, {artifact.manifest.bits_per_weight:.2f} bits per weight")
+
+
+@app.command(epilog="Example: edgekd verify model-q4 --reference runs/quickstart/student --text notes.txt")
+def verify(
+    artifact: ArtifactArgument,
+    reference: Annotated[str, typer.Option(help="The model it was made from: a folder, builtin: or hub:.")],
+    text: Annotated[Path | None, typer.Option(help="Held-out text, UTF-8. Default: the standard library's test.")] = None,
+    windows: Annotated[int, typer.Option(min=1)] = 16,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    kl_mean_max: Annotated[float | None, typer.Option(help="Fail above this mean KL.")] = None,
+    top1_min: Annotated[float | None, typer.Option(help="Fail below this top-1 agreement.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an artifact, run by its own runtime, with the model it was made from, in float32."""
+    from .console import parity_table, watching
+    from .errors import GateFailed
+    from .manifest import add_proof, load_artifact
+    from .pipeline import verify_artifact
+    from .spec import Thresholds, VerifySpec
+    from .student import resolve_model
+    from .verify.parity import judge
+
+    loaded, folder = load_artifact(artifact), resolve_model(reference)
+    ids = _held_out(folder, text, windows, context)
+    spec = VerifySpec(windows=windows, context=context)
+    with watching() as watcher:
+        watcher.begin("verify")
+        figures = verify_artifact(loaded, folder, ids, spec, lambda f, note: watcher.progress("verify", f, note))
+    gate = Thresholds(kl_mean_max=kl_mean_max, top1_min=top1_min)
+    figures["failures"] = judge(figures, figures["tokens"], gate)
+    add_proof(loaded, parity=figures)
+    if as_json:
+        _print_json(figures)
+    else:
+        parity_table(figures)
+    if figures["failures"]:
+        raise GateFailed(f"{artifact}: " + "; ".join(figures["failures"]) + ".")
+
+
+def _held_out(model: Path, text: Path | None, windows: int, context: int) -> Any:
+    """Windows ``(N, T)`` of a text file, or of the standard library's test split."""
+    import numpy as np
+
+    from .pipeline import held_out_windows
+    from .student import load_tokenizer
+
+    if text is None:
+        from .distill.corpus import stdlib_corpus
+
+        documents = stdlib_corpus().test
+    else:
+        try:
+            documents = [text.read_text("utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"--text {text}: not readable as UTF-8 text ({error}).", "Name a text file.") from error
+    tokenizer = load_tokenizer(model)
+    ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
+    return held_out_windows(np.asarray(ids), windows, context)
+
+
+@app.command(epilog="Example: edgekd bench model-q4 --prompt-tokens 32 --prompt-tokens 512 --json")
+def bench(
+    artifact: ArtifactArgument,
+    prompt_tokens: Annotated[list[int] | None, typer.Option(min=1, help="Prompt length; repeatable.")] = None,
+    decode_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes.")] = 5,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure TTFT, prefill and decode speed, memory and load time, each run in a fresh process."""
+    from .console import bench_table, watching
+    from .manifest import add_proof, load_artifact
+    from .pipeline import bench_artifact
+    from .spec import BenchSpec
+
+    spec = BenchSpec(decode_tokens=decode_tokens, runs=runs, threads=threads, **_given(prompt_tokens=prompt_tokens))
+    loaded = load_artifact(artifact)
+    with watching() as watcher:
+        watcher.begin("bench")
+        figures = bench_artifact(loaded, spec, lambda f, note: watcher.progress("bench", f, note))
+    add_proof(loaded, benchmark=figures)
+    if not as_json:
+        bench_table(figures)
+    _print_json(figures)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command(epilog="Example: edgekd report runs/quickstart")
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the report of a run again from its results."""
+    from .benchmarks.report import build
+
+    path = run_folder / "results.json"
+    try:
+        results = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise EdgekdError(f"{run_folder}: no results.json.", "Finish the run first: edgekd run SPEC.") from error
+    except ValueError as error:
+        raise EdgekdError(f"{path}: not valid JSON.", "Run the spec again.") from error
+    written = build(results, out or run_folder / "report.html")
+    if as_json:
+        return _print_json({"report": str(written)})
+    typer.echo(f"report: {written}")
+
+
+@app.command(epilog='Example: edgekd chat model-q4 --prompt "def read_lines(path):"')
+def chat(
+    artifact: ArtifactArgument,
+    prompt: Annotated[str | None, typer.Option(help="Complete this text and stop. Default: read lines and answer.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: ThreadsOption = None,
+) -> None:
+    """Talk to an artifact, or complete a text with it, through its own runtime."""
+    from .console import converse
+    from .manifest import load_artifact
+    from .targets import open_artifact
+
+    loaded = load_artifact(artifact)
+    session = open_artifact(loaded, threads=threads)
+    try:
+        converse(session, loaded.manifest.contract, prompt, max_tokens, temperature, seed)
+    finally:
+        session.close()
+
+
+@app.command(epilog="Example: edgekd doctor")
+def doctor(as_json: JsonOption = False) -> None:
+    """Say which runtimes work on this machine, by a self-test of each in a process of its own."""
+    from dataclasses import asdict
+
+    from .console import doctor_table
+    from .doctor import diagnose
+
+    checks = diagnose()
+    if as_json:
+        _print_json([asdict(check) for check in checks])
+    else:
+        doctor_table(checks)
+    if any(check.status == "broken" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: edgekd init my-model.yaml && edgekd plan my-model.yaml")
+def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("edgekd.yaml")) -> None:
+    """Write a commented spec to start from."""
+    from .spec import builtin_spec
+
+    template = builtin_spec("template")
+    assert template is not None
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(template.read_text("utf-8"))
+    except FileExistsError as error:
+        raise EdgekdError(f"{path} exists.", "Remove it, or name another file.") from error
+    typer.echo(f"{path}: edit it, then: edgekd plan {path}")
+
+
+@app.command(epilog="Example: edgekd schema > edgekd.schema.json")
+def schema() -> None:
+    """Print the spec's JSON Schema, for editors that check and complete YAML."""
+    from .spec import Spec
+
+    typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point: every error a user can mend is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except EdgekdError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on from here.", err=True)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        typer.secho(f"error: no space left on the disk{where}. Free some and run the same command again.", err=True)
+        sys.exit(2)

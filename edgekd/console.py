@@ -1,0 +1,232 @@
+"""What the command line shows: progress on stderr, tables and lines on stdout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .doctor import Check
+    from .manifest import Contract
+    from .session import Session
+
+STDOUT, STDERR = Console(), Console(stderr=True)
+_LOG_SECONDS = 15.0  # between lines of progress where there is no terminal to draw a bar on
+
+
+class Bars:
+    """A progress bar for every stage; plain lines where stderr is not a terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._said = 0.0
+
+    def begin(self, stage: str) -> None:
+        """A stage starts."""
+        self._tasks[stage] = self._progress.add_task(stage, total=1.0, note="")
+        if not STDERR.is_terminal:
+            STDERR.print(f"{stage} ...", highlight=False)
+
+    def progress(self, stage: str, fraction: float, note: str) -> None:
+        """A stage has done ``fraction`` of its work."""
+        self._progress.update(self._tasks[stage], completed=fraction, note=note)
+        if not STDERR.is_terminal and time.monotonic() - self._said > _LOG_SECONDS:
+            self._said = time.monotonic()
+            STDERR.print(f"{stage} {fraction:.0%} {note}", highlight=False)
+
+    def end(self, stage: str, seconds: float, skipped: bool) -> None:
+        """A stage is done, or was done before."""
+        note = "done before" if skipped else ""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=1.0, note=note)
+        self._progress.update(self._tasks[stage], completed=1.0, note=note)
+        if not STDERR.is_terminal:
+            STDERR.print(f"{stage}: {note or f'{seconds:.1f} s'}", highlight=False)
+
+
+@contextmanager
+def watching() -> Iterator[Bars]:
+    """Progress bars on stderr while the body runs; Ctrl-C ends it with a word on how to go on, exit code 130."""
+    columns = (
+        TextColumn("{task.description:<18}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )  # fmt: skip
+    try:
+        with Progress(*columns, console=STDERR, disable=not STDERR.is_terminal) as progress:
+            yield Bars(progress)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Finished stages are kept; the same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _value(figure: Any) -> float | None:
+    """The value of a benchmark figure, null where it was not measured."""
+    return figure.get("value") if isinstance(figure, Mapping) else figure
+
+
+def _text(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "not measured" if value is None else format(value * scale, form)
+
+
+def artifact_lines(results: Mapping[str, Any]) -> list[str]:
+    """One line for every artifact of a run."""
+    lines = []
+    for artifact in results["artifacts"]:
+        manifest = artifact["manifest"]
+        parity, bench = manifest["parity"] or {}, manifest["benchmark"] or {}
+        ttft = next(iter((bench.get("ttft_s") or {}).values()), None)
+        failures = parity.get("failures", [])
+        lines.append(
+            f"{artifact['folder']}: {artifact['size_bytes'] / 1e6:.1f} MB, "
+            f"KL {_text(parity.get('kl_mean'), '.5f')}, "
+            f"TTFT {_text(_value(ttft), '.1f', 1e3)} ms, "
+            f"decode {_text(_value(bench.get('decode_tokens_per_s')), '.0f')} tok/s, "
+            + ("gate " + ("FAILED" if failures else "passed") if parity else "not verified")
+        )
+    return lines
+
+
+def plan_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The stages and their estimated needs."""
+    table = Table(title=f"{folder} (estimates)", title_justify="left", box=None, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("state")
+    for name in ("RAM MiB", "disk MiB", "time s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        state = "done" if row["done"] else "to do"
+        needs = (row["ram_bytes"] / 2**20, row["disk_bytes"] / 2**20, row["seconds"])
+        table.add_row(row["stage"], state, *(f"{need:,.0f}" for need in needs))
+    left = [row for row in rows if not row["done"]]
+    table.add_section()
+    table.add_row(
+        "to do", f"{len(left)}", f"{max((r['ram_bytes'] for r in left), default=0) / 2**20:,.0f}",
+        f"{sum(r['disk_bytes'] for r in left) / 2**20:,.0f}", f"{sum(r['seconds'] for r in left):,.0f}",
+    )  # fmt: skip
+    STDOUT.print(table)
+
+
+def quality_table(quality: Mapping[str, Any]) -> None:
+    """Teacher, student and baseline beside each other."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("model", "parameters", "perplexity", "next-token accuracy", "KL to teacher"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("teacher", "student", "baseline"):
+        if figures := quality.get(name):
+            table.add_row(
+                name, f"{figures['parameters']:,}", f"{figures['perplexity']:.3f}",
+                f"{figures['next_token_accuracy']:.4f}",
+                "" if name == "teacher" else _text(figures.get("kl_to_teacher"), ".4f"),
+            )  # fmt: skip
+    STDOUT.print(table)
+
+
+def _figures_table(rows: Sequence[tuple[str, str]]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    STDOUT.print(table)
+
+
+def parity_table(figures: Mapping[str, Any]) -> None:
+    """The figures of a verification."""
+    tokens = figures["tokens"]
+    _figures_table(
+        [
+            ("golden strings", f"{tokens['strings_equal']} of {tokens['strings']} equal"),
+            ("KL mean (nats/token)", f"{figures['kl_mean']:.6f}"),
+            ("KL p99", f"{figures['kl_p99']:.6f}"),
+            ("top-1 agreement", f"{figures['top1_agreement']:.4f}"),
+            ("perplexity", f"{figures['perplexity_artifact']:.4f}"),
+            ("perplexity ratio", f"{figures['perplexity_ratio']:.5f}"),
+        ]
+    )
+
+
+def bench_table(figures: Mapping[str, Any]) -> None:
+    """The medians of a benchmark."""
+    rows = [("load", f"{_text(_value(figures['load_s']), '.3f')} s")]
+    for name, unit, form, scale in (("ttft_s", "ms", ".1f", 1e3), ("prefill_tokens_per_s", "tok/s", ",.0f", 1.0)):
+        title = name.removesuffix("_s").removesuffix("_tokens_per")
+        rows += [
+            (f"{title} at {length} tokens", f"{_text(_value(figure), form, scale)} {unit}")
+            for length, figure in figures[name].items()
+        ]
+    rows += [
+        ("decode", f"{_text(_value(figures['decode_tokens_per_s']), ',.0f')} tok/s"),
+        ("inter-token p50", f"{_text(_value(figures['inter_token_p50_s']), '.2f', 1e3)} ms"),
+        ("inter-token p95", f"{_text(_value(figures['inter_token_p95_s']), '.2f', 1e3)} ms"),
+        ("peak RSS", f"{_text(_value(figures['peak_rss_bytes']), ',.0f', 1e-6)} MB"),
+        ("of the decode roofline", f"{_text(_value(figures['decode_roofline_fraction']), '.1f', 100)} %"),
+    ]
+    _figures_table(rows)
+
+
+def doctor_table(checks: Sequence[Check]) -> None:
+    """What works here, and how to mend what does not."""
+    style = {"ok": "green", "missing": "yellow", "broken": "red", "not_here": "dim"}
+    for check in checks:
+        STDOUT.print(f"[{style[check.status]}]{check.status:<9}[/] {check.name:<14} ", end="", highlight=False)
+        STDOUT.print(check.detail, markup=False, highlight=False, soft_wrap=True)
+        if check.remedy:
+            STDOUT.print(f"          {check.remedy}", markup=False, highlight=False, soft_wrap=True)
+
+
+def converse(
+    session: Session, contract: Contract, prompt: str | None, max_tokens: int, temperature: float, seed: int
+) -> None:
+    """Complete ``prompt``, or answer line after line until the end of input."""
+    if prompt is not None:
+        _answer(session, prompt, max_tokens, temperature, seed)
+        return
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            line = typer.prompt("you", prompt_suffix="> ", err=True)
+        except (typer.Abort, EOFError):
+            typer.echo("", err=True)
+            return
+        if contract.chat_template is None:
+            _answer(session, line, max_tokens, temperature, seed)
+            continue
+        history.append({"role": "user", "content": line})
+        text = _answer(session, render_chat(contract.chat_template, history), max_tokens, temperature, seed)
+        history.append({"role": "assistant", "content": text})
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """A chat as the model's template writes it, up to where the assistant speaks."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+
+
+def _answer(session: Session, text: str, max_tokens: int, temperature: float, seed: int) -> str:
+    from .errors import EdgekdError
+    from .session import stream_text
+
+    ids = session.tokenize(text)
+    room = session.context_length - len(ids)
+    if not ids or room < 1:
+        raise EdgekdError(
+            f"the text has {len(ids)} tokens, the context holds {session.context_length}.", "Give a text that fits."
+        )
+    pieces = []
+    for piece in stream_text(session, session.generate(ids, min(max_tokens, room), temperature=temperature, seed=seed)):
+        pieces.append(piece)
+        typer.echo(piece, nl=False)
+    typer.echo("")
+    return "".join(pieces)

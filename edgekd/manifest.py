@@ -1,0 +1,160 @@
+"""The artifact: a folder of files and one ``manifest.json`` that is its proof.
+
+The manifest is written last and atomically, so a folder without a valid one is not an artifact. Exporters write it;
+verification and benchmarks add what they measured; the report and the apps read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import BadArtifact
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Contract(BaseModel):
+    """What a program that runs the artifact must know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    context_length: int
+    vocab_size: int
+    bos_id: int | None
+    eos_ids: list[int]
+    add_bos: bool
+    chat_template: str | None
+    normalizer: Literal["NFC"] | None = None
+    """Unicode normal form that the caller must bring text to, because the runtime's tokenizer does not."""
+
+
+class Manifest(BaseModel):
+    """``manifest.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    target: str
+    recipe: str
+    runtime: str
+    main_file: str
+    files: dict[str, str]
+    """sha256 of every other file of the folder, by its relative POSIX path."""
+    student_digest: str
+    grid_digest: str | None = None
+    parameters: int
+    bits_per_weight: float
+    contract: Contract
+    versions: dict[str, str]
+    parity: dict[str, Any] | None = None
+    benchmark: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder whose manifest has been read."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def main_file(self) -> Path:
+        """The file the runtime opens."""
+        return self.folder / self.manifest.main_file
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum((self.folder / name).stat().st_size for name in self.manifest.files)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_artifact(folder: Path, **fields: Any) -> Artifact:
+    """Hash every file of ``folder`` and write its manifest, which makes it an artifact.
+
+    Args:
+        fields: the manifest's fields but ``files``.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = Manifest(files=files, **fields)
+    write_json(folder / MANIFEST, manifest.model_dump())
+    return Artifact(folder, manifest)
+
+
+def add_proof(
+    artifact: Artifact, *, parity: Mapping[str, Any] | None = None, benchmark: Mapping[str, Any] | None = None
+) -> Artifact:
+    """Write measured figures into the manifest; what is not given stays."""
+    update = {k: dict(v) for k, v in (("parity", parity), ("benchmark", benchmark)) if v is not None}
+    manifest = artifact.manifest.model_copy(update=update)
+    write_json(artifact.folder / MANIFEST, manifest.model_dump())
+    return Artifact(artifact.folder, manifest)
+
+
+def load_artifact(folder: str | Path, *, check_files: bool = True) -> Artifact:
+    """Read an artifact.
+
+    Args:
+        folder: the artifact's folder.
+        check_files: compare every file with its sha256.
+
+    Raises:
+        BadArtifact: no manifest, an invalid one, a path outside the folder, a missing or changed file.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BadArtifact(f"{folder} is not an artifact: it has no {MANIFEST}.", "Make one with: edgekd export")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "(top level)"
+        raise BadArtifact(f"{path}: key {key!r}: {first['msg']}.", "Export the artifact again.") from error
+    for name in [manifest.main_file, *manifest.files]:
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise BadArtifact(f"{path}: {name!r} leaves the artifact's folder.", "Do not use this artifact.")
+    if manifest.main_file not in manifest.files:
+        raise BadArtifact(f"{path}: main_file {manifest.main_file!r} is not among files.", "Export it again.")
+    for name, expected in manifest.files.items():
+        if not (folder / name).is_file():
+            raise BadArtifact(f"{folder / name} is missing.", "Export the artifact again.")
+        if check_files and file_sha256(folder / name) != expected:
+            raise BadArtifact(f"{folder / name} is not the file its manifest names.", "Export the artifact again.")
+    return Artifact(folder, manifest)

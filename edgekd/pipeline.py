@@ -1,0 +1,553 @@
+"""A run as a chain of stages, each of which can die anywhere.
+
+A stage's key is the hash of what it depends on: its section of the spec, the keys of the stages before it, the digests
+of the files it reads, and the source of the code that does it. A stage fills a temporary folder, which is renamed into
+place when whole; then its record is written. Run again, and a stage with a record of the same key is skipped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from glob import glob
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from . import plan
+from .errors import EdgekdError, GateFailed, SpecError
+from .manifest import Artifact, Contract, add_proof, digest, file_sha256, load_artifact, write_json
+from .spec import BenchSpec, Spec, TargetSpec, VerifySpec
+from .student import Checkpoint, init_student, load_model, load_tokenizer, resolve_model, save_model, student_config
+
+_SOURCE = Path(__file__).parent
+
+
+class Watcher(Protocol):
+    """Who is told how the work goes."""
+
+    def begin(self, stage: str) -> None:
+        """A stage starts."""
+
+    def progress(self, stage: str, fraction: float, note: str) -> None:
+        """A stage has done ``fraction`` of its work."""
+
+    def end(self, stage: str, seconds: float, skipped: bool) -> None:
+        """A stage is done, or was done before."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of the chain."""
+
+    name: str
+    folder: str
+    key: str
+    cost: plan.Cost
+    work: Callable[[Path, Callable[[float, str], None]], dict[str, Any]] = field(repr=False)
+    """Fills an empty folder and returns figures for the record."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A spec, the folder it runs in, and what was resolved from it."""
+
+    spec: Spec
+    folder: Path
+    base: Path
+    teacher: Path
+
+    def path(self, stage_folder: str) -> Path:
+        """Where a stage's result lies."""
+        return self.folder / stage_folder
+
+    @property
+    def student_config(self) -> dict[str, Any]:
+        """The student's ``config.json``."""
+        return student_config(self.spec.student, Checkpoint(self.teacher).config, self.base)
+
+
+def open_run(spec: Spec, *, base: Path, out: Path | None = None) -> Run:
+    """Resolve what a spec names and choose the run's folder (default ``runs/NAME``).
+
+    Raises:
+        EdgekdError: the folder exists and is not a run, a model is missing, or a target refuses the student.
+    """
+    from .targets import check
+
+    folder = out or Path("runs") / spec.name
+    if folder.exists() and not folder.is_dir():
+        raise EdgekdError(f"{folder} exists and is a file.", "Choose another with --out.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / ".edgekd").is_dir():
+        raise EdgekdError(f"{folder} exists and is not a run of edgekd.", "Choose another with --out.")
+    teacher = resolve_model(spec.teacher.model, base)
+    run = Run(spec, folder, base, teacher)
+    load_tokenizer(teacher, trust_remote_code=spec.teacher.trust_remote_code)
+    _ = Checkpoint(teacher).files
+    _check_student(run)
+    _input_files(run)
+    for target in spec.targets:
+        check(run.student_config, teacher, target)
+    return run
+
+
+def _check_student(run: Run) -> None:
+    """Refuse a student checkpoint whose tokenizer is not the teacher's, before any work."""
+    if run.spec.student.init == "checkpoint":
+        from .distill.signals import check_same_tokenizer
+
+        folder = resolve_model(run.spec.student.model, run.base)
+        load_tokenizer(folder)
+        check_same_tokenizer(run.teacher, folder)
+    context, most = run.spec.data.context, run.student_config.get("max_position_embeddings")
+    if most and context > most:
+        raise SpecError(f"key 'data.context': {context} is more than the student's {most} positions.", "Lower it.")
+
+
+def _input_files(run: Run) -> list[Path]:
+    """The local files of the data source."""
+    files: list[Path] = []
+    for pattern in run.spec.data.paths:
+        found = sorted(Path(p) for p in glob(str(run.base / pattern), recursive=True))
+        if not found:
+            raise SpecError(f"key 'data.paths': {run.base / pattern}: no such file.", "Paths start from the spec's folder.")
+        files += found
+    return files
+
+
+def _code(*parts: str) -> str:
+    """Digest of the source files below these parts of the package."""
+    from . import benchmarks, targets
+
+    roots = {"targets": Path(targets.__path__[0]), "benchmarks": Path(benchmarks.__path__[0])}
+    whole = hashlib.sha256()
+    for part in parts:
+        root = roots.get(part, _SOURCE / part)
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            whole.update(path.read_bytes())
+    return whole.hexdigest()
+
+
+def stages(run: Run, machine: plan.Machine) -> list[Stage]:
+    """Every stage of a run in the order of work, but the report."""
+    spec, teacher = run.spec, Checkpoint(run.teacher)
+    student = run.student_config
+    text = {"python": platform.python_version()} if spec.data.source == "stdlib" else {}
+    data_key = digest(
+        {
+            "data": spec.data.model_dump(),
+            "files": [file_sha256(path) for path in _input_files(run)],
+            "interpreter": text,
+            "seed": spec.seed,
+            "teacher": teacher.digest,
+            "code": _code("distill/data.py", "distill/corpus.py"),
+        }
+    )
+    training = {
+        "student": spec.student.model_dump(),
+        "initial": Checkpoint(resolve_model(spec.student.model, run.base)).digest
+        if spec.student.init == "checkpoint"
+        else None,
+        "seed": spec.seed,
+        "data": data_key,
+        "teacher": teacher.digest,
+        "code": _code("distill", "student.py"),
+    }
+    distill = spec.distill.model_dump(exclude={"baseline"})
+    labels = spec.distill.model_dump(exclude={"baseline", "loss", "temperature", "jsd_beta"})
+    student_key = digest(training | {"distill": distill})
+    baseline_key = digest(training | {"labels": labels})
+    context = spec.data.context
+    found = [
+        Stage("data", "data", data_key, plan.Cost(2**30, 2**28, 15), partial(_prepare_data, run)),
+        Stage(
+            "student", "student", student_key,
+            plan.training_cost(student, teacher.config, spec.distill, context, machine),
+            partial(_train, run, True, student_key),
+        ),
+    ]  # fmt: skip
+    if spec.distill.baseline:
+        found.append(
+            Stage(
+                "baseline", "baseline", baseline_key,
+                plan.training_cost(student, None, spec.distill, context, machine),
+                partial(_train, run, False, baseline_key),
+            )
+        )  # fmt: skip
+    compared = [teacher.config, student, *([student] if spec.distill.baseline else [])]
+    quality_key = digest([student_key, baseline_key if spec.distill.baseline else None, _code("distill/train.py")])
+    grid_key = digest([student_key, spec.quantize.model_dump(), _code("quant")])
+    found += [
+        Stage("quality", "quality", quality_key, plan.inference_cost(compared, spec.data.max_test_tokens, machine),
+              partial(_quality, run)),
+        Stage("quantize", "quantized", grid_key, plan.export_cost(student, 5), partial(_quantize, run)),
+    ]  # fmt: skip
+    for target in spec.targets:
+        for recipe in target.recipes:
+            found += _artifact_stages(run, target, recipe, grid_key, machine)
+    # Benchmarks last: nothing else should run while they do, and a failed gate stops before them.
+    return sorted(found, key=lambda stage: stage.name.startswith("bench"))
+
+
+def _artifact_stages(run: Run, target: TargetSpec, recipe: str, grid_key: str, machine: plan.Machine) -> list[Stage]:
+    spec, student = run.spec, run.student_config
+    label = f"{target.target}-{recipe}"
+    export_key = digest([grid_key, target.target, target.context, recipe, _code("targets", "manifest.py"), _versions()])
+    verify_key = digest([export_key, spec.verify.model_dump(exclude={"thresholds"}), _code("verify", "targets")])
+    bench_key = digest([export_key, spec.bench.model_dump(), platform.node(), _code("benchmarks", "targets")])
+    tokens = spec.verify.windows * spec.verify.context
+    size = sum(spec.bench.prompt_tokens) + spec.bench.decode_tokens
+    return [
+        Stage(f"export {label}", f"artifacts/{label}", export_key, plan.export_cost(student, 16),
+              partial(_export, run, target, recipe)),
+        Stage(f"verify {label}", f"parity/{label}", verify_key, plan.inference_cost([student], 6 * tokens, machine),
+              partial(_verify, run, label)),
+        Stage(f"bench {label}", f"bench/{label}", bench_key,
+              plan.Cost(plan.export_cost(student, 16).ram_bytes, 2**16,
+                        plan.inference_cost([student], size * spec.bench.runs, machine).seconds + 2 * spec.bench.runs),
+              partial(_bench, run, label)),
+    ]  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("edgekd", "torch", "transformers", "gguf", "llama-cpp-python"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# --- the work of each stage -------------------------------------------------------------------------------------------
+
+
+def _prepare_data(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    from .distill.data import prepare
+
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.spec.teacher.trust_remote_code)
+    return prepare(run.spec.data, tokenizer, out, seed=run.spec.seed, base=run.base, on_progress=tell)
+
+
+def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    from .distill.data import load_windows
+    from .distill.signals import OnlineTeacher
+    from .distill.train import train
+
+    spec = run.spec
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=spec.teacher.trust_remote_code)
+    model = init_student(spec.student, run.teacher, spec.seed, run.base)
+    signal = None
+    if distilled:
+        teacher = load_model(run.teacher, trust_remote_code=spec.teacher.trust_remote_code)
+        signal = OnlineTeacher(teacher, len(tokenizer))
+    work = run.folder / ".edgekd" / f"{'student' if distilled else 'baseline'}-{key[:12]}"
+    curve: list[dict[str, Any]] = []
+
+    def on_event(event: dict[str, Any]) -> None:
+        if "validation_loss" in event:
+            curve.append(event)
+        else:
+            note = f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s"
+            tell(event["step"] / event["steps"], note)
+
+    data = run.path("data")
+    figures = train(
+        model, load_windows(data, "train"), load_windows(data, "validation"), spec.distill,
+        signal=signal, seed=spec.seed, work_dir=work, on_event=on_event,
+    )  # fmt: skip
+    save_model(model, tokenizer, out)
+    return figures
+
+
+def _quality(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    from .distill.data import load_windows
+    from .distill.train import evaluate
+
+    windows = load_windows(run.path("data"), "test")
+    teacher = load_model(run.teacher, trust_remote_code=run.spec.teacher.trust_remote_code)
+    names = ["teacher", "student", *(["baseline"] if run.spec.distill.baseline else [])]
+    quality: dict[str, Any] = {"baseline": None}
+    for i, name in enumerate(names):
+        tell(i / len(names), name)
+        model = teacher if name == "teacher" else load_model(run.path(name))
+        figures = evaluate(model, windows, teacher=None if name == "teacher" else teacher)
+        quality[name] = {"parameters": model.num_parameters()} | figures
+    write_json(out / "quality.json", quality)
+    return quality
+
+
+def _quantize(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    from .quant.folder import write_grid
+
+    out.rmdir()
+    return write_grid(run.path("student"), out, method=run.spec.quantize.method)
+
+
+def _export(
+    run: Run, target: TargetSpec, recipe: str, out: Path, tell: Callable[[float, str], None]
+) -> dict[str, Any]:
+    from .targets import export
+
+    out.rmdir()
+    artifact = export(
+        run.path("student"), target, recipe, out, name=run.spec.name, grid=run.path("quantized")
+    )
+    return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
+
+
+def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
+    """``count`` windows ``(count, context)`` spread evenly over packed ids ``(N, T)``; fewer where the text is short."""
+    flat = np.ascontiguousarray(ids).reshape(-1)
+    whole = flat[: len(flat) // context * context].reshape(-1, context)
+    if not len(whole):
+        raise SpecError(f"the held-out text has {len(flat)} tokens, a window needs {context}.", "Give more text.")
+    return whole[np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)]
+
+
+def verify_artifact(
+    artifact: Artifact, reference: Path, windows: np.ndarray, spec: VerifySpec,
+    tell: Callable[[float, str], None] = lambda fraction, note: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Compare an artifact, run by its own runtime, with the Hugging Face model it was made from, in fp32.
+
+    Args:
+        reference: the model folder.
+        windows: held-out ids ``(N, T)``.
+
+    Returns:
+        The figures of ``verify.parity.measure`` and, under ``tokens``, of ``verify.tokens.check_tokens``.
+    """
+    import torch
+
+    from .targets import open_artifact
+    from .verify.parity import measure
+    from .verify.tokens import check_tokens
+
+    model, tokenizer = load_model(reference), load_tokenizer(reference)
+
+    def logits(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.as_tensor(np.asarray(ids), dtype=torch.long)[None], use_cache=False).logits[0].numpy()
+
+    session = open_artifact(artifact)
+    try:
+        tell(0.1, "tokens")
+        tokens = check_tokens(session, tokenizer, artifact.manifest.contract)
+        tell(0.3, "logits")
+        figures = measure(session, logits, windows, greedy_tokens=spec.greedy_tokens)
+    finally:
+        session.close()
+    return figures | {"tokens": tokens}
+
+
+def _verify(run: Run, label: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    from .distill.data import load_windows
+
+    spec = run.spec.verify
+    windows = held_out_windows(load_windows(run.path("data"), "test").ids, spec.windows, spec.context)
+    artifact = load_artifact(run.path(f"artifacts/{label}"))
+    figures = verify_artifact(artifact, run.path("student"), windows, spec, tell)
+    write_json(out / "parity.json", figures)
+    return {}
+
+
+def bench_artifact(
+    artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None] = lambda fraction, note: None
+) -> dict[str, Any]:
+    """Time an artifact in fresh processes."""
+    from .benchmarks.harness import bench
+    from .targets import open_artifact
+
+    return bench(open_artifact, artifact, spec, on_event=tell)
+
+
+def _bench(run: Run, label: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    result = bench_artifact(load_artifact(run.path(f"artifacts/{label}")), run.spec.bench, tell)
+    write_json(out / "bench.json", result)
+    return {}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def is_done(run: Run, stage: Stage) -> bool:
+    """Whether the stage's result is there and was made from the same inputs."""
+    record = _record(run, stage)
+    return record.get("key") == stage.key and run.path(stage.folder).is_dir()
+
+
+def _record(run: Run, stage: Stage) -> dict[str, Any]:
+    try:
+        return json.loads(_record_path(run, stage).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _record_path(run: Run, stage: Stage) -> Path:
+    return run.folder / ".edgekd" / f"{stage.folder.replace('/', '-')}.json"
+
+
+@contextmanager
+def _locked(run: Run) -> Iterator[None]:
+    """Hold the run's folder: two processes must not work in it at once."""
+    state = run.folder / ".edgekd"
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EdgekdError(f"{run.folder}: another edgekd is at work in it.", "Wait, or choose --out.") from error
+        yield
+
+
+def _do(run: Run, stage: Stage, watcher: Watcher) -> None:
+    """Do one stage: temporary folder, rename, record."""
+    if is_done(run, stage):
+        watcher.end(stage.name, _record(run, stage)["seconds"], skipped=True)
+        return
+    watcher.begin(stage.name)
+    began = time.monotonic()
+    final = run.path(stage.folder)
+    partial_folder = run.folder / ".edgekd" / f"{stage.folder.replace('/', '-')}.partial"
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    figures = stage.work(partial_folder, partial(watcher.progress, stage.name))
+    _record_path(run, stage).unlink(missing_ok=True)
+    shutil.rmtree(final, ignore_errors=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial_folder.rename(final)
+    seconds = time.monotonic() - began
+    write_json(_record_path(run, stage), {"key": stage.key, "name": stage.name, "seconds": seconds, "figures": figures})
+    watcher.end(stage.name, seconds, skipped=False)
+
+
+def run_stages(
+    run: Run, watcher: Watcher, *, until: str | None = None, report_only: bool = False
+) -> dict[str, Any]:
+    """Do every stage that is not done, then write ``results.json`` and ``report.html``.
+
+    Args:
+        until: stop after the stage of that name, without a report.
+        report_only: measure the gates but do not fail on them.
+
+    Raises:
+        GateFailed: an artifact missed a threshold; the report is written all the same.
+        DoesNotFit: a stage cannot fit the machine; nothing was done.
+    """
+    machine = plan.measure_machine(run.folder)
+    chain = stages(run, machine)
+    names = [stage.name for stage in chain]
+    chain = chain[: names.index(until) + 1] if until else chain
+    plan.refuse_what_cannot_fit({s.name: s.cost for s in chain if not is_done(run, s)}, machine, run.folder)
+    with _locked(run):
+        write_json(run.folder / ".edgekd" / "spec.json", run.spec.model_dump())
+        failures: list[str] = []
+        for stage in chain:
+            if stage.name.startswith("bench") and not report_only and (failures := failures or _failures(run)):
+                break
+            _do(run, stage, watcher)
+        if until:
+            return _results(run, chain)
+        results = write_results(run, chain)
+        failures = _failures(run)
+    if failures and not report_only:
+        raise GateFailed(
+            f"{len(failures)} gate{'s' * (len(failures) > 1)} failed: " + "; ".join(failures) + ".",
+            f"See {run.folder / 'report.html'}, or go on with --report-only.",
+        )
+    return results
+
+
+def _labels(run: Run) -> list[tuple[str, str]]:
+    return [(f"{target.target}-{recipe}", recipe) for target in run.spec.targets for recipe in target.recipes]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _failures(run: Run) -> list[str]:
+    """What missed its gate, artifact by artifact."""
+    from .verify.parity import judge
+
+    found = []
+    for label, recipe in _labels(run):
+        parity = _read(run.path(f"parity/{label}") / "parity.json")
+        if parity is not None:
+            found += [f"{label}: {text}" for text in judge(parity, parity["tokens"], run.spec.verify.gate(recipe))]
+    return found
+
+
+def write_results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
+    """Write the proofs into the manifests, then ``results.json`` and ``report.html``."""
+    from .benchmarks.report import build
+    from .verify.parity import judge
+
+    for label, recipe in _labels(run):
+        artifact = load_artifact(run.path(f"artifacts/{label}"), check_files=False)
+        parity = _read(run.path(f"parity/{label}") / "parity.json")
+        if parity is not None:
+            parity["failures"] = judge(parity, parity["tokens"], run.spec.verify.gate(recipe))
+        add_proof(artifact, parity=parity, benchmark=_read(run.path(f"bench/{label}") / "bench.json"))
+    results = _results(run, chain)
+    write_json(run.folder / "results.json", results)
+    build(results, run.folder / "report.html")
+    return results
+
+
+def _results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
+    """Everything that was measured, in the form the report reads."""
+    from .verify.ledger import ledger
+
+    quality = _read(run.path("quality") / "quality.json") or {}
+    artifacts = []
+    for label, _ in _labels(run):
+        folder = run.path(f"artifacts/{label}")
+        if (folder / "manifest.json").is_file():
+            artifact = load_artifact(folder, check_files=False)
+            artifacts.append(
+                {"manifest": artifact.manifest.model_dump(), "folder": str(folder), "size_bytes": artifact.size_bytes}
+            )
+    records = {stage.name: _record(run, stage) for stage in chain if is_done(run, stage)}
+    training = {
+        name: (records.get(name, {}).get("figures") or {}).get("curve", []) for name in ("student", "baseline")
+    }
+    return {
+        "name": run.spec.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "folder": str(run.folder),
+        "spec": run.spec.model_dump(),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "data": (records.get("data") or {}).get("figures"),
+        "quality": quality,
+        "training": training,
+        "ledger": ledger(quality, [a["manifest"] for a in artifacts]),
+        "artifacts": artifacts,
+        "stages": [{"name": name, "seconds": record["seconds"]} for name, record in records.items()],
+        "commands": _commands(run),
+    }
+
+
+def _commands(run: Run) -> list[str]:
+    """The commands that make each artifact by hand."""
+    lines = [f"edgekd run {run.spec.name} --out {run.folder}"]
+    for target in run.spec.targets:
+        for recipe in target.recipes:
+            lines.append(
+                f"edgekd export {run.path('student')} OUT --target {target.target} --recipe {recipe} "
+                f"--grid {run.path('quantized')}"
+            )
+    return lines

@@ -1,0 +1,127 @@
+"""What a stage will need, before any work: RAM, disk and time, and whether the machine has them.
+
+Every figure here is an estimate from the model's shape; the constants were fitted to runs of the quickstart and are
+meant to be right within a factor of two, high rather than low for memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from .errors import DoesNotFit
+from .spec import DistillSpec
+
+GIB = 2**30
+_PROCESS_RAM = int(0.6 * GIB)  # interpreter, torch and transformers before any model
+_TRAINING_SHARE = 0.35  # of the matmul peak, reached by a training step of small models
+_INFERENCE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated needs of a stage."""
+
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is."""
+
+    ram_bytes: int
+    disk_free_bytes: int
+    flops_per_s: float
+    """Matrix products in float32, measured for a moment."""
+
+
+def measure_machine(folder: Path) -> Machine:
+    """RAM of the machine, free disk where ``folder`` lies or will lie, and its speed at matrix products."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    size = 1024
+    a = np.ones((size, size), np.float32)
+    a @ a
+    samples = []
+    for _ in range(3):
+        began = time.perf_counter()
+        a @ a
+        samples.append(time.perf_counter() - began)
+    return Machine(psutil.virtual_memory().total, shutil.disk_usage(folder).free, 2 * size**3 / min(samples))
+
+
+def parameter_count(config: Mapping[str, Any]) -> int:
+    """Weights of a Llama-like model from its ``config.json``; the tied head counts once."""
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    mlp = 3 * hidden * config["intermediate_size"]
+    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return layers * (attention + mlp) + embeddings
+
+
+def training_cost(
+    student: Mapping[str, Any], teacher: Mapping[str, Any] | None, spec: DistillSpec, context: int, machine: Machine
+) -> Cost:
+    """Cost of training: weights, gradients and two Adam moments in fp32, activations, logits, and the teacher."""
+    weights = parameter_count(student)
+    taught = parameter_count(teacher) if teacher else 0
+    tokens = spec.batch_size * context
+    activations = tokens * student["num_hidden_layers"] * (12 * student["hidden_size"] + 4 * student["intermediate_size"])
+    logits = tokens * student["vocab_size"] * (3 if teacher else 2)
+    operations = spec.steps * spec.gradient_accumulation * tokens * (6 * weights + 2 * taught)
+    return Cost(
+        ram_bytes=_PROCESS_RAM + 4 * (4 * weights + taught + activations + logits),
+        disk_bytes=4 * 5 * weights,
+        seconds=5 + operations / (machine.flops_per_s * _TRAINING_SHARE),
+    )
+
+
+def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: Machine) -> Cost:
+    """Cost of running models in fp32 over ``tokens`` tokens each."""
+    weights = sum(map(parameter_count, configs))
+    return Cost(
+        ram_bytes=_PROCESS_RAM + 4 * (weights + 2 * 2048 * max(c["vocab_size"] for c in configs)),
+        disk_bytes=2**16,
+        seconds=3 + 2 * weights * tokens / (machine.flops_per_s * _INFERENCE_SHARE),
+    )
+
+
+def export_cost(config: Mapping[str, Any], bits_per_weight: float) -> Cost:
+    """Cost of packing, one tensor in memory at a time; the largest is the embedding."""
+    largest = config["vocab_size"] * config["hidden_size"]
+    size = int(parameter_count(config) * bits_per_weight / 8)
+    return Cost(_PROCESS_RAM + 4 * 4 * largest, 2 * size + 2**22, 2 + size / 100e6)
+
+
+def refuse_what_cannot_fit(costs: Mapping[str, Cost], machine: Machine, folder: Path) -> None:
+    """Check the stages still to do.
+
+    Raises:
+        DoesNotFit: one needs more RAM than the machine has, or together they need more disk than is free.
+    """
+    for name, cost in costs.items():
+        if cost.ram_bytes > machine.ram_bytes:
+            raise DoesNotFit(
+                f"stage {name} needs about {cost.ram_bytes / GIB:.1f} GiB of RAM, the machine has "
+                f"{machine.ram_bytes / GIB:.1f} GiB.",
+                "Lower distill.batch_size or data.context, or choose a smaller teacher or student.",
+            )
+    disk = sum(cost.disk_bytes for cost in costs.values())
+    if disk > machine.disk_free_bytes:
+        raise DoesNotFit(
+            f"the run needs about {disk / GIB:.2f} GiB of disk in {folder}, {machine.disk_free_bytes / GIB:.2f} GiB "
+            "are free.",
+            "Free some, or choose another folder with --out.",
+        )

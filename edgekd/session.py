@@ -1,0 +1,86 @@
+"""What every target's runtime looks like to verification, benchmarks and chat: the ``Session`` protocol.
+
+Shapes: ``T`` tokens fed by one call, ``V`` vocabulary size. Logits are float32 NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class Session(Protocol):
+    """An artifact as its own runtime runs it: one sequence with a key-value cache."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Length ``V`` of the logits."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the cache holds."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text by the runtime's own tokenizer; special tokens in it are parsed, BOS is added if the
+        contract says so."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; they may end inside a UTF-8 character. Special tokens render as nothing."""
+        ...
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        ...
+
+    def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+        """Append ids to the cache; may be called again to go on with the next chunk.
+
+        Returns:
+            Logits of the last id ``(V,)``, or of every id ``(T, V)`` when ``all_logits``.
+
+        Raises:
+            ValueError: no ids, or more than the cache has room for.
+        """
+        ...
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one id and return its logits ``(V,)``."""
+        ...
+
+    def generate(
+        self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[int]:
+        """Reset, prefill ``ids`` and yield new tokens one at a time, the end-of-sequence token excluded and ending it.
+
+        ``temperature`` 0 is greedy.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the runtime's memory; calling it twice is fine."""
+        ...
+
+
+def stream_text(session: Session, tokens: Iterable[int]) -> Iterator[str]:
+    """Text of a stream of tokens, holding back bytes until their UTF-8 character is whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if piece := decoder.decode(session.token_bytes(token)):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    """One token from logits ``(V,)``: the most likely at temperature 0, else drawn from the softened distribution."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()) / temperature
+    weights = np.exp(scaled, dtype=np.float64)
+    return int(rng.choice(len(weights), p=weights / weights.sum()))

@@ -1,0 +1,275 @@
+"""The spec: one strict YAML file that says everything a run does.
+
+Every model here refuses unknown keys. ``load_spec`` turns each of pydantic's complaints into one sentence that names
+the file, the key, and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import SpecError
+
+Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+LossName = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TeacherSpec(_Strict):
+    """The model that is imitated."""
+
+    model: str = Field(description='A folder, "builtin:pycode-16m", or "hub:organisation/name" (downloads).')
+    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Read it first.")
+
+
+class CutStudent(_Strict):
+    """A student cut from the teacher: evenly spaced layers, and the MLP units of largest weights where narrower."""
+
+    init: Literal["cut"]
+    layers: Count = Field(description="Layers to keep, the first and the last always among them.")
+    intermediate_size: Count | None = Field(None, description="MLP units to keep per layer, largest weights first.")
+
+
+class ConfigStudent(_Strict):
+    """A fresh student with the teacher's tokenizer."""
+
+    init: Literal["config"]
+    architecture: Literal["llama", "qwen2", "qwen3"]
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count | None = Field(None, description="Default: hidden_size / heads.")
+    tie_embeddings: bool = True
+
+
+class CheckpointStudent(_Strict):
+    """A student that exists already."""
+
+    init: Literal["checkpoint"]
+    model: str = Field(description='A folder or "hub:organisation/name".')
+
+
+StudentSpec = Annotated[CutStudent | ConfigStudent | CheckpointStudent, Field(discriminator="init")]
+
+
+class DataSpec(_Strict):
+    """The text that teacher and student read."""
+
+    source: Literal["stdlib", "jsonl", "parquet", "text", "hub"]
+    paths: list[str] = Field([], description="Files, for jsonl, parquet and text. Globs are allowed.")
+    name: str | None = Field(None, description="Data set on the hub, for source hub (downloads).")
+    column: str = Field("text", description="The column that holds the text, or the chat (a list of role/content).")
+    chat: bool = Field(False, description="The column is a chat: only the assistant's tokens are trained on.")
+    include_tests: bool = Field(False, description="For stdlib: read the test suites too.")
+    context: Count = Field(512, description="Tokens of a training window.")
+    validation_share: Share = Field(0.05, description="Share of documents held out for validation (not for stdlib).")
+    test_share: Share = Field(0.05, description="Share of documents held out for the test (not for stdlib).")
+    max_validation_tokens: Count = Field(2**15, description="Validation text is cut to so many tokens, evenly.")
+    max_test_tokens: Count = Field(2**16, description="Test text is cut to so many tokens, evenly.")
+
+    @model_validator(mode="after")
+    def _has_input(self) -> DataSpec:
+        if self.source in ("jsonl", "parquet", "text") and not self.paths:
+            raise ValueError(f"source {self.source} needs paths")
+        if self.source == "hub" and not self.name:
+            raise ValueError("source hub needs name")
+        return self
+
+
+class DistillSpec(_Strict):
+    """How the student learns."""
+
+    loss: dict[LossName, Annotated[float, Field(gt=0)]] = Field(
+        {"forward_kl": 0.9, "cross_entropy": 0.1}, description="Weight of each loss; their sum is minimised."
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Softens both distributions.")
+    jsd_beta: Share = Field(0.5, description="Mixing weight of the teacher in the generalised JSD.")
+    steps: Count = 1000
+    batch_size: Count = Field(8, description="Windows of one forward pass.")
+    gradient_accumulation: Count = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 where the CPU or GPU has it.")
+    validate_every: Count = Field(100, description="Steps between validations.")
+    checkpoint_every: Count = Field(100, description="Steps between checkpoints; a killed run goes on from the last.")
+    patience: Count | None = Field(None, description="Stop after this many validations without a better one.")
+    baseline: bool = Field(True, description="Also train the same student on labels alone, same tokens and steps.")
+
+    @model_validator(mode="after")
+    def _has_loss(self) -> DistillSpec:
+        if not self.loss:
+            raise ValueError("loss needs at least one of forward_kl, reverse_kl, jsd, cross_entropy")
+        return self
+
+
+class QuantizeSpec(_Strict):
+    """How the grid's integers are chosen, once for every target."""
+
+    method: Literal["rtn"] = Field("rtn", description="rtn: round to nearest on the portable int4 grid.")
+
+
+class TargetSpec(_Strict):
+    """One runtime, and the recipes to export for it."""
+
+    target: str = Field(description="gguf")
+    recipes: Annotated[list[str], Field(min_length=1)] = Field(description="For gguf: f16 q8_0 q4_0 q4_k_m q5_k_m q6_k.")
+    context: Count | None = Field(None, description="Context length of the artifact; default: the student's.")
+
+
+class Thresholds(_Strict):
+    """A gate: what is null is measured but not judged."""
+
+    kl_mean_max: float | None = Field(None, description="Mean KL(reference || artifact), nats per token.")
+    kl_p99_max: float | None = None
+    top1_min: float | None = Field(None, description="Share of positions with the same most likely token.")
+    perplexity_ratio_max: float | None = Field(None, description="Artifact's perplexity over the reference's.")
+
+
+class VerifySpec(_Strict):
+    """What is measured of each artifact, and what fails the run."""
+
+    windows: Count = Field(16, description="Held-out windows to compare on.")
+    context: Count = Field(256, description="Tokens of such a window.")
+    greedy_tokens: Count = Field(32, description="Tokens to generate when looking for the first that differs.")
+    thresholds: dict[str, Thresholds] = Field({}, description="Per recipe; the key default serves the others.")
+
+    def gate(self, recipe: str) -> Thresholds:
+        """The thresholds of a recipe."""
+        return self.thresholds.get(recipe) or self.thresholds.get("default") or Thresholds()
+
+
+class BenchSpec(_Strict):
+    """What is timed of each artifact."""
+
+    prompt_tokens: Annotated[list[Count], Field(min_length=1)] = Field([32, 256], description="Prompt lengths.")
+    decode_tokens: Count = 64
+    runs: Count = Field(5, description="Repetitions; the report shows medians and keeps every sample.")
+    threads: Count | None = Field(None, description="Default: the physical cores.")
+
+
+class Spec(_Strict):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="Names the run's folder.")
+    seed: Annotated[int, Field(ge=0)] = 0
+    teacher: TeacherSpec
+    student: StudentSpec
+    data: DataSpec
+    distill: DistillSpec = DistillSpec()
+    quantize: QuantizeSpec = QuantizeSpec()
+    targets: Annotated[list[TargetSpec], Field(min_length=1)]
+    verify: VerifySpec = VerifySpec()
+    bench: BenchSpec = BenchSpec()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def builtin_spec(name: str) -> Path | None:
+    """The shipped spec of that name (``quickstart``), or None."""
+    path = Path(str(resources.files("edgekd") / "specs" / f"{name}.yaml"))
+    return path if path.is_file() else None
+
+
+def load_spec(path: str | Path) -> Spec:
+    """Read and check a spec, given as a file or as the name of a shipped one.
+
+    Raises:
+        SpecError: the file is missing, is not YAML, or a key in it is unknown or wrong.
+    """
+    file = Path(path)
+    if not file.is_file():
+        file = builtin_spec(str(path)) or file
+    if not file.is_file():
+        raise SpecError(f"{path}: no such spec.", "Write one with: edgekd init")
+    try:
+        raw = yaml.load(file.read_text("utf-8"), _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{file}: not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(raw, dict):
+        raise SpecError(f"{file}: a spec is a mapping with keys such as teacher, student, data.", "See: edgekd init")
+    try:
+        return Spec.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError(_explain(file, raw, error)) from error
+
+
+def _explain(file: Path, raw: dict[str, Any], error: ValidationError) -> str:
+    """One sentence for the first complaint, and a count of the rest."""
+    # A mistyped key is both unknown and missing: the unknown one says more.
+    complaints = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    first = complaints[0]
+    where = _yaml_path(raw, first["loc"])
+    key = ".".join(str(part) for part in where) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        valid = _valid_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), valid, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}."
+        text = f"{file}: unknown key {key!r}; {hint}"
+    elif first["type"] == "missing":
+        text = f"{file}: key {key!r} is missing."
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        text = f"{file}: key {key!r}: {message[0].lower() + message[1:]} (given: {first['input']!r:.60})."
+    more = len(complaints) - 1
+    return text + (f" And {more} more." if more else "")
+
+
+def _yaml_path(raw: Any, loc: tuple[int | str, ...]) -> list[int | str]:
+    """``loc`` without the names of union members that pydantic puts in."""
+    path: list[int | str] = []
+    for i, part in enumerate(loc):
+        if part == "[key]":
+            continue
+        if isinstance(raw, dict) and part not in raw and i < len(loc) - 1:
+            continue
+        path.append(part)
+        raw = raw[part] if isinstance(raw, (dict, list)) and (part in raw if isinstance(raw, dict) else True) else None
+    return path
+
+
+def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the model at ``loc``, found in the JSON Schema."""
+    schema = Spec.model_json_schema()
+    node: Any = schema
+    for part in loc:
+        node = _deref(schema, node)
+        if "oneOf" in node:
+            node = _deref(schema, {"$ref": node["discriminator"]["mapping"][part]})
+        elif isinstance(part, int):
+            node = node["items"]
+        else:
+            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+    return list(_deref(schema, node).get("properties", {}))
+
+
+def _deref(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    return schema["$defs"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node

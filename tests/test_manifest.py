@@ -1,0 +1,93 @@
+"""The artifact: valid only with a whole manifest, whole files, and no path that leaves the folder."""
+
+import json
+
+import pytest
+
+from edgekd.errors import BadArtifact
+from edgekd.manifest import MANIFEST, Contract, add_proof, digest, load_artifact, write_artifact
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "more.txt").write_text("more")
+    contract = Contract(
+        context_length=8, vocab_size=4, bos_id=None, eos_ids=[0], add_bos=False, chat_template=None
+    )  # fmt: skip
+    write_artifact(
+        tmp_path, name="n", target="t", recipe="r", runtime="x", main_file="model.bin", student_digest="d",
+        parameters=7, bits_per_weight=8.0, contract=contract, versions={},
+    )  # fmt: skip
+    return tmp_path
+
+
+def test_round_trip(folder):
+    artifact = load_artifact(folder)
+    assert artifact.main_file == folder / "model.bin"
+    assert artifact.size_bytes == len(b"weights") + len("more")
+    assert set(artifact.manifest.files) == {"model.bin", "sub/more.txt"}
+
+
+def test_proofs_are_added_one_by_one(folder):
+    add_proof(add_proof(load_artifact(folder), parity={"kl_mean": 0.5}), benchmark={"load_s": None})
+    manifest = load_artifact(folder).manifest
+    assert manifest.parity == {"kl_mean": 0.5}
+    assert manifest.benchmark == {"load_s": None}
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(BadArtifact, match="has no manifest.json"):
+        load_artifact(tmp_path)
+
+
+def test_half_a_manifest(folder):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text[: len(text) // 2])
+    with pytest.raises(BadArtifact, match=r"manifest\.json"):
+        load_artifact(folder)
+
+
+def test_a_changed_file(folder):
+    (folder / "model.bin").write_bytes(b"Weights")
+    with pytest.raises(BadArtifact, match="model.bin is not the file its manifest names"):
+        load_artifact(folder)
+
+
+def test_a_missing_file(folder):
+    (folder / "sub" / "more.txt").unlink()
+    with pytest.raises(BadArtifact, match="more.txt is missing"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside"])
+def test_paths_stay_inside(folder, name):
+    _edit(folder, lambda m: m["files"].update({name: "0" * 64}))
+    with pytest.raises(BadArtifact, match="leaves the artifact's folder"):
+        load_artifact(folder)
+
+
+def test_a_link_to_the_outside(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret"
+    outside.write_text("secret")
+    (folder / "link").symlink_to(outside)
+    _edit(folder, lambda m: m["files"].update({"link": "0" * 64}))
+    with pytest.raises(BadArtifact, match="leaves the artifact's folder"):
+        load_artifact(folder)
+
+
+def test_the_main_file_is_checked_too(folder):
+    _edit(folder, lambda m: m.update(main_file=MANIFEST))
+    with pytest.raises(BadArtifact, match="main_file"):
+        load_artifact(folder)
+
+
+def test_digest_ignores_the_order_of_keys():
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def _edit(folder, change):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
