@@ -17,12 +17,11 @@ from .errors import EdgekdError, SpecError
 
 if TYPE_CHECKING:
     from .pipeline import Run
-    from .spec import BenchSpec
 
 app = typer.Typer(
     name="edgekd",
-    help="Distil a large language model into a small one, export it to on-device runtimes, and prove what it does.\n\n"
-    "Start with: edgekd run quickstart",
+    help="Distil a large language model into a small one, export it to on-device runtimes, and prove what it does.",
+    epilog="Start with: edgekd run quickstart",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -50,6 +49,23 @@ def _open(spec: str, out: Path | None, seed: int | None = None) -> Run:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"edgekd {version('edgekd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(epilog="Example: edgekd run quickstart --out runs/first")
@@ -166,7 +182,9 @@ def export(
 def verify(
     artifact: ArtifactArgument,
     reference: Annotated[str, typer.Option(help="The model it was made from: a folder, builtin: or hub:.")],
-    text: Annotated[Path | None, typer.Option(help="Held-out text, UTF-8. Default: the standard library's test.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text, UTF-8. Default: the standard library's test.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1)] = 16,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     kl_mean_max: Annotated[float | None, typer.Option(help="Fail above this mean KL.")] = None,
@@ -275,7 +293,9 @@ def report(
 @app.command(epilog='Example: edgekd chat model-q4 --prompt "def read_lines(path):"')
 def chat(
     artifact: ArtifactArgument,
-    prompt: Annotated[str | None, typer.Option(help="Complete this text and stop. Default: read lines and answer.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Complete this text and stop. Default: read lines and answer.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -350,3 +370,7 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         typer.secho(f"error: no space left on the disk{where}. Free some and run the same command again.", err=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -144,7 +144,7 @@ def parity_table(figures: Mapping[str, Any]) -> None:
     tokens = figures["tokens"]
     _figures_table(
         [
-            ("golden strings", f"{tokens['strings_equal']} of {tokens['strings']} equal"),
+            ("golden strings", f"{tokens['strings_identical']} of {tokens['strings']} identical"),
             ("KL mean (nats/token)", f"{figures['kl_mean']:.6f}"),
             ("KL p99", f"{figures['kl_p99']:.6f}"),
             ("top-1 agreement", f"{figures['top1_agreement']:.4f}"),
@@ -201,7 +201,8 @@ def converse(
             _answer(session, line, max_tokens, temperature, seed)
             continue
         history.append({"role": "user", "content": line})
-        text = _answer(session, render_chat(contract.chat_template, history), max_tokens, temperature, seed)
+        chat = render_chat(contract.chat_template, history)
+        text = _answer(session, chat, max_tokens, temperature, seed)
         history.append({"role": "assistant", "content": text})
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ import numpy as np
 
 from . import plan
 from .errors import EdgekdError, GateFailed, SpecError
-from .manifest import Artifact, Contract, add_proof, digest, file_sha256, load_artifact, write_json
+from .manifest import Artifact, add_proof, digest, file_sha256, load_artifact, write_json
 from .spec import BenchSpec, Spec, TargetSpec, VerifySpec
 from .student import Checkpoint, init_student, load_model, load_tokenizer, resolve_model, save_model, student_config
 
@@ -122,7 +121,9 @@ def _input_files(run: Run) -> list[Path]:
     for pattern in run.spec.data.paths:
         found = sorted(Path(p) for p in glob(str(run.base / pattern), recursive=True))
         if not found:
-            raise SpecError(f"key 'data.paths': {run.base / pattern}: no such file.", "Paths start from the spec's folder.")
+            raise SpecError(
+                f"key 'data.paths': {run.base / pattern}: no such file.", "Paths start from the spec's folder."
+            )
         files += found
     return files
 
@@ -134,7 +135,8 @@ def _code(*parts: str) -> str:
     roots = {"targets": Path(targets.__path__[0]), "benchmarks": Path(benchmarks.__path__[0])}
     whole = hashlib.sha256()
     for part in parts:
-        root = roots.get(part, _SOURCE / part)
+        first, _, rest = part.partition("/")
+        root = roots[first] / rest if first in roots else _SOURCE / part
         for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
             whole.update(path.read_bytes())
     return whole.hexdigest()
@@ -144,15 +146,14 @@ def stages(run: Run, machine: plan.Machine) -> list[Stage]:
     """Every stage of a run in the order of work, but the report."""
     spec, teacher = run.spec, Checkpoint(run.teacher)
     student = run.student_config
-    text = {"python": platform.python_version()} if spec.data.source == "stdlib" else {}
     data_key = digest(
         {
             "data": spec.data.model_dump(),
             "files": [file_sha256(path) for path in _input_files(run)],
-            "interpreter": text,
+            "python": platform.python_version() if spec.data.source == "stdlib" else None,
             "seed": spec.seed,
             "teacher": teacher.digest,
-            "code": _code("distill/data.py", "distill/corpus.py"),
+            "code": _code("distill/data.py", "distill/corpus.py", "distill/chat.py"),
         }
     )
     training = {
@@ -206,7 +207,14 @@ def _artifact_stages(run: Run, target: TargetSpec, recipe: str, grid_key: str, m
     label = f"{target.target}-{recipe}"
     export_key = digest([grid_key, target.target, target.context, recipe, _code("targets", "manifest.py"), _versions()])
     verify_key = digest([export_key, spec.verify.model_dump(exclude={"thresholds"}), _code("verify", "targets")])
-    bench_key = digest([export_key, spec.bench.model_dump(), platform.node(), _code("benchmarks", "targets")])
+    bench_key = digest(
+        [
+            export_key,
+            spec.bench.model_dump(),
+            platform.node(),
+            _code("benchmarks/harness.py", "benchmarks/metrics.py", "targets"),
+        ]
+    )
     tokens = spec.verify.windows * spec.verify.context
     size = sum(spec.bench.prompt_tokens) + spec.bench.decode_tokens
     return [
@@ -238,7 +246,10 @@ def _prepare_data(run: Run, out: Path, tell: Callable[[float, str], None]) -> di
     from .distill.data import prepare
 
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.spec.teacher.trust_remote_code)
-    return prepare(run.spec.data, tokenizer, out, seed=run.spec.seed, base=run.base, on_progress=tell)
+    spec, base = run.spec, run.base
+    return prepare(
+        spec.data, tokenizer, out, seed=spec.seed, base=base, on_progress=lambda n: tell(0, f"{n} documents")
+    )
 
 
 def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
@@ -253,13 +264,11 @@ def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float
     if distilled:
         teacher = load_model(run.teacher, trust_remote_code=spec.teacher.trust_remote_code)
         signal = OnlineTeacher(teacher, len(tokenizer))
-    work = run.folder / ".edgekd" / f"{'student' if distilled else 'baseline'}-{key[:12]}"
-    curve: list[dict[str, Any]] = []
+    name = "student" if distilled else "baseline"
+    work = run.folder / ".edgekd" / f"{name}-{key[:12]}"
 
     def on_event(event: dict[str, Any]) -> None:
-        if "validation_loss" in event:
-            curve.append(event)
-        else:
+        if event["event"] == "step":
             note = f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s"
             tell(event["step"] / event["steps"], note)
 
@@ -269,21 +278,26 @@ def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float
         signal=signal, seed=spec.seed, work_dir=work, on_event=on_event,
     )  # fmt: skip
     save_model(model, tokenizer, out)
-    return figures
+    return figures | {"log": str((work / "log.jsonl").relative_to(run.folder))}
 
 
 def _quality(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
     from .distill.data import load_windows
-    from .distill.train import evaluate
+    from .distill.signals import OnlineTeacher
+    from .distill.train import evaluate, evenly_spaced
 
-    windows = load_windows(run.path("data"), "test")
-    teacher = load_model(run.teacher, trust_remote_code=run.spec.teacher.trust_remote_code)
+    spec = run.spec
+    windows = evenly_spaced(
+        load_windows(run.path("data"), "test"), max(1, spec.data.max_test_tokens // spec.data.context)
+    )
+    teacher = load_model(run.teacher, trust_remote_code=spec.teacher.trust_remote_code)
+    signal = OnlineTeacher(teacher, len(load_tokenizer(run.teacher)))
     names = ["teacher", "student", *(["baseline"] if run.spec.distill.baseline else [])]
     quality: dict[str, Any] = {"baseline": None}
     for i, name in enumerate(names):
         tell(i / len(names), name)
         model = teacher if name == "teacher" else load_model(run.path(name))
-        figures = evaluate(model, windows, teacher=None if name == "teacher" else teacher)
+        figures = evaluate(model, windows, teacher=None if name == "teacher" else signal)
         quality[name] = {"parameters": model.num_parameters()} | figures
     write_json(out / "quality.json", quality)
     return quality
@@ -296,20 +310,16 @@ def _quantize(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[s
     return write_grid(run.path("student"), out, method=run.spec.quantize.method)
 
 
-def _export(
-    run: Run, target: TargetSpec, recipe: str, out: Path, tell: Callable[[float, str], None]
-) -> dict[str, Any]:
+def _export(run: Run, target: TargetSpec, recipe: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
     from .targets import export
 
     out.rmdir()
-    artifact = export(
-        run.path("student"), target, recipe, out, name=run.spec.name, grid=run.path("quantized")
-    )
+    artifact = export(run.path("student"), target, recipe, out, name=run.spec.name, grid=run.path("quantized"))
     return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
 
 
 def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
-    """``count`` windows ``(count, context)`` spread evenly over packed ids ``(N, T)``; fewer where the text is short."""
+    """``count`` windows ``(count, context)`` spread evenly over packed ``(N, T)``; fewer where the text is short."""
     flat = np.ascontiguousarray(ids).reshape(-1)
     whole = flat[: len(flat) // context * context].reshape(-1, context)
     if not len(whole):
@@ -318,8 +328,7 @@ def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
 
 
 def verify_artifact(
-    artifact: Artifact, reference: Path, windows: np.ndarray, spec: VerifySpec,
-    tell: Callable[[float, str], None] = lambda fraction, note: None,
+    artifact: Artifact, reference: Path, windows: np.ndarray, spec: VerifySpec, tell: Callable[[float, str], None]
 ) -> dict[str, Any]:  # fmt: skip
     """Compare an artifact, run by its own runtime, with the Hugging Face model it was made from, in fp32.
 
@@ -365,17 +374,30 @@ def _verify(run: Run, label: str, out: Path, tell: Callable[[float, str], None])
 
 
 def bench_artifact(
-    artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None] = lambda fraction, note: None
+    artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None], config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Time an artifact in fresh processes."""
+    """Time an artifact in fresh processes.
+
+    Args:
+        config: the student's ``config.json``; with it the roofline counts the key-value cache too.
+    """
     from .benchmarks.harness import bench
+    from .benchmarks.metrics import Traffic, kv_bytes_per_position
     from .targets import open_artifact
 
-    return bench(open_artifact, artifact, spec, on_event=tell)
+    manifest = artifact.manifest
+    weight_bytes = round(manifest.parameters * manifest.bits_per_weight / 8)
+    traffic = Traffic(weight_bytes, kv_bytes_per_position(config)) if config else None
+
+    def on_event(event: dict[str, Any]) -> None:
+        tell(event["run"] / event["runs"], f"run {event['run']} of {event['runs']}")
+
+    return bench(open_artifact, artifact, spec, traffic=traffic, on_event=on_event)
 
 
 def _bench(run: Run, label: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
-    result = bench_artifact(load_artifact(run.path(f"artifacts/{label}")), run.spec.bench, tell)
+    artifact = load_artifact(run.path(f"artifacts/{label}"))
+    result = bench_artifact(artifact, run.spec.bench, tell, Checkpoint(run.path("student")).config)
     write_json(out / "bench.json", result)
     return {}
 
@@ -434,9 +456,7 @@ def _do(run: Run, stage: Stage, watcher: Watcher) -> None:
     watcher.end(stage.name, seconds, skipped=False)
 
 
-def run_stages(
-    run: Run, watcher: Watcher, *, until: str | None = None, report_only: bool = False
-) -> dict[str, Any]:
+def run_stages(run: Run, watcher: Watcher, *, until: str | None = None, report_only: bool = False) -> dict[str, Any]:
     """Do every stage that is not done, then write ``results.json`` and ``report.html``.
 
     Args:
@@ -522,9 +542,7 @@ def _results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
                 {"manifest": artifact.manifest.model_dump(), "folder": str(folder), "size_bytes": artifact.size_bytes}
             )
     records = {stage.name: _record(run, stage) for stage in chain if is_done(run, stage)}
-    training = {
-        name: (records.get(name, {}).get("figures") or {}).get("curve", []) for name in ("student", "baseline")
-    }
+    parities = {f"{a['target']}-{a['recipe']}": a["parity"] for a in (x["manifest"] for x in artifacts) if a["parity"]}
     return {
         "name": run.spec.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -533,12 +551,20 @@ def _results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | _versions(),
         "data": (records.get("data") or {}).get("figures"),
         "quality": quality,
-        "training": training,
-        "ledger": ledger(quality, [a["manifest"] for a in artifacts]),
+        "training": {name: _curve(run, records.get(name)) for name in ("student", "baseline")},
+        "ledger": ledger(quality.get("teacher") or {}, quality.get("student") or {}, parities),
         "artifacts": artifacts,
         "stages": [{"name": name, "seconds": record["seconds"]} for name, record in records.items()],
         "commands": _commands(run),
     }
+
+
+def _curve(run: Run, record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Every validation and every tenth step of a training log."""
+    if record is None:
+        return []
+    events = map(json.loads, (run.folder / record["figures"]["log"]).read_text("utf-8").splitlines())
+    return [event for event in events if event["event"] == "validation" or event["step"] % 10 == 0]
 
 
 def _commands(run: Run) -> list[str]:

@@ -78,7 +78,9 @@ def training_cost(
     weights = parameter_count(student)
     taught = parameter_count(teacher) if teacher else 0
     tokens = spec.batch_size * context
-    activations = tokens * student["num_hidden_layers"] * (12 * student["hidden_size"] + 4 * student["intermediate_size"])
+    activations = (
+        tokens * student["num_hidden_layers"] * (12 * student["hidden_size"] + 4 * student["intermediate_size"])
+    )
     logits = tokens * student["vocab_size"] * (3 if teacher else 2)
     operations = spec.steps * spec.gradient_accumulation * tokens * (6 * weights + 2 * taught)
     return Cost(

@@ -77,8 +77,7 @@ class DataSpec(_Strict):
     context: Count = Field(512, description="Tokens of a training window.")
     validation_share: Share = Field(0.05, description="Share of documents held out for validation (not for stdlib).")
     test_share: Share = Field(0.05, description="Share of documents held out for the test (not for stdlib).")
-    max_validation_tokens: Count = Field(2**15, description="Validation text is cut to so many tokens, evenly.")
-    max_test_tokens: Count = Field(2**16, description="Test text is cut to so many tokens, evenly.")
+    max_test_tokens: Count = Field(2**16, description="Most held-out tokens that quality is measured on.")
 
     @model_validator(mode="after")
     def _has_input(self) -> DataSpec:
@@ -104,7 +103,9 @@ class DistillSpec(_Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 where the CPU or GPU has it.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bf16 where the CPU or GPU has it."
+    )
     validate_every: Count = Field(100, description="Steps between validations.")
     checkpoint_every: Count = Field(100, description="Steps between checkpoints; a killed run goes on from the last.")
     patience: Count | None = Field(None, description="Stop after this many validations without a better one.")
@@ -127,7 +128,9 @@ class TargetSpec(_Strict):
     """One runtime, and the recipes to export for it."""
 
     target: str = Field(description="gguf")
-    recipes: Annotated[list[str], Field(min_length=1)] = Field(description="For gguf: f16 q8_0 q4_0 q4_k_m q5_k_m q6_k.")
+    recipes: Annotated[list[str], Field(min_length=1)] = Field(
+        description="For gguf: f16 q8_0 q4_0 q4_k_m q5_k_m q6_k."
+    )
     context: Count | None = Field(None, description="Context length of the artifact; default: the student's.")
 
 
@@ -252,7 +255,10 @@ def _yaml_path(raw: Any, loc: tuple[int | str, ...]) -> list[int | str]:
         if isinstance(raw, dict) and part not in raw and i < len(loc) - 1:
             continue
         path.append(part)
-        raw = raw[part] if isinstance(raw, (dict, list)) and (part in raw if isinstance(raw, dict) else True) else None
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            raw = None
     return path
 
 

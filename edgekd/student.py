@@ -48,7 +48,9 @@ def resolve_model(reference: str, base: Path = Path()) -> Path:
             return Path(snapshot_download(reference.removeprefix("hub:"), allow_patterns=["*.json", "*.safetensors"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise SpecError(f"{reference}: cannot be downloaded: {reason}", "Check the name and the network.") from error
+            raise SpecError(
+                f"{reference}: cannot be downloaded: {reason}", "Check the name and the network."
+            ) from error
     folder = base / reference
     if not (folder / "config.json").is_file():
         raise SpecError(f"{folder}: not a model folder: it has no config.json.", "Name a folder, builtin: or hub:.")
@@ -131,16 +133,27 @@ class Checkpoint:
         return whole.hexdigest()
 
 
+def _quiet() -> None:
+    """Turn transformers' own progress bars off: the command line shows the progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder.
 
     Raises:
         EdgekdError: none is there, or it has more ids than the model's embedding has rows.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # transformers 5 rebuilds some classes' tokenizers (LlamaTokenizer) into ones that give other ids than the
+    # tokenizer.json that artifacts carry and runtimes read; the base class takes the file as it stands.
+    as_it_stands = (folder / "tokenizer.json").is_file() and not trust_remote_code
+    loader = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = loader.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
         )
     except (OSError, ValueError, KeyError) as error:
@@ -154,9 +167,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     return tokenizer
 
 
-def load_model(
-    folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model in evaluation mode; float32 unless ``dtype`` says otherwise.
 
     Raises:
@@ -165,6 +176,7 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    _quiet()
     checkpoint = Checkpoint(folder)
     _ = checkpoint.files  # names a truncated file
     try:
@@ -180,8 +192,11 @@ def load_model(
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a model folder. ``folder`` should be a temporary one that is renamed when whole."""
-    model.save_pretrained(folder, safe_serialization=True)
+    _quiet()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes for the owner's eyes alone
 
 
 def student_config(spec: StudentSpec, teacher: Mapping[str, Any], base: Path = Path()) -> dict[str, Any]:
@@ -215,7 +230,7 @@ def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path 
         SpecError: more layers or units than the teacher has, or a vocabulary other than the teacher's.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     teacher = Checkpoint(teacher_folder)
     config = student_config(spec, teacher.config, base)
@@ -224,7 +239,7 @@ def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path 
         ids = len(load_tokenizer(teacher_folder))
         if config.get("vocab_size", ids) < ids:
             raise SpecError(
-                f"student.model: {folder} has {config['vocab_size']} embedding rows, the teacher's tokenizer {ids} ids.",
+                f"student.model: {folder} has {config['vocab_size']} embedding rows for {ids} ids of the teacher.",
                 "Take a student with the teacher's tokenizer.",
             )
         return load_model(folder)
@@ -232,8 +247,8 @@ def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path 
         _ = teacher.files  # names a truncated file before a model is built
     model_type = config.get("model_type", "")
     try:
-        hf_config = AutoConfig.for_model(**config)
-    except (ValueError, TypeError) as error:
+        hf_config = CONFIG_MAPPING[model_type].from_dict(config)
+    except (KeyError, ValueError, TypeError) as error:
         raise EdgekdError(
             f"{teacher_folder}: no student can be built from model_type {model_type!r}.", "Use Llama, Qwen2 or Qwen3."
         ) from error
@@ -274,6 +289,10 @@ def _cut_config(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
         first_sliding = teacher.get("max_window_layers", layers)
         types = ["sliding_attention" if i >= first_sliding else "full_attention" for i in range(layers)]
     if types is not None:
+        if len(types) != layers:
+            raise SpecError(
+                f"teacher.model: config.json names {layers} layers and {len(types)} layer_types.", "Save it again."
+            )
         config["layer_types"] = [types[i] for i in kept_layers(layers, spec.layers)]
     if spec.intermediate_size is not None:
         if not isinstance(width, int):

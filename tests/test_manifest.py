@@ -38,7 +38,7 @@ def test_proofs_are_added_one_by_one(folder):
 
 
 def test_no_manifest(tmp_path):
-    with pytest.raises(BadArtifact, match="has no manifest.json"):
+    with pytest.raises(BadArtifact, match=r"has no manifest.json"):
         load_artifact(tmp_path)
 
 
@@ -51,20 +51,20 @@ def test_half_a_manifest(folder):
 
 def test_a_changed_file(folder):
     (folder / "model.bin").write_bytes(b"Weights")
-    with pytest.raises(BadArtifact, match="model.bin is not the file its manifest names"):
+    with pytest.raises(BadArtifact, match=r"model.bin is not the file its manifest names"):
         load_artifact(folder)
 
 
 def test_a_missing_file(folder):
     (folder / "sub" / "more.txt").unlink()
-    with pytest.raises(BadArtifact, match="more.txt is missing"):
+    with pytest.raises(BadArtifact, match=r"more.txt is missing"):
         load_artifact(folder)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside"])
 def test_paths_stay_inside(folder, name):
     _edit(folder, lambda m: m["files"].update({name: "0" * 64}))
-    with pytest.raises(BadArtifact, match="leaves the artifact's folder"):
+    with pytest.raises(BadArtifact, match=r"leaves the artifact's folder"):
         load_artifact(folder)
 
 
@@ -73,13 +73,13 @@ def test_a_link_to_the_outside(folder, tmp_path_factory):
     outside.write_text("secret")
     (folder / "link").symlink_to(outside)
     _edit(folder, lambda m: m["files"].update({"link": "0" * 64}))
-    with pytest.raises(BadArtifact, match="leaves the artifact's folder"):
+    with pytest.raises(BadArtifact, match=r"leaves the artifact's folder"):
         load_artifact(folder)
 
 
 def test_the_main_file_is_checked_too(folder):
     _edit(folder, lambda m: m.update(main_file=MANIFEST))
-    with pytest.raises(BadArtifact, match="main_file"):
+    with pytest.raises(BadArtifact, match=r"main_file"):
         load_artifact(folder)
 
 

@@ -18,7 +18,9 @@ targets: [{target: gguf, recipes: [f16]}]
 """
 
 
-@pytest.mark.parametrize("path", sorted(Path(str(resources.files("edgekd") / "specs")).glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(str(resources.files("edgekd") / "specs")).glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_shipped_spec_is_valid(path):
     assert isinstance(load_spec(path), Spec)
 

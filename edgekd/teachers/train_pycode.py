@@ -41,8 +41,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``VOCAB`` ids that adds no BOS and ends documents with ``<|endoftext|>``."""
+def train_tokenizer(documents: list[str], vocab_size: int = VOCAB, context: int = CONTEXT) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of ``vocab_size`` ids that adds no BOS and ends documents with ``<|endoftext|>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,7 +52,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -63,7 +63,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         eos_token=SPECIAL[0],
         pad_token=SPECIAL[0],
         additional_special_tokens=SPECIAL[1:],
-        model_max_length=CONTEXT,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHAT_TEMPLATE
@@ -166,9 +166,14 @@ def main(
             log.flush()
 
     model.half().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
     model.float()
-    figures = {"steps": steps, "tokens_seen": steps * BATCH * CONTEXT, "test": evaluate(model, pack(library.test, tokenizer))}
+    figures = {
+        "steps": steps,
+        "tokens_seen": steps * BATCH * CONTEXT,
+        "test": evaluate(model, pack(library.test, tokenizer)),
+    }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     console.print(figures)
 

@@ -1,0 +1,51 @@
+# make quickstart   set up .venv, run the shipped example, end with a report
+# make test         set up .venv, run the tests
+# make check        what CI runs: linters, types, spelling, tests
+#
+# The set-up is done once and again when pyproject.toml or constraints.txt changes. Variables:
+#   PYTHON       the interpreter to make .venv with, 3.11 or newer
+#   EXTRAS       the extras of pyproject.toml to install
+#   TORCH_INDEX  an index to take torch from. Empty, pip decides as you configured it; on Linux that may be the CUDA
+#                build, which works but is gigabytes: name PyTorch's CPU wheel index (pytorch.org, "Get started") here.
+#   LLAMA_CACHE  where the built llama.cpp is kept for the next set-up; a wheel built with other flags is never reused.
+
+PYTHON ?= python3
+EXTRAS ?= train,gguf,dev
+TORCH_INDEX ?=
+LLAMA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JOBS = $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: quickstart test check setup clean
+
+quickstart: setup
+	$(BIN)/edgekd run quickstart
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check:
+	.ci/run
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt edgekd/llama_flags.py .ci/llama_only.cmake
+	@$(PYTHON) -c 'import sys; sys.exit("edgekd needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed to build llama.cpp: apt install g++, or xcode-select --install." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "== 1 of 3: torch"
+	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@echo "== 2 of 3: llama.cpp, built for this CPU (minutes, the first time)"
+	@# pip reuses a wheel it built whatever the flags were: so the flags name its cache.
+	flags="$$($(PYTHON) -I edgekd/llama_flags.py)" && \
+	CMAKE_ARGS="$$flags '-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/.ci/llama_only.cmake'" \
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
+	$(PIP) install -c constraints.txt --no-binary llama-cpp-python \
+	    --cache-dir "$(LLAMA_CACHE)/llama-$$(echo "$$flags" | cksum | cut -d' ' -f1)" llama-cpp-python
+	@echo "== 3 of 3: edgekd[$(EXTRAS)]"
+	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

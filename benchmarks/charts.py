@@ -1,0 +1,278 @@
+"""The report's charts as plain plotly figures (dicts of ``data`` and ``layout``), drawn by plotly.js in the page.
+
+A colour is the name of a CSS variable, ``var(--student)``: the page puts in the value for light, dark or print.
+Every chart also stands as numbers in a table of the report, so nothing here is the only place of a figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import figures as show
+from .figures import number
+
+MODELS = {"teacher": "Teacher", "student": "Distilled student", "baseline": "Label-only student"}
+Figure = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One artifact as the Pareto plot sees it: quality, speed and size, any of them None when not measured."""
+
+    name: str
+    kl: float | None
+    decode_tokens_per_s: float | None
+    size_bytes: float | None
+    failed: bool
+    on_front: bool = False
+
+
+def _layout(height: int, **more: Any) -> dict[str, Any]:
+    layout: dict[str, Any] = {
+        "height": height,
+        "margin": {"l": 8, "r": 24, "t": 8, "b": 8},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {
+            "size": 12,
+            "color": "var(--text)",
+            "family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif",
+        },
+        "showlegend": False,
+        "dragmode": False,
+        "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "font": {"color": "var(--text)"}},
+    }
+    return layout | more
+
+
+def _axis(title: str = "", **more: Any) -> dict[str, Any]:
+    axis: dict[str, Any] = {
+        "automargin": True,
+        "fixedrange": True,
+        "gridcolor": "var(--grid)",
+        "linecolor": "var(--line)",
+        "zeroline": False,
+        "nticks": 5,
+    }
+    if title:
+        axis["title"] = {"text": title, "standoff": 8, "font": {"size": 12, "color": "var(--muted)"}}
+    return axis | more
+
+
+def _log_axis(title: str, values: Sequence[float], share: float) -> dict[str, Any]:
+    """A logarithmic axis whose ticks are whole decades, or 1, 2, 5 where the values span less than two."""
+    low, high = math.log10(min(values)), math.log10(max(values))
+    room = max(share * (high - low), 0.05 if share < 0.1 else 0.3)
+    low, high = low - room, high + room
+    steps = (1,) if high - low > 2 else (1, 2, 5) if high - low > 0.6 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    every = 2 if high - low > 7 else 1
+    ticks = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1, every) for m in steps]
+    ticks = [x for x in ticks if low <= math.log10(x) <= high]
+    plain = min(ticks, default=1) >= 1e-3 and max(ticks, default=1) < 1e4
+    text = [f"{x:g}" if plain else _power(x) for x in ticks]
+    return _axis(title, type="log", range=[low, high], tickvals=ticks, ticktext=text)
+
+
+def _power(x: float) -> str:
+    exponent = math.floor(math.log10(x) + 1e-9)
+    mantissa = f"{x / 10.0**exponent:g}"
+    return ("" if mantissa == "1" else f"{mantissa}×") + "10" + str(exponent).translate(show.SUPERSCRIPT)
+
+
+def _padded(values: Sequence[float], share: float = 0.25) -> list[float]:
+    """An axis range with room on both sides for labels."""
+    low, high = min(values), max(values)
+    room = share * (high - low) or 0.1 * abs(high) or 1.0
+    return [low - room, high + room]
+
+
+def quality(
+    models: Mapping[str, Mapping[str, Any]], seeds: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str
+) -> Figure | None:
+    """One figure of teacher, student and baseline as dots; open dots are single seeds."""
+    present = {name: x for name in MODELS if (x := number(models.get(name, {}).get(key))) is not None}
+    if len(present) < 2:
+        return None
+    text = show.percent if key == "next_token_accuracy" else show.significant
+    data: list[dict[str, Any]] = []
+    every = list(present.values())
+    for name, x in present.items():
+        by_seed = [v for row in seeds.get(name, ()) if (v := number(row.get(key))) is not None]
+        every += by_seed
+        if len(by_seed) > 1:
+            data.append(
+                {
+                    "type": "scatter", "mode": "markers", "x": by_seed, "y": [MODELS[name]] * len(by_seed),
+                    "marker": {"symbol": "circle-open", "size": 9, "color": f"var(--{name})"}, "hoverinfo": "x",
+                }
+            )  # fmt: skip
+        data.append(
+            {
+                "type": "scatter", "mode": "markers+text", "x": [x], "y": [MODELS[name]], "text": [text(x)],
+                "textposition": "top center", "marker": {"size": 12, "color": f"var(--{name})"}, "hoverinfo": "skip",
+            }
+        )  # fmt: skip
+    order = [MODELS[name] for name in reversed(present)]
+    percent = {"tickformat": ".0%", "nticks": 4} if key == "next_token_accuracy" else {}
+    return {
+        "data": data,
+        "layout": _layout(
+            62 * len(present) + 60,
+            xaxis=_axis(title, range=_padded(every), **percent),
+            yaxis=_axis(categoryorder="array", categoryarray=order, range=[-0.5, len(order) - 0.3]),
+        ),
+    }
+
+
+def training(curves: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str) -> Figure | None:
+    """A figure of training by step, student and baseline as lines named at their ends."""
+    data, every = [], []
+    last = max(
+        (row["step"] for rows in curves.values() for row in rows if number(row.get("step")) is not None), default=0
+    )
+    for name in ("student", "baseline"):
+        rows = [
+            r for r in curves.get(name) or () if number(r.get("step")) is not None and number(r.get(key)) is not None
+        ]
+        if len(rows) < 2:
+            continue
+        every += [row[key] for row in rows]
+        data.append(
+            {
+                "type": "scatter", "mode": "lines", "name": MODELS[name], "x": [r["step"] for r in rows],
+                "y": [r[key] for r in rows], "line": {"color": f"var(--{name})", "width": 2},
+                "hovertemplate": "step %{x}: %{y:.4g}",
+            }
+        )  # fmt: skip
+    if not data:
+        return None
+    # A curve falls by orders of magnitude at first; the end, where the models differ, needs the room.
+    axis = _log_axis("", every, 0.04) if min(every) > 0 else _axis()
+    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "var(--text)"}}
+    return {
+        "data": data,
+        "layout": _layout(
+            300, xaxis=_axis("step", range=[0, last * 1.02]), yaxis=axis, legend=legend, showlegend=True,
+            margin={"l": 8, "r": 16, "t": 36, "b": 8}, hovermode="x unified",
+        ),
+    }  # fmt: skip
+
+
+def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Mean KL of every hop on a logarithmic axis, with its 95 % interval."""
+    known = [(row, x) for row in rows if (x := number(row.get("kl_mean"))) is not None and x > 0]
+    if not known:
+        return None
+    above, below = [], []
+    for row, x in known:
+        low, high = interval(row.get("kl_ci95")) or (x, x)
+        above.append(max(0.0, high - x))
+        below.append(max(0.0, min(x - low, x * 0.95)))
+    labels = [f"{row.get('from', '?')} → {row.get('to', '?')}" for row, _ in known]
+    return {
+        "data": [
+            {
+                "type": "scatter", "mode": "markers+text", "x": [x for _, x in known], "y": labels,
+                "text": [show.significant(x) for _, x in known], "textposition": "top center", "cliponaxis": False,
+                "error_x": {
+                    "type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5,
+                    "width": 4, "color": "var(--student)",
+                },
+                "marker": {"size": 11, "color": "var(--student)"}, "hoverinfo": "skip",
+            }
+        ],
+        "layout": _layout(
+            44 * len(known) + 70,
+            xaxis=_log_axis("mean KL, nats per token", [x for _, x in known], 0.12),
+            yaxis=_axis(autorange="reversed", type="category"),
+        ),
+    }  # fmt: skip
+
+
+def interval(value: Any) -> tuple[float, float] | None:
+    """A pair of finite numbers, or None."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    low, high = map(number, value)
+    return None if low is None or high is None else (low, high)
+
+
+_PLOT_PX = (280, 340)
+"""A phone's plot area: labels that are clear of each other there are clear everywhere."""
+
+
+def _label_places(points: Sequence[tuple[float, float, float, str]]) -> list[str]:
+    """Where each label goes so that it hides neither another label nor a marker, as far as four places allow.
+
+    Args:
+        points: x and y as shares of the plot, the marker's diameter in pixels, the label.
+    """
+    boxes = [_box(x * _PLOT_PX[0], y * _PLOT_PX[1], d / 2, d / 2) for x, y, d, _ in points]
+    places = []
+    for i, (x, y, diameter, text) in enumerate(points):
+        cx, cy, half, away = x * _PLOT_PX[0], y * _PLOT_PX[1], 3.4 * len(text), diameter / 2 + 8
+        options = {
+            "top center": _box(cx, cy + away, half, 7),
+            "bottom center": _box(cx, cy - away, half, 7),
+            "middle right": _box(cx + away + half - 4, cy, half, 7),
+            "middle left": _box(cx - away - half + 4, cy, half, 7),
+        }
+        others = boxes[:i] + boxes[i + 1 :]
+        place = min(options, key=lambda name: sum(_overlap(options[name], box) for box in others))
+        places.append(place)
+        boxes.append(options[place])
+    return places
+
+
+def _box(x: float, y: float, half_width: float, half_height: float) -> tuple[float, float, float, float]:
+    return x - half_width, y - half_height, x + half_width, y + half_height
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def pareto(points: Sequence[Point]) -> Figure | None:
+    """Decode speed against KL, area by size; filled: on the front, open: beaten, red cross: failed its gate."""
+    known = [
+        (p, p.decode_tokens_per_s, p.kl)
+        for p in points
+        if p.kl is not None and p.kl > 0 and p.decode_tokens_per_s is not None
+    ]
+    if not known:
+        return None
+    x_axis = _axis("decode, tokens per second → faster", range=_padded([x for _, x, _ in known]))
+    y_axis = _log_axis("← closer: mean KL, nats per token", [y for _, _, y in known], 0.15)
+    largest = max(p.size_bytes or 0 for p, _, _ in known) or 1.0
+    diameters = [max(8.0, 40 * ((p.size_bytes or 0) / largest) ** 0.5) for p, _, _ in known]
+    one_target = len({p.name.partition(" ")[0] for p, _, _ in known}) == 1
+    names = [p.name.partition(" ")[2] if one_target else p.name for p, _, _ in known]
+    (x0, x1), (y0, y1) = x_axis["range"], y_axis["range"]
+    places = _label_places(
+        [
+            ((x - x0) / (x1 - x0), (math.log10(y) - y0) / (y1 - y0), d, name)
+            for (_, x, y), d, name in zip(known, diameters, names, strict=True)
+        ]
+    )
+    data = []
+    for (p, x, y), diameter, name, place in zip(known, diameters, names, places, strict=True):
+        colour = "var(--bad)" if p.failed else "var(--student)" if p.on_front else "var(--teacher)"
+        data.append(
+            {
+                "type": "scatter", "mode": "markers+text", "x": [x], "y": [y], "text": [name], "textposition": place,
+                "cliponaxis": False,
+                "marker": {
+                    "size": diameter, "color": colour, "opacity": 0.85, "line": {"width": 2, "color": colour},
+                    "symbol": "x" if p.failed else "circle" if p.on_front else "circle-open",
+                },
+                "hovertemplate": f"{show.size(p.size_bytes)}, {show.significant(x)} tok/s, "
+                f"KL {show.significant(y)}<extra></extra>",
+            }
+        )  # fmt: skip
+    return {
+        "data": data,
+        "layout": _layout(400, margin={"l": 8, "r": 16, "t": 16, "b": 8}, xaxis=x_axis, yaxis=y_axis),
+    }

@@ -1,0 +1,322 @@
+"""Time an artifact as its runtime runs it, each repetition in a fresh process.
+
+A repetition opens the artifact, runs one generation that is not counted, times every prompt length, then decodes after
+the longest prompt. Time to first token runs from the ids in hand to the first token chosen; tokenizing is timed apart.
+Nothing here imports a runtime: the child calls the function it is given.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+
+from ..errors import EdgekdError
+from ..manifest import Artifact
+from ..session import Session, sample
+from ..spec import BenchSpec
+from .metrics import (
+    Traffic,
+    bandwidth_buffer_bytes,
+    bandwidth_samples,
+    decode_roofline_fraction,
+    figure,
+    last_level_cache_bytes,
+    median,
+    percentile,
+    tokens_per_s,
+)
+
+_CLOCK = "measured:clock"
+_WARM_UP_TOKENS = 8
+
+
+class OpenSession(Protocol):
+    """A function at the head of a module, so that a fresh process can import it."""
+
+    def __call__(self, artifact: Artifact, *, threads: int | None = None) -> Session: ...
+
+
+def bench(
+    open_session: OpenSession,
+    artifact: Artifact,
+    spec: BenchSpec,
+    *,
+    traffic: Traffic | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Measure load time, time to first token, prefill and decode speed, and memory.
+
+    Args:
+        open_session: opens the artifact in each child process.
+        artifact: what to measure.
+        spec: prompt lengths, tokens to decode, repetitions, threads.
+        traffic: bytes that decoding reads; without it they are computed from the manifest, which counts every weight
+            and no key-value cache.
+        on_event: told ``{"run", "runs"}`` after each repetition.
+
+    Returns:
+        JSON-serialisable figures (see :mod:`edgekd.benchmarks.metrics`), the settings, and the machine.
+
+    Raises:
+        EdgekdError: prompt and decoded tokens exceed the context, or a child process failed or died.
+    """
+    context = artifact.manifest.contract.context_length
+    longest = max(spec.prompt_tokens)
+    if longest + spec.decode_tokens > context:
+        raise EdgekdError(
+            f"bench.prompt_tokens {longest} and bench.decode_tokens {spec.decode_tokens} exceed the context of "
+            f"{artifact.manifest.name}, {context} tokens.",
+            "Lower one of them in the spec.",
+        )
+    threads = spec.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    machine = describe_machine()
+    buffer_bytes = bandwidth_buffer_bytes()
+    bandwidth = _in_child("the bandwidth measurement", bandwidth_samples, threads, buffer_bytes)
+    runs = []
+    for number in range(1, spec.runs + 1):
+        what = f"the benchmark of {artifact.manifest.name} (run {number} of {spec.runs})"
+        runs.append(_in_child(what, _measure_run, open_session, artifact, spec, threads))
+        if on_event:
+            on_event({"run": number, "runs": spec.runs})
+    source = "computed:tensor-sizes" if traffic else "computed:manifest"
+    traffic = traffic or _traffic_of(artifact)
+    settings = {
+        "threads": threads,
+        "prompt_tokens": sorted(set(spec.prompt_tokens)),
+        "decode_tokens": spec.decode_tokens,
+        "decode_after_tokens": longest,
+        "runs": spec.runs,
+        "warm_up": f"{longest} tokens prefilled and {_WARM_UP_TOKENS} decoded in every run, not counted",
+        "bandwidth_buffer_bytes": buffer_bytes,
+        "torch_in_process": any(run["torch_in_process"] for run in runs),
+    }
+    return {"settings": settings, "machine": machine} | _figures(runs, spec, traffic, source, bandwidth)
+
+
+def _figures(
+    runs: list[dict[str, Any]], spec: BenchSpec, traffic: Traffic, traffic_source: str, bandwidth: list[float]
+) -> dict[str, Any]:
+    """Medians over the runs, each with its samples."""
+
+    def of_runs(key: str, source: str = _CLOCK) -> dict[str, Any] | None:
+        samples = [run[key] for run in runs]
+        return figure(median(samples), source, samples)
+
+    lengths = sorted(set(spec.prompt_tokens))
+    ttft = {n: [run["ttft_s"][n] for run in runs] for n in lengths}
+    prefill = {n: [tokens_per_s(n, run["prefill_s"][n]) for run in runs] for n in lengths}
+    tokenize = {n: [run["tokenize_s"][n] for run in runs] for n in lengths}
+    intervals = [seconds for run in runs for seconds in run["inter_token_s"]]
+    decode = [tokens_per_s(spec.decode_tokens, sum(run["inter_token_s"])) for run in runs]
+    read = traffic.bytes_per_token(lengths[-1] + spec.decode_tokens / 2)
+    roofline = [decode_roofline_fraction(rate, read, max(bandwidth)) for rate in decode]
+    memory = "measured:VmHWM" if sys.platform == "linux" else "measured:ru_maxrss"
+
+    def per_length(samples: dict[int, list[float]]) -> dict[str, Any]:
+        return {str(n): figure(median(samples[n]), _CLOCK, samples[n]) for n in lengths}
+
+    def per_run(q: float) -> list[float]:
+        return [percentile(run["inter_token_s"], q) for run in runs]
+
+    return {
+        "load_s": of_runs("load_s"),
+        "tokenize_s": per_length(tokenize),
+        "ttft_s": per_length(ttft),
+        "prefill_tokens_per_s": per_length(prefill),
+        "decode_tokens_per_s": figure(median(decode), _CLOCK, decode),
+        "inter_token_s": figure(median(intervals), _CLOCK, intervals),
+        "inter_token_p50_s": figure(percentile(intervals, 50), _CLOCK, per_run(50)),
+        "inter_token_p95_s": figure(percentile(intervals, 95), _CLOCK, per_run(95)),
+        "peak_rss_bytes": of_runs("peak_rss_bytes", memory),
+        "rss_before_load_bytes": of_runs("rss_before_load_bytes", "measured:psutil"),
+        "bandwidth_bytes_per_s": figure(max(bandwidth), "measured:numpy-read", bandwidth),
+        "bytes_per_token": figure(read, traffic_source),
+        "decode_roofline_fraction": figure(median(roofline), _CLOCK, roofline),
+        "energy_j_per_token": None,
+    }
+
+
+def _traffic_of(artifact: Artifact) -> Traffic:
+    """All weights and no cache: what the manifest alone can say."""
+    manifest = artifact.manifest
+    return Traffic(round(manifest.parameters * manifest.bits_per_weight / 8), 0)
+
+
+def describe_machine() -> dict[str, Any]:
+    """The machine the figures belong to, and how busy it was."""
+    load = psutil.getloadavg()[0]
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "os": platform.platform(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "load_average_1min": load,
+    }
+
+
+def _cpu_name() -> str | None:
+    if sys.platform == "darwin":
+        answer = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        return answer.stdout.strip() or None
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line.partition(":") for line in file]
+    except OSError:
+        return platform.processor() or None
+    names = {key.strip(): value.strip() for key, _, value in lines}
+    return names.get("model name") or names.get("Model") or names.get("Hardware") or platform.processor() or None
+
+
+def _peak_rss_bytes() -> int:
+    """Most memory that this process has had resident."""
+    if sys.platform == "linux":
+        # ru_maxrss survives exec: a child starts with its parent's peak.
+        with open("/proc/self/status", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _ordinary_ids(session: Session, count: int) -> list[int]:
+    """Pseudo-random ids that stand for text, the same in every run."""
+    rng = np.random.default_rng(0)
+    ids: list[int] = []
+    for _ in range(64 * count):
+        token = int(rng.integers(session.vocab_size))
+        if session.token_bytes(token):
+            ids.append(token)
+        if len(ids) == count:
+            return ids
+    raise EdgekdError("the artifact's tokenizer has hardly any token that stands for text.", "Export it again.")
+
+
+def _measure_run(open_session: OpenSession, artifact: Artifact, spec: BenchSpec, threads: int) -> dict[str, Any]:
+    """One repetition, in the child."""
+    rng = np.random.default_rng(0)
+    before = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    session = open_session(artifact, threads=threads)
+    load = time.perf_counter() - start
+    try:
+        lengths = sorted(set(spec.prompt_tokens))
+        ids = _ordinary_ids(session, lengths[-1])
+        session.reset()
+        token = sample(session.prefill(ids), 0.0, rng)
+        for _ in range(min(_WARM_UP_TOKENS, spec.decode_tokens)):
+            token = sample(session.decode(token), 0.0, rng)
+
+        ttft, prefill, tokenize = {}, {}, {}
+        for length in lengths:
+            text = b"".join(map(session.token_bytes, ids[:length])).decode("utf-8", "replace")
+            start = time.perf_counter()
+            session.tokenize(text)
+            tokenize[length] = time.perf_counter() - start
+            session.reset()
+            start = time.perf_counter()
+            logits = session.prefill(ids[:length])
+            prefill[length] = time.perf_counter() - start
+            token = sample(logits, 0.0, rng)
+            ttft[length] = time.perf_counter() - start
+
+        intervals = []
+        last = time.perf_counter()
+        for _ in range(spec.decode_tokens):
+            token = sample(session.decode(token), 0.0, rng)
+            now = time.perf_counter()
+            intervals.append(now - last)
+            last = now
+    finally:
+        session.close()
+    return {
+        "load_s": load,
+        "ttft_s": ttft,
+        "prefill_s": prefill,
+        "tokenize_s": tokenize,
+        "inter_token_s": intervals,
+        "rss_before_load_bytes": before,
+        "peak_rss_bytes": _peak_rss_bytes(),
+        "torch_in_process": "torch" in sys.modules,
+    }
+
+
+def _in_child(what: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` in a fresh process and return what it returns.
+
+    Raises:
+        EdgekdError: the child raised, or died.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, function, args), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        wait([receiver, process.sentinel])
+        try:
+            kind, value = receiver.recv()
+        except EOFError:
+            process.join()
+            raise _death(what, process.exitcode) from None
+    finally:
+        # Ctrl-C lands here too: no child outlives this call.
+        process.join(timeout=0 if sys.exc_info()[0] else 5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        receiver.close()
+    if kind == "error":
+        raise EdgekdError(f"{what} failed: {value[0]}", value[1])
+    return value
+
+
+def _child(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Entry point of a child process: one message back, then exit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        message = ("ok", function(*args))
+    except EdgekdError as error:
+        message = ("error", (error.cause, error.remedy))
+    except Exception as error:  # a runtime may raise anything; the user gets one sentence
+        message = ("error", (f"{type(error).__name__}: {error}", "Try: edgekd doctor"))
+    sender.send(message)
+    sender.close()
+
+
+def _die_with_parent() -> None:
+    """Wait for the parent's end, however it comes, and follow."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _death(what: str, exitcode: int | None) -> EdgekdError:
+    """The error for a child that died without a word."""
+    remedy = "Find out whether the runtime works here: edgekd doctor"
+    if exitcode is None or exitcode >= 0:
+        return EdgekdError(f"{what} ended without a result (exit code {exitcode}).", remedy)
+    known = {int(number): number.name for number in signal.Signals}
+    if -exitcode == signal.SIGKILL:
+        remedy = f"Memory may have run out: free some, or use a smaller model. {remedy}"
+    return EdgekdError(f"{what} was ended by {known.get(-exitcode, f'signal {-exitcode}')}.", remedy)

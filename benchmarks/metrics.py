@@ -1,0 +1,127 @@
+"""Figures and the arithmetic behind them. Time is in seconds, memory in bytes, rates per second.
+
+A *figure* is ``{"value", "source", "samples"}``: the number shown, where it comes from (``measured:clock``,
+``computed:manifest``, ...) and the raw samples it was made of. What was not measured is null, never zero.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BANDWIDTH_REPEATS = 7
+_MIN_BUFFER_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that decoding one token must read.
+
+    Attributes:
+        weight_bytes: every tensor that decode reads whole: all of them but an embedding table that is not also the
+            head, of which one row is read.
+        kv_bytes_per_position: keys and values of one position, over all layers.
+    """
+
+    weight_bytes: int
+    kv_bytes_per_position: int
+
+    def bytes_per_token(self, position: float) -> float:
+        """Bytes read to decode with ``position`` tokens in the cache."""
+        return self.weight_bytes + self.kv_bytes_per_position * position
+
+
+def kv_bytes_per_position(config: Mapping[str, Any], bytes_per_value: int = 2) -> int:
+    """Key-value bytes of one position from a model's ``config.json``; fp16 unless told otherwise."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * bytes_per_value)
+
+
+def figure(value: float | None, source: str, samples: Sequence[float] = ()) -> dict[str, Any] | None:
+    """A figure, or None where there is no value."""
+    if value is None:
+        return None
+    return {"value": value, "source": source, "samples": list(samples)}
+
+
+def median(samples: Sequence[float]) -> float:
+    """Median; the mean of the middle two of an even number."""
+    return percentile(samples, 50)
+
+
+def percentile(samples: Sequence[float], q: float) -> float:
+    """The ``q``-th percentile (0 to 100), linear between samples.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not len(samples):
+        raise ValueError("no samples")
+    return float(np.percentile(np.asarray(samples, np.float64), q))
+
+
+def tokens_per_s(tokens: int, seconds: float) -> float:
+    """Rate of ``tokens`` in ``seconds``.
+
+    Raises:
+        ValueError: no time has passed.
+    """
+    if seconds <= 0:
+        raise ValueError(f"{tokens} tokens in {seconds} s: the clock is too coarse")
+    return tokens / seconds
+
+
+def decode_roofline_fraction(decode_tokens_per_s: float, bytes_per_token: float, bandwidth_bytes_per_s: float) -> float:
+    """Share of the memory roofline that decoding reaches (Williams et al. 2009): bytes read per second over the
+    bandwidth. It may exceed 1 for a model whose weights stay in cache."""
+    return decode_tokens_per_s * bytes_per_token / bandwidth_bytes_per_s
+
+
+def last_level_cache_bytes() -> int | None:
+    """Size of the last-level cache that Linux reports; None elsewhere. A virtual machine may report its host's."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KMG")) * unit)
+    return max(sizes, default=None)
+
+
+def bandwidth_buffer_bytes() -> int:
+    """Twice the last-level cache where a quarter of the free memory allows it, else that quarter."""
+    import psutil
+
+    wanted = max(_MIN_BUFFER_BYTES, 2 * (last_level_cache_bytes() or 0))
+    return min(wanted, psutil.virtual_memory().available // 4) // 8 * 8
+
+
+def bandwidth_samples(threads: int, buffer_bytes: int) -> list[float]:
+    """Bytes read per second, one sample a pass over a buffer summed by ``threads`` threads.
+
+    Integers are summed because NumPy vectorises that (a float sum is bound by the adders on some CPUs) and releases
+    the GIL. The first pass, which warms up, is left out.
+    """
+    parts = np.array_split(np.ones(buffer_bytes // 8, np.int64), threads)
+    samples = []
+    for _ in range(_BANDWIDTH_REPEATS + 1):
+        workers = [threading.Thread(target=part.sum) for part in parts]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        samples.append(buffer_bytes / (time.perf_counter() - start))
+    return samples[1:]
+
+
+def measure_bandwidth(threads: int) -> float:
+    """Read bandwidth of main memory in bytes per second: the best of several passes, as STREAM takes it."""
+    return max(bandwidth_samples(threads, bandwidth_buffer_bytes()))

@@ -1,0 +1,317 @@
+"""Text in, training windows out: read, split, tokenize, pack.
+
+Shapes: ``N`` windows of ``T`` tokens; ``ids`` int32 ``(N, T)``, ``loss_mask`` uint8 ``(N, T)``, 1 where the token is
+one to learn (so position t is trained on where ``loss_mask[t + 1]`` is 1).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import EdgekdError, SpecError
+from .chat import render_chat
+from .corpus import stdlib_corpus
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+    from ..spec import DataSpec
+
+SPLITS = ("train", "validation", "test")
+Document = str | list[dict[str, Any]]
+_BATCH_DOCUMENTS = 64
+_PIECE_CHARACTERS = 32_768
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one split, memory-mapped."""
+
+    ids: Tensor
+    """int32 ``(N, T)``."""
+    loss_mask: Tensor
+    """uint8 ``(N, T)``."""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+def load_windows(folder: Path, split: str) -> Windows:
+    """The windows that ``prepare`` wrote for ``split`` ("train", "validation" or "test").
+
+    Raises:
+        EdgekdError: the file is missing or truncated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / f"{split}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            return Windows(file.get_tensor("ids"), file.get_tensor("loss_mask"))
+    except (OSError, SafetensorError) as error:
+        raise EdgekdError(f"{path}: not readable ({error}).", "Prepare the data again.") from error
+
+
+def prepare(
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerFast,
+    out_dir: Path,
+    *,
+    seed: int,
+    base: Path,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write ``train.safetensors``, ``validation.safetensors`` and ``test.safetensors`` into ``out_dir``.
+
+    Documents are joined by the end-of-text id and cut to windows of ``spec.context`` tokens; the rest of a split
+    that fills no window, and windows without a token to learn, are dropped. A chat is rendered by the tokenizer's
+    template, and only the assistant's content with its end token is learned.
+
+    Args:
+        seed: with a document's own text, decides its split (the standard library is split by module).
+        base: folder that relative paths start from.
+        on_progress: called with the number of documents read so far.
+
+    Returns:
+        Figures: documents, tokens, windows and bytes per split; duplicates and skipped documents.
+
+    Raises:
+        SpecError: a file is missing, there is no such column or it is of another type, or a split fills no window.
+    """
+    if tokenizer.eos_token_id is None:
+        raise SpecError("teacher.model: its tokenizer has no end-of-text token to join documents with.")
+    if spec.chat and not tokenizer.chat_template:
+        raise SpecError("data.chat: the teacher's tokenizer has no chat template.", "Add chat_template.jinja to it.")
+    packers = {split: _Packer(tokenizer, spec) for split in SPLITS}
+    figures: dict[str, Any] = {"not_utf8_skipped": 0, "duplicates_dropped": 0, "unusable_chats_skipped": 0}
+    if spec.source == "stdlib":
+        corpus = stdlib_corpus(spec.include_tests)
+        figures |= corpus.stats
+        parts: Iterable[tuple[str, Document]] = ((s, text) for s in SPLITS for text in getattr(corpus, s))
+    else:
+        parts = _split(_documents(spec, base, figures), spec, seed, figures)
+    for count, (split, document) in enumerate(parts, 1):
+        packers[split].add(document)
+        if on_progress and count % _BATCH_DOCUMENTS == 0:
+            on_progress(count)
+    windows = {split: packer.windows() for split, packer in packers.items()}
+    if not any(packer.documents for packer in packers.values()):
+        raise SpecError(f"data: {_named(spec)} holds no usable document.", "Check data.paths and data.column.")
+    for split, packer in packers.items():
+        figures["unusable_chats_skipped"] += packer.skipped
+        figures[f"{split}_documents"], figures[f"{split}_tokens"] = packer.documents, packer.tokens
+        figures[f"{split}_bytes"], figures[f"{split}_windows"] = packer.bytes, len(windows[split][0])
+        if not len(windows[split][0]):
+            raise SpecError(
+                f"data: the {split} split of {_named(spec)} has {packer.documents} documents with {packer.tokens} "
+                f"tokens, less than one window of data.context {spec.context} to learn from.",
+                "Give more text, a smaller data.context, or larger data.validation_share and data.test_share.",
+            )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for split, (ids, mask) in windows.items():
+        _write(out_dir / f"{split}.safetensors", ids, mask)
+    return figures
+
+
+@dataclass
+class _Packer:
+    """One split on its way to windows; documents are tokenized in batches."""
+
+    tokenizer: PreTrainedTokenizerFast
+    spec: DataSpec
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    skipped: int = 0
+    waiting: list[Document] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, document: Document) -> None:
+        self.waiting.append(document)
+        if len(self.waiting) == _BATCH_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        batch, self.waiting = self.waiting, []
+        if not batch:
+            return
+        texts: list[str] = []
+        spans: list[list[tuple[int, int]] | None] = []
+        for document in batch:
+            if isinstance(document, str):
+                texts.append(document)
+                spans.append(None)
+            elif rendered := render_chat(document, self.tokenizer):
+                texts.append(rendered[0])
+                spans.append(rendered[1])
+            else:
+                self.skipped += 1
+        if not texts:
+            return
+        # A template writes its own BOS.
+        encoded = self.tokenizer(
+            texts, add_special_tokens=not self.spec.chat, return_offsets_mapping=self.spec.chat, verbose=False
+        )
+        eos = self.tokenizer.eos_token_id
+        for i, (text, learned) in enumerate(zip(texts, spans, strict=True)):
+            ids = encoded["input_ids"][i]
+            mask = [1] * len(ids) if learned is None else _mask(encoded["offset_mapping"][i], learned)
+            if not ids or ids[-1] != eos:
+                ids, mask = [*ids, eos], [*mask, int(learned is None)]
+            self.ids.append(np.array(ids, np.int32))
+            self.masks.append(np.array(mask, np.uint8))
+            self.documents += 1
+            self.tokens += len(ids)
+            self.bytes += len(text.encode("utf-8", "surrogatepass"))
+
+    def windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """``ids`` and ``loss_mask``, ``(N, T)``."""
+        self.flush()
+        width = self.spec.context
+        count = self.tokens // width
+        if not count:
+            return np.zeros((0, width), np.int32), np.zeros((0, width), np.uint8)
+        ids = np.concatenate(self.ids)[: count * width].reshape(count, width)
+        mask = np.concatenate(self.masks)[: count * width].reshape(count, width)
+        # The first token of a window follows nothing, so it cannot be learned.
+        useful = mask[:, 1:].any(1)
+        return ids[useful], mask[useful]
+
+
+def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token that begins in a span; one that begins before it is the prompt's at run time too."""
+    return [int(stop > start and any(a <= start < b for a, b in spans)) for start, stop in offsets]
+
+
+def _split(
+    documents: Iterable[Document], spec: DataSpec, seed: int, figures: dict[str, Any]
+) -> Iterator[tuple[str, Document]]:
+    """The split of each document, by the hash of seed and text; exact duplicates are dropped and counted."""
+    seen: set[bytes] = set()
+    for document in documents:
+        text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+        digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
+        if digest in seen:
+            figures["duplicates_dropped"] += 1
+            continue
+        seen.add(digest)
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        if place < spec.test_share:
+            yield "test", document
+        elif place < spec.test_share + spec.validation_share:
+            yield "validation", document
+        else:
+            yield "train", document
+
+
+def _documents(spec: DataSpec, base: Path, figures: dict[str, Any]) -> Iterator[Document]:
+    """The documents of every source but the standard library; empty ones are left out."""
+    if spec.source == "text":
+        yield from _text_documents(_files(spec, base), figures)
+        return
+    for number, row in enumerate(_rows(spec, base), 1):
+        if spec.column not in row:
+            raise SpecError(
+                f"data.column: {_named(spec)} has no column {spec.column!r}.", f"It has: {', '.join(map(str, row))}."
+            )
+        value = row[spec.column]
+        if value is None or value == "" or value == []:
+            continue
+        yield _chat(value, spec, number) if spec.chat else _text(value, spec, number)
+
+
+def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
+    files = _files(spec, base) if spec.source != "hub" else []
+    try:
+        import datasets
+    except ImportError as error:
+        from ..errors import MissingExtra
+
+        raise MissingExtra("datasets", "train") from error
+    try:
+        if spec.source == "hub":
+            rows = datasets.load_dataset(spec.name, split="train", streaming=True)
+        else:
+            kind = {"jsonl": "json", "parquet": "parquet"}[spec.source]
+            names = [str(file) for file in files if file.stat().st_size]
+            rows = datasets.load_dataset(kind, data_files=names, split="train", streaming=True) if names else []
+        yield from rows
+    except Exception as error:  # datasets raises many kinds, some of its own, some of pyarrow's
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise SpecError(f"data: {_named(spec)} cannot be read as {spec.source}: {reason}") from error
+
+
+def _files(spec: DataSpec, base: Path) -> list[Path]:
+    found: dict[Path, None] = {}
+    for pattern in spec.paths:
+        matches = [Path(name) for name in sorted(glob.glob(str(base / pattern), recursive=True))]
+        files = [path for path in matches if path.is_file()]
+        if not files:
+            raise SpecError(f"data.paths: {base / pattern}: no such file.")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def _text_documents(files: Iterable[Path], figures: dict[str, Any]) -> Iterator[str]:
+    """A file is a document; a long one is cut at blank lines, so that a single file can be split too."""
+    for path in files:
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            figures["not_utf8_skipped"] += 1
+            continue
+        piece: list[str] = []
+        size = 0
+        for paragraph in text.split("\n\n"):
+            piece.append(paragraph)
+            size += len(paragraph) + 2
+            if size >= _PIECE_CHARACTERS:
+                yield "\n\n".join(piece)
+                piece, size = [], 0
+        if "".join(piece).strip():
+            yield "\n\n".join(piece)
+
+
+def _text(value: Any, spec: DataSpec, number: int) -> str:
+    if isinstance(value, str):
+        return value
+    hint = "Set data.chat: true for a chat." if isinstance(value, list) else "Name a column of text."
+    raise SpecError(
+        f"data.column: {spec.column!r} holds {type(value).__name__}, not text ({_named(spec)}, row {number}).", hint
+    )
+
+
+def _chat(value: Any, spec: DataSpec, number: int) -> list[dict[str, Any]]:
+    """The messages of a chat, without the empty keys that a table gives every row."""
+    if not isinstance(value, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+    ):
+        raise SpecError(
+            f"data.column: {spec.column!r} is not a chat ({_named(spec)}, row {number}).",
+            "A chat is a list of mappings with role and content.",
+        )
+    return [{key: item for key, item in message.items() if item is not None} for message in value]
+
+
+def _named(spec: DataSpec) -> str:
+    return {"stdlib": "the standard library", "hub": str(spec.name)}.get(spec.source) or ", ".join(spec.paths)
+
+
+def _write(path: Path, ids: np.ndarray, mask: np.ndarray) -> None:
+    from safetensors.numpy import save_file
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({"ids": ids, "loss_mask": mask}, temporary)
+    os.replace(temporary, path)

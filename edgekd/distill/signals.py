@@ -1,0 +1,119 @@
+"""Where the teacher's knowledge comes from, and the proof that teacher and student speak of the same tokens.
+
+Shapes: ``B`` windows, ``T`` tokens, ``V`` the ids that teacher and student share.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import EdgekdError
+from ..student import Checkpoint, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class TeacherSignal(Protocol):
+    """What the loop knows of a teacher."""
+
+    @property
+    def vocab_size(self) -> int:
+        """``V``: rows beyond it are padding, and are cut from teacher and student alike."""
+        ...
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits ``(B, T, V)``, any float dtype, of int64 ids ``(B, T)``; without gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnlineTeacher:
+    """The teacher itself, run beside the student. The caller's autocast decides its precision.
+
+    Args:
+        model: the teacher; it is moved to the device of the ids.
+        vocab_size: ids shared with the student, as ``check_same_tokenizer`` gives them.
+    """
+
+    model: PreTrainedModel
+    vocab_size: int
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits ``(B, T, V)``; see ``TeacherSignal``."""
+        import torch
+
+        if self.model.device != ids.device:
+            self.model.to(ids.device)  # type: ignore[arg-type]
+        with torch.inference_mode():
+            return self.model(input_ids=ids, use_cache=False).logits[..., : self.vocab_size]
+
+
+def check_same_tokenizer(teacher_folder: Path, student_folder: Path) -> int:
+    """Prove that both models read text as the same ids.
+
+    Compared are the id of every token string, the merges, the normalizer and the pre-tokenizer. Embedding rows
+    beyond the ids (padding) may differ.
+
+    Returns:
+        The number ``V`` of shared ids: one more than the largest.
+
+    Raises:
+        EdgekdError: names the first difference, or an embedding with fewer rows than ids.
+    """
+    teacher, student = load_tokenizer(teacher_folder), load_tokenizer(student_folder)
+    remedy = "Distilling on logits needs one vocabulary: use a student with the teacher's tokenizer."
+    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, theirs.get(t)), t)):
+        if ours.get(token) != theirs.get(token):
+            raise EdgekdError(
+                f"{student_folder}: token {token!r} is {_id(theirs, token)}, "
+                f"but {_id(ours, token)} in {teacher_folder}.",
+                remedy,
+            )
+    rules, other = _rules(teacher, teacher_folder), _rules(student, student_folder)
+    for key, rule in rules.items():
+        if rule != other[key]:
+            shown = [json.dumps(value, ensure_ascii=False)[:80] for value in _first_difference(rule, other[key])]
+            raise EdgekdError(
+                f"{student_folder}: the tokenizer's {key} is {shown[1]}, but {shown[0]} in {teacher_folder}.", remedy
+            )
+    shared = max(ours.values()) + 1
+    for folder in (teacher_folder, student_folder):
+        rows = Checkpoint(folder).config.get("vocab_size", shared)
+        if rows < shared:
+            raise EdgekdError(
+                f"{folder}: the embedding has {rows} rows for {shared} ids of the tokenizer (config.json: vocab_size).",
+                "Resize the embedding.",
+            )
+    return shared
+
+
+def _id(vocab: dict[str, int], token: str) -> str:
+    return f"id {vocab[token]}" if token in vocab else "absent"
+
+
+def _rules(tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """How text becomes tokens, beside the vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise EdgekdError(f"{folder}: its tokenizer has no tokenizer.json form.", "Convert it to a fast tokenizer.")
+    whole = json.loads(backend.to_str())
+    return {
+        "normalizer": whole["normalizer"],
+        "pre_tokenizer": whole["pre_tokenizer"],
+        "merges": whole["model"].get("merges"),
+    }
+
+
+def _first_difference(a: Any, b: Any) -> tuple[Any, Any]:
+    """The innermost first pair of values in which two JSON documents differ."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return next(_first_difference(a[key], b[key]) for key in a if a[key] != b[key])
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return next(_first_difference(x, y) for x, y in zip(a, b, strict=True) if x != y)
+    return a, b

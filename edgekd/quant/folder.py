@@ -1,0 +1,511 @@
+"""The quantized student on disk: one model folder that edgekd's exporters, transformers and vLLM all read.
+
+The layout is compressed-tensors' *pack-quantized* (W4A16, group 32, symmetric), not GPTQ's: it keeps weights
+``(out, in)`` with plain symmetric integers and one scale per group, it mixes int4 and int8 by module, and it needs no
+zero points; GPTQ's transposes, adds a constant to zero points, and allows one bit width for the whole model.
+
+For a module ``M`` with weight ``(O, I)``:
+
+- int4: ``M.weight_packed`` int32 ``(O, I/8)`` (``pack_int4``'s bytes), ``M.weight_scale`` fp16 ``(O, I/32)``,
+  ``M.weight_shape`` int64 ``(2,)``.
+- int8 (untied heads, and linear layers whose input width is not divisible by 32): the same with four integers + 128 in
+  an int32 and ``weight_scale`` ``(O, 1)``.
+- The embedding is int8 too, but compressed-tensors defines packed embeddings while transformers 5.23 fails to load them
+  and vLLM reads them for no model in general. So it lies there dequantized to fp16, which every reader takes, and
+  ``grid.safetensors`` beside it holds the rows' scales. fp16 is off by at most 127 * 2**-11 < 0.07 of a step, so
+  dividing by the scale and rounding gives back the very integers. A tied head is this same tensor, stored once.
+- Everything else (norms, biases) is as in the student, bit for bit.
+
+``grid.json`` holds the kind of every tensor and the digests. The index names the weight files, so that other readers
+pass over ``grid.safetensors``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
+
+from ..errors import DoesNotFit, EdgekdError
+from ..manifest import write_json
+from ..student import Checkpoint
+from .grid import (
+    GROUP,
+    check_finite,
+    dequantize_int4,
+    dequantize_int8,
+    pack_int4,
+    quantize_int4,
+    quantize_int8_rows,
+    unpack_int4,
+)
+
+Kind = Literal["int4", "int8", "int8_embedding", "plain"]
+Block = tuple[torch.Tensor, torch.Tensor]
+"""Some rows of a matrix: q int8 ``(rows, I)`` and scale float32, ``(rows, G)`` for int4 and ``(rows,)`` for int8."""
+
+GRID_JSON = "grid.json"
+INDEX_JSON = "model.safetensors.index.json"
+SCALES_FILE = "grid.safetensors"
+SHARD_BYTES = 10**9
+BLOCK_WEIGHTS = 2**20
+_DTYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.int32: "I32", torch.float32: "F32", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_COPIED = {".json", ".jinja", ".model", ".txt"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor of an output file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class _GridFile(BaseModel):
+    """``grid.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1]
+    method: str
+    group_size: Literal[32]
+    student_digest: str
+    grid_digest: str
+    plain_digest: str
+    bits_per_weight: float
+    tensors: dict[str, Kind]
+
+
+def kind_of(name: str, shape: tuple[int, ...]) -> Kind:
+    """How a parameter of that HF name is stored."""
+    if not name.endswith(".weight") or len(shape) != 2:
+        return "plain"
+    if name.endswith("embed_tokens.weight"):
+        return "int8_embedding"
+    return "int8" if name == "lm_head.weight" or shape[1] % GROUP else "int4"
+
+
+def grid_digest(tensors: Iterable[tuple[str, Iterable[Block]]]) -> str:
+    """sha256 over integers and scales, whatever file they come from.
+
+    Args:
+        tensors: HF parameter name and blocks of whole rows in order (one block may be the whole matrix). The order of
+            the tensors does not matter.
+    """
+    lines = []
+    for name, blocks in tensors:
+        integers, scales = hashlib.sha256(), hashlib.sha256()
+        rows, kind = 0, ""
+        for q, scale in blocks:
+            rows, width, kind = rows + q.shape[0], q.shape[1], "int4" if scale.ndim == 2 else "int8"
+            integers.update(_bytes(pack_int4(q) if kind == "int4" else q))
+            scales.update(_bytes(scale.half()))
+        lines.append(f"{name} {kind} {rows}x{width} {integers.hexdigest()} {scales.hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes as safetensors stores them."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A quantized student, read lazily: one tensor in memory at a time. Names are HF parameter names."""
+
+    folder: Path
+    method: str
+    digest: str
+    student_digest: str
+    bits_per_weight: float
+    kinds: dict[str, Kind] = field(repr=False)
+    _files: Checkpoint = field(repr=False)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The student's ``config.json``, without the quantization."""
+        return {key: value for key, value in self._files.config.items() if key != "quantization_config"}
+
+    def names(self) -> list[str]:
+        """Every parameter, sorted; a tied head is not among them."""
+        return sorted(self.kinds)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, without reading it."""
+        module = name.removesuffix(".weight")
+        if self.kinds[name] in ("int4", "int8"):
+            rows, width = self._files.tensor(f"{module}.weight_shape").tolist()
+            return rows, width
+        return self._files.shape(name)
+
+    def blocks(self, name: str) -> Iterator[Block]:
+        """The integers and scales of a quantized matrix, a few rows at a time."""
+        kind, module = self.kinds[name], name.removesuffix(".weight")
+        width = self.shape(name)[1]
+        stored = name if kind == "int8_embedding" else f"{module}.weight_packed"
+        scales = self._files.tensor(f"{module}.weight_scale").float()
+        start = 0
+        for rows in _row_blocks(self._files.files[stored], stored, width):
+            scale = scales[start : start + rows.shape[0]]
+            start += rows.shape[0]
+            if kind == "int4":
+                yield unpack_int4(rows.view(torch.uint8)), scale
+            elif kind == "int8":
+                yield (rows.view(torch.uint8)[:, :width] ^ 0x80).view(torch.int8), scale[:, 0]
+            else:
+                yield torch.round(rows.float() / scale).to(torch.int8), scale[:, 0]
+
+    def _whole(self, name: str) -> Block:
+        q, scale = zip(*self.blocks(name), strict=True)
+        return torch.cat(q), torch.cat(scale)
+
+    def int4(self, name: str) -> Block | None:
+        """q int8 ``(O, I)`` in [-8, 7] and scale float32 ``(O, I/32)``, or None where the tensor is not int4."""
+        return self._whole(name) if self.kinds[name] == "int4" else None
+
+    def int8(self, name: str) -> Block | None:
+        """q int8 ``(O, I)`` in [-127, 127] and scale float32 ``(O,)``, or None where the tensor is not int8."""
+        return self._whole(name) if self.kinds[name] in ("int8", "int8_embedding") else None
+
+    def plain(self, name: str) -> torch.Tensor | None:
+        """A tensor that is not quantized, in the student's dtype, or None where it is."""
+        return self._files.tensor(name) if self.kinds[name] == "plain" else None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Any parameter as the grid holds it, float32."""
+        kind = self.kinds[name]
+        if kind == "plain":
+            return self._files.tensor(name).float()
+        q, scale = self._whole(name)
+        return dequantize_int4(q, scale) if kind == "int4" else dequantize_int8(q, scale)
+
+
+def _row_blocks(path: Path, name: str, width: int) -> Iterator[torch.Tensor]:
+    """A stored matrix in pieces of whole rows, each of about ``BLOCK_WEIGHTS`` weights when a row holds ``width``."""
+    step = max(1, BLOCK_WEIGHTS // width)
+    with safe_open(path, "pt") as file:
+        matrix = file.get_slice(name)
+        for start in range(0, matrix.get_shape()[0], step):
+            yield matrix[start : start + step].contiguous()
+
+
+def open_grid(folder: Path) -> Grid:
+    """Open a quantized student and check that it is what was written.
+
+    Raises:
+        EdgekdError: no grid, a missing or truncated file, or integers, scales or other tensors that do not match the
+            recorded digests.
+    """
+    path = folder / GRID_JSON
+    if not path.is_file():
+        raise EdgekdError(f"{folder} is not a quantized student: it has no {GRID_JSON}.", "Make one: edgekd quantize")
+    try:
+        recorded = _GridFile.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "(top level)"
+        raise EdgekdError(f"{path}: key {key!r}: {first['msg']}.", "Quantize the student again.") from error
+    files = Checkpoint(folder)
+    for name, kind in recorded.tensors.items():
+        stored = [name] if kind == "plain" else [s.name for s in _storage(name, kind, (1, GROUP))]
+        if missing := [key for key in stored if key not in files.files]:
+            raise EdgekdError(f"{folder}: tensor {missing[0]!r} is missing.", "Quantize the student again.")
+    grid = Grid(
+        folder, recorded.method, recorded.grid_digest, recorded.student_digest, recorded.bits_per_weight,
+        recorded.tensors, files,
+    )  # fmt: skip
+    for key, expected, actual in (
+        ("grid_digest", recorded.grid_digest, _digest(grid)),
+        ("plain_digest", recorded.plain_digest, _plain_digest(grid)),
+    ):
+        if actual != expected:
+            raise EdgekdError(
+                f"{path}: {key} does not match the tensors of the folder.", "It was changed: quantize again."
+            )
+    return grid
+
+
+def _digest(grid: Grid) -> str:
+    return grid_digest((name, grid.blocks(name)) for name in grid.names() if grid.kinds[name] != "plain")
+
+
+def _plain_digest(grid: Grid) -> str:
+    whole = hashlib.sha256()
+    for name in grid.names():
+        if (tensor := grid.plain(name)) is not None:
+            whole.update(f"{name} {_DTYPES[tensor.dtype]} {tuple(tensor.shape)}\n".encode())
+            whole.update(hashlib.sha256(_bytes(tensor)).digest())
+    return whole.hexdigest()
+
+
+def _storage(name: str, kind: Kind, shape: tuple[int, ...]) -> list[_Stored]:
+    """The tensors that hold a quantized matrix."""
+    module, (rows, width) = name.removesuffix(".weight"), shape
+    if kind == "int8_embedding":
+        return [_Stored(name, torch.float16, shape), _Stored(f"{module}.weight_scale", torch.float16, (rows, 1))]
+    words, groups = (width // 8, width // GROUP) if kind == "int4" else (-(-width // 4), 1)
+    return [
+        _Stored(f"{module}.weight_packed", torch.int32, (rows, words)),
+        _Stored(f"{module}.weight_scale", torch.float16, (rows, groups)),
+        _Stored(f"{module}.weight_shape", torch.int64, (2,)),
+    ]
+
+
+class _Writer:
+    """A safetensors file whose tensors are filled in place, so that none need be whole in memory.
+
+    The format is a length, a JSON header and the bytes; the header needs only names, dtypes and shapes.
+    """
+
+    def __init__(self, path: Path, tensors: list[_Stored]) -> None:
+        # Wide types first: every tensor is then aligned to its own width.
+        offset = 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._at: dict[str, int] = {}
+        for t in sorted(tensors, key=lambda t: -t.dtype.itemsize):
+            header[t.name] = {
+                "dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.size_bytes],
+            }  # fmt: skip
+            self._at[t.name] = offset
+            offset += t.size_bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        base = self._file.tell()
+        self._file.truncate(base + offset)
+        self._at = {name: base + at for name, at in self._at.items()}
+
+    def append(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next rows of a tensor."""
+        data = _bytes(tensor)
+        self._file.seek(self._at[name])
+        self._file.write(data)
+        self._at[name] += len(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _fill(writer: _Writer, scales: _Writer | None, name: str, kind: Kind, w: torch.Tensor) -> None:
+    """Quantize some rows ``(rows, I)`` and write them."""
+    module = name.removesuffix(".weight")
+    if kind == "int4":
+        q, scale = quantize_int4(w)
+        writer.append(f"{module}.weight_packed", pack_int4(q))
+        writer.append(f"{module}.weight_scale", scale.half())
+        return
+    q, scale = quantize_int8_rows(w)
+    if kind == "int8":
+        unsigned = q.view(torch.uint8) ^ 0x80
+        writer.append(f"{module}.weight_packed", torch.nn.functional.pad(unsigned, (0, -q.shape[1] % 4)))
+        writer.append(f"{module}.weight_scale", scale.half())
+        return
+    half = dequantize_int8(q, scale).half()
+    if half.isinf().any():
+        raise EdgekdError("holds weights beyond fp16's range (65504).", "Train or save the model again.")
+    assert scales is not None
+    writer.append(name, half)
+    scales.append(f"{module}.weight_scale", scale.half())
+
+
+def _quantization_config(kinds: dict[str, Kind], tied: bool) -> dict[str, Any]:
+    """The ``quantization_config`` that compressed-tensors reads."""
+    common = {"type": "int", "symmetric": True, "dynamic": False}
+    groups: dict[str, Any] = {}
+    if int8 := sorted(name.removesuffix(".weight") for name, kind in kinds.items() if kind == "int8"):
+        groups["int8"] = {"targets": int8, "weights": {**common, "num_bits": 8, "strategy": "channel"}}
+    if "int4" in kinds.values():
+        int4 = {**common, "num_bits": 4, "strategy": "group", "group_size": GROUP}
+        groups["int4"] = {"targets": ["Linear"], "weights": int4}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head"] if tied else [],
+    }
+
+
+def _plan(source: Checkpoint) -> tuple[dict[str, Kind], list[list[str]], dict[str, list[_Stored]]]:
+    """The kind of every parameter, the parameters of every shard, and the tensors that hold each parameter."""
+    kinds: dict[str, Kind] = {}
+    stored: dict[str, list[_Stored]] = {}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(source):
+        if name == "lm_head.weight" and source.tied:
+            continue
+        shape = source.shape(name)
+        kinds[name] = kind_of(name, shape)
+        if kinds[name] == "plain":
+            stored[name] = [_Stored(name, source.tensor(name).dtype, shape)]
+        else:
+            stored[name] = _storage(name, kinds[name], shape)
+        size = sum(s.size_bytes for s in stored[name])
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return kinds, shards, stored
+
+
+def _bits_per_weight(source: Checkpoint, kinds: dict[str, Kind], stored: dict[str, list[_Stored]]) -> float:
+    """Bits of integers, scales and plain tensors as an artifact needs them, per weight."""
+    bits = weights = 0.0
+    for name, kind in kinds.items():
+        shape = torch.Size(source.shape(name))
+        count = shape.numel()
+        weights += count
+        if kind == "plain":
+            bits += 8 * stored[name][0].size_bytes
+        else:
+            bits += 4 * count + 16 * count / GROUP if kind == "int4" else 8 * count + 16 * shape[0]
+    return bits / weights
+
+
+def write_grid(
+    student: Path, out: Path, *, method: str = "rtn", on_progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Quantize a student and write it as a folder, row block by row block.
+
+    Peak memory is a few blocks of ``BLOCK_WEIGHTS`` weights, whatever the model's size.
+
+    Args:
+        student: a model folder.
+        out: the folder to make; it must not exist.
+        method: ``rtn``, round to nearest.
+        on_progress: called with the weights done and the weights in all.
+
+    Returns:
+        ``digest``, ``bits_per_weight``, ``tensors`` (count by kind) and ``int8_by_width`` (linear layers that are
+        int8 because their input width is not divisible by 32).
+
+    Raises:
+        EdgekdError: ``out`` exists, an unknown method, a student that is quantized already, or non-finite weights.
+        DoesNotFit: not enough disk space.
+    """
+    source = Checkpoint(student)
+    _check(source, out, method)
+    kinds, shards, stored = _plan(source)
+    needed, free = sum(s.size_bytes for parts in stored.values() for s in parts), shutil.disk_usage(_existing(out)).free
+    if needed > free:
+        raise DoesNotFit(f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.", "Free some disk space.")
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(source, partial, kinds, shards, stored, on_progress)
+        _copy_rest(source, partial, kinds)
+        recorded = _record(source, partial, kinds, method, _bits_per_weight(source, kinds, stored))
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return {
+        "digest": recorded.grid_digest,
+        "bits_per_weight": recorded.bits_per_weight,
+        "tensors": {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))},
+        "int8_by_width": sorted(n for n, kind in kinds.items() if kind == "int8" and n != "lm_head.weight"),
+    }
+
+
+def _copy_rest(source: Checkpoint, folder: Path, kinds: dict[str, Kind]) -> None:
+    """The configuration with its quantization, and the tokenizer's files."""
+    quantization = _quantization_config(kinds, source.tied)
+    write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
+    for path in source.folder.iterdir():
+        if path.suffix in _COPIED and path.name not in ("config.json", INDEX_JSON, GRID_JSON):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _record(source: Checkpoint, folder: Path, kinds: dict[str, Kind], method: str, bits: float) -> _GridFile:
+    """Write ``grid.json``. The digests are taken from what was written: it has been read back once."""
+    written = Grid(folder, method, "", source.digest, bits, kinds, Checkpoint(folder))
+    recorded = _GridFile(
+        schema_version=1, method=method, group_size=32, student_digest=source.digest, grid_digest=_digest(written),
+        plain_digest=_plain_digest(written), bits_per_weight=bits, tensors=kinds,
+    )  # fmt: skip
+    write_json(folder / GRID_JSON, recorded.model_dump())
+    return recorded
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above ``path`` that exists."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def _check(source: Checkpoint, out: Path, method: str) -> None:
+    if method != "rtn":
+        raise EdgekdError(f"quantize.method: {method!r} is unknown.", "There is: rtn.")
+    if out.exists():
+        raise EdgekdError(f"{out} exists already.", "Remove it or name another folder.")
+    if "quantization_config" in source.config:
+        raise EdgekdError(f"{source.folder}/config.json: the model is quantized already.", "Give the student itself.")
+    _ = source.files  # names a truncated file
+
+
+def _write_weights(
+    source: Checkpoint,
+    folder: Path,
+    kinds: dict[str, Kind],
+    shards: list[list[str]],
+    stored: dict[str, list[_Stored]],
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write the shards, their index, and the embedding's scales."""
+    counts = {name: torch.Size(source.shape(name)).numel() for name in kinds}
+    done, total = 0, sum(counts.values())
+    embeddings = [name for name, kind in kinds.items() if kind == "int8_embedding"]
+    scales = _Writer(folder / SCALES_FILE, [stored[name][1] for name in embeddings]) if embeddings else None
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        parts = [s for n in names for s in (stored[n][:1] if n in embeddings else stored[n])]
+        weight_map |= {part.name: file for part in parts}
+        writer = _Writer(folder / file, parts)
+        for name in names:
+            _write_parameter(source, writer, scales, name, kinds[name])
+            done += counts[name]
+            if on_progress:
+                on_progress(done, total)
+        writer.close()
+    if scales:
+        scales.close()
+    size = sum(s.size_bytes for n in kinds for s in stored[n] if s.name in weight_map)
+    write_json(folder / INDEX_JSON, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _write_parameter(source: Checkpoint, writer: _Writer, scales: _Writer | None, name: str, kind: Kind) -> None:
+    shape = source.shape(name)
+    try:
+        if kind == "plain":
+            tensor = source.tensor(name)
+            check_finite(tensor)
+            writer.append(name, tensor)
+            return
+        for rows in _row_blocks(source.files[name], name, shape[1]):
+            _fill(writer, scales, name, kind, rows)
+    except EdgekdError as error:
+        raise EdgekdError(f"{source.files[name]}: tensor {name!r} {error.cause}", error.remedy) from error
+    if kind != "int8_embedding":
+        writer.append(f"{name.removesuffix('.weight')}.weight_shape", torch.tensor(shape))

@@ -1,0 +1,210 @@
+"""Small proofs that a runtime works here, each to be run in a process of its own: ``python -m edgekd.selftest NAME``.
+
+A broken build ends its process by a signal, without a message; so ``doctor`` runs this file as a child and reads one
+JSON line from it. Nothing is written but a temporary folder.
+
+Shapes follow each runtime; ``T`` tokens of a prompt, ``V`` vocabulary size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_HIDDEN, _MLP, _VOCAB, _LAYERS, _HEADS, _PROMPT = 256, 512, 512, 2, 4, 48
+
+
+def training() -> str:
+    """One step of gradient descent on a tiny transformer, in float32 and bfloat16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.arange(32)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"the loss in {dtype} is {loss.item()}")
+    return "a tiny model was trained for a step in float32 and in bfloat16"
+
+
+def write_random_gguf(path: Path, embedding: str = "Q8_0", weights: str = "Q4_0") -> None:
+    """A two-layer Llama of random quantized weights, wide enough that llama.cpp takes its SIMD and AMX kernels.
+
+    Args:
+        path: file to write.
+        embedding: ggml type of embedding and head.
+        weights: ggml type of the linear layers.
+    """
+    import gguf
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(_HIDDEN)
+    writer.add_feed_forward_length(_MLP)
+    writer.add_block_count(_LAYERS)
+    writer.add_head_count(_HEADS)
+    writer.add_head_count_kv(_HEADS)
+    writer.add_rope_dimension_count(_HIDDEN // _HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(_VOCAB)
+    writer.add_tokenizer_model("no_vocab")
+
+    def add(name: str, rows: int, columns: int, kind: str) -> None:
+        values = (rng.standard_normal((rows, columns)) / columns**0.5).astype(np.float32)
+        tensor_type = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quantize(values, tensor_type), raw_dtype=tensor_type)
+
+    add("token_embd.weight", _VOCAB, _HIDDEN, embedding)
+    add("output.weight", _VOCAB, _HIDDEN, embedding)
+    writer.add_tensor("output_norm.weight", np.ones(_HIDDEN, np.float32))
+    for layer in range(_LAYERS):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(_HIDDEN, np.float32))
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{layer}.{name}.weight", _HIDDEN, _HIDDEN, weights)
+        for name, rows, columns in (
+            ("ffn_gate", _MLP, _HIDDEN), ("ffn_up", _MLP, _HIDDEN), ("ffn_down", _HIDDEN, _MLP),
+        ):  # fmt: skip
+            add(f"blk.{layer}.{name}.weight", rows, columns, weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf() -> str:
+    """Prefill a quantized model in llama.cpp, and again token by token: both kernels must agree."""
+    import llama_cpp
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.gguf"
+        write_random_gguf(path)
+        model = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+        ids = np.random.default_rng(1).integers(_VOCAB, size=_PROMPT).tolist()
+        model.eval(ids)
+        whole = model.scores[:_PROMPT].copy()  # (T, V)
+        model.reset()
+        for token in ids:
+            model.eval([token])
+        single = model.scores[:_PROMPT].copy()
+        model.close()
+    if not np.isfinite(whole).all() or not np.isfinite(single).all():
+        raise RuntimeError("llama.cpp's logits are not finite")
+    similar = float(np.corrcoef(whole.ravel(), single.ravel())[0, 1])
+    if similar < 0.99:
+        raise RuntimeError(f"llama.cpp's prefill and decode disagree: the correlation of their logits is {similar:.3f}")
+    return f"llama-cpp-python {llama_cpp.__version__}: Q4_0 and Q8_0 prefill of {_PROMPT} tokens and decode agree"
+
+
+def onnx() -> str:
+    """A matrix product in onnxruntime, and the import of onnxruntime-genai."""
+    import numpy as np
+    import onnxruntime
+    import onnxruntime_genai
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["a", "b"], ["c"])], "matmul",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, 64]) for name in ("a", "b")],
+        [helper.make_tensor_value_info("c", TensorProto.FLOAT, [64, 64])],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    a = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+    (product,) = session.run(None, {"a": a[0], "b": a[1]})
+    if not np.allclose(product, a[0] @ a[1], atol=1e-4):
+        raise RuntimeError("onnxruntime's matrix product is wrong")
+    return f"onnxruntime {onnxruntime.__version__} ran; onnxruntime-genai {onnxruntime_genai.__version__} loads"
+
+
+def executorch() -> str:
+    """Lower a linear layer to XNNPACK and run the program."""
+    import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(32, 32).eval(), torch.randn(4, 32)
+    exported = torch.export.export(layer, (x,))
+    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+    method = Runtime.get().load_program(program.buffer).load_method("forward")
+    (y,) = method.execute([x])
+    if not torch.allclose(y, layer(x), atol=1e-4):
+        raise RuntimeError("the XNNPACK program's result is wrong")
+    return f"executorch {metadata.version('executorch')}: a program was lowered to XNNPACK and ran"
+
+
+def coreml() -> str:
+    """Convert a linear layer; predict where the system is macOS."""
+    import coremltools
+    import numpy as np
+    from coremltools.converters.mil import Builder
+
+    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+
+    @Builder.program(input_specs=[Builder.TensorSpec(shape=(4, 32))], opset_version=coremltools.target.iOS18)
+    def program(x: Any) -> Any:
+        return Builder.linear(x=x, weight=weight, name="y")
+
+    mac = sys.platform == "darwin"
+    model = coremltools.convert(
+        program, minimum_deployment_target=coremltools.target.iOS18, skip_model_load=not mac,
+        compute_precision=coremltools.precision.FLOAT32,
+    )  # fmt: skip
+    converted = f"coremltools {coremltools.__version__}: a program was converted"
+    if not mac:
+        return converted
+    x = np.ones((4, 32), np.float32)
+    if not np.allclose(model.predict({"x": x})["y"], x @ weight.T, atol=1e-2):
+        raise RuntimeError("Core ML's result is wrong")
+    return converted + " and ran"
+
+
+TESTS: dict[str, Callable[[], str]] = {
+    "training": training, "gguf": gguf, "onnx": onnx, "executorch": executorch, "coreml": coreml,
+}  # fmt: skip
+MODULES = {
+    "training": ("torch", "transformers"),
+    "gguf": ("gguf", "llama_cpp"),
+    "onnx": ("onnx", "onnxruntime", "onnxruntime_genai"),
+    "executorch": ("executorch",),
+    "coreml": ("coremltools",),
+}
+"""What each test imports, to tell a runtime that is absent from one that does not load."""
+
+
+def main(name: str) -> None:
+    """Print one JSON line: ``{"ok": detail}`` or ``{"failed": reason}``."""
+    try:
+        answer = {"ok": TESTS[name]()}
+    except Exception as error:  # a runtime may raise anything; doctor wants one sentence
+        lines = str(error).strip().splitlines()
+        answer = {"failed": f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"}
+    print("\n" + json.dumps(answer), flush=True)
+
+
+def absent(name: str) -> list[str]:
+    """Modules of a test that are not installed; nothing is imported but their parents."""
+    return [module for module in MODULES[name] if importlib.util.find_spec(module) is None]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

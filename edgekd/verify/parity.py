@@ -1,0 +1,331 @@
+"""Parity: how far an artifact's logits are from the reference's, and whether that passes the gate.
+
+Shapes: ``N`` windows of ``T`` token ids, ``V`` vocabulary size. Logits are float32 ``(T, V)``; every statistic is
+computed in float64, a block of rows at a time, so that memory stays near two windows of logits whatever ``V`` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import EdgekdError
+from ..session import Session
+from ..spec import Thresholds
+
+Reference = Callable[[np.ndarray], np.ndarray]
+"""Ids ``(T,)`` to logits float32 ``(T, V)``."""
+
+_BLOCK_BYTES = 8 * 2**20
+_RESAMPLES = 2000
+_GREEDY_PROMPTS = 4
+# Kernels for one row and for many round differently (up to 0.15 nats were seen where activations are int8), which flips
+# the choice between near-equal tokens: a flip counts only where token by token prefers its own by more than this.
+_TIE_NATS = 0.5
+
+_SENTENCES = (
+    # figure, threshold, whether more is worse
+    ("kl_mean", "kl_mean_max", True),
+    ("kl_p99", "kl_p99_max", True),
+    ("top1_agreement", "top1_min", False),
+    ("perplexity_ratio", "perplexity_ratio_max", True),
+)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Statistics of one window; ``kl`` is NaN where either side's logits are not usable."""
+
+    kl: np.ndarray  # (T,) nats
+    same_top1: np.ndarray  # (T,) bool
+    nll_reference: np.ndarray  # (T-1,) nats
+    nll_artifact: np.ndarray  # (T-1,) nats
+    max_difference: float
+    mean_difference: float
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Float64 log-probabilities of logits ``(..., V)``; a logit of minus infinity is a probability of zero."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _blocks(rows: int, vocab: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_BYTES // (8 * vocab))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _compare(ids: np.ndarray, reference: np.ndarray, artifact: np.ndarray) -> _Window:
+    """Statistics of one window: ids ``(T,)``, logits ``(T, V)`` of both."""
+    length, vocab = reference.shape
+    kl, same = np.empty(length), np.empty(length, bool)
+    nll = np.empty((2, length))
+    targets = np.append(ids[1:], 0)  # the last position predicts nothing; its value is dropped below
+    largest, total, entries = 0.0, 0.0, 0
+    for rows in _blocks(length, vocab):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            log_p, log_q = log_softmax(reference[rows]), log_softmax(artifact[rows])
+            p = np.exp(log_p)
+            kl[rows] = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+        difference = _difference(reference[rows], artifact[rows])
+        at = np.arange(rows.stop - rows.start), targets[rows]
+        nll[0, rows], nll[1, rows] = -log_p[at], -log_q[at]
+        same[rows] = reference[rows].argmax(-1) == artifact[rows].argmax(-1)
+        difference = difference[np.isfinite(difference)]
+        largest = max(largest, float(difference.max(initial=0.0)))
+        total, entries = total + float(difference.sum()), entries + difference.size
+    kl[~np.isfinite(kl)] = np.nan
+    same &= ~np.isnan(kl)
+    kl = np.maximum(kl, 0.0)  # rounding may leave -1e-17
+    return _Window(kl, same, nll[0, :-1], nll[1, :-1], largest, total / max(1, entries))
+
+
+def bootstrap_ci95(values: np.ndarray, weights: np.ndarray) -> list[float] | None:
+    """95 % interval of the weighted mean by resampling windows (Efron 1979, percentile method, fixed seed).
+
+    Args:
+        values: mean of each window, ``(N,)``.
+        weights: positions of each window, ``(N,)``.
+
+    Returns:
+        Low and high, or None for fewer than two windows.
+    """
+    if len(values) < 2:
+        return None
+    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    means = (values[drawn] * weights[drawn]).sum(1) / weights[drawn].sum(1)
+    return [float(edge) for edge in np.percentile(means, [2.5, 97.5])]
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Float64 absolute difference; equal infinities differ by nothing."""
+    with np.errstate(invalid="ignore"):
+        return np.where(a == b, 0.0, np.abs(a.astype(np.float64) - b))
+
+
+def _measure_window(session: Session, reference: Reference, ids: np.ndarray, number: int) -> _Window:
+    """Statistics of window ``number``; the logits are freed on return."""
+    expected = np.asarray(reference(ids))
+    session.reset()
+    got = session.prefill(ids.tolist(), all_logits=True)
+    if expected.shape != got.shape:
+        raise EdgekdError(
+            f"the reference's logits are {expected.shape}, the artifact's {got.shape}.",
+            "Compare the artifact with the student it was exported from.",
+        )
+    if np.isnan(expected).any():
+        raise EdgekdError(f"the reference's logits are not numbers (window {number}).", "Train the student again.")
+    return _compare(ids, expected, got)
+
+
+def _first_divergence(session: Session, reference: Reference, prompt: np.ndarray, tokens: int) -> int | None:
+    """Index of the first greedy token that differs, or None.
+
+    The reference need not generate: up to the first difference both have read the same tokens, so one pass over what
+    the artifact wrote shows what the reference would have written.
+    """
+    session.reset()
+    logits = session.prefill(prompt.tolist())
+    written: list[int] = []
+    for _ in range(tokens):
+        written.append(int(logits.argmax()))
+        if len(written) < tokens:
+            logits = session.decode(written[-1])
+    expected = reference(np.append(prompt, written[:-1]).astype(prompt.dtype))[len(prompt) - 1 :].argmax(-1)
+    differs = np.flatnonzero(expected != written)
+    return int(differs[0]) if len(differs) else None
+
+
+def _chunked(session: Session, ids: np.ndarray, size: int) -> np.ndarray:
+    """Logits ``(T, V)`` of a window fed ``size`` tokens at a time; 1 goes through ``decode``."""
+    logits = np.empty((len(ids), session.vocab_size), np.float32)
+    session.reset()
+    for start in range(0, len(ids), size):
+        part = ids[start : start + size].tolist()
+        if size == 1 and start:
+            logits[start] = session.decode(part[0])
+        else:
+            logits[start : start + size] = session.prefill(part, all_logits=True)
+    return logits
+
+
+def _chunk_figures(session: Session, ids: np.ndarray, chunk_sizes: Sequence[int]) -> dict[str, dict[str, float | None]]:
+    """Each chunk size, and ``all`` at once, against token by token."""
+    base = _chunked(session, ids, 1)
+    choice = base.argmax(-1)
+    rows = np.arange(len(ids))
+    figures: dict[str, dict[str, float | None]] = {}
+    for name, size in [(str(size), size) for size in chunk_sizes if size != 1] + [("all", len(ids))]:
+        logits = _chunked(session, ids, size)
+        other = logits.argmax(-1)
+        preferred = base[rows, choice].astype(np.float64) - base[rows, other]
+        largest = max(float(_difference(base[block], logits[block]).max()) for block in _blocks(*base.shape))
+        figures[name] = {
+            "max_abs_difference": largest if np.isfinite(largest) else None,
+            "argmax_equal": float((choice == other).mean()),
+            "argmax_equal_or_tied": float((preferred <= _TIE_NATS).mean()),
+        }
+    return figures
+
+
+def _check_input(session: Session, windows: np.ndarray, greedy_tokens: int, chunk_sizes: Sequence[int]) -> None:
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise EdgekdError(f"parity needs windows (N, T) with T >= 2, got {windows.shape}.", "Give it held-out text.")
+    if windows.shape[1] > session.context_length:
+        raise EdgekdError(
+            f"windows of {windows.shape[1]} tokens exceed the artifact's context of {session.context_length}.",
+            "Lower verify.context in the spec.",
+        )
+    if not 1 <= greedy_tokens < session.context_length:
+        raise EdgekdError(
+            f"greedy_tokens {greedy_tokens} must lie between 1 and the artifact's context {session.context_length}.",
+            "Change verify.greedy_tokens in the spec.",
+        )
+    if windows.min() < 0 or windows.max() >= session.vocab_size:
+        raise EdgekdError(
+            f"windows hold id {windows.max()}, the artifact has {session.vocab_size} ids.",
+            "Tokenize the held-out text with the artifact's tokenizer.",
+        )
+    if any(size < 1 for size in chunk_sizes):
+        raise EdgekdError(f"chunk sizes must be positive, got {list(chunk_sizes)}.")
+
+
+def measure(
+    session: Session,
+    reference: Reference,
+    windows: np.ndarray,
+    *,
+    greedy_tokens: int,
+    chunk_sizes: Sequence[int] = (1, 7, 32),
+) -> dict[str, Any]:
+    """Compare an artifact with its reference on held-out windows.
+
+    KL and top-1 are over all ``N*T`` positions, perplexity over the ``N*(T-1)`` that have a next token. Positions
+    where the artifact's logits are not numbers (or give a KL without bound) are counted and left out of the means.
+    Greedy prompts are the first halves of the first four windows; chunked prefill is measured on the first window.
+
+    Args:
+        session: the artifact.
+        reference: full-precision logits of one sequence.
+        windows: int ``(N, T)``.
+        greedy_tokens: tokens to generate when looking for the first that differs.
+        chunk_sizes: prefill chunks to compare with token by token.
+
+    Returns:
+        JSON-serialisable figures; KL in nats per token, logit differences in nats.
+
+    Raises:
+        EdgekdError: windows do not fit the artifact, or the vocabularies differ.
+    """
+    _check_input(session, windows, greedy_tokens, chunk_sizes)
+    results = [_measure_window(session, reference, ids, number) for number, ids in enumerate(windows)]
+    half = max(1, min(windows.shape[1] // 2, session.context_length - greedy_tokens))
+    firsts = [_first_divergence(session, reference, ids[:half], greedy_tokens) for ids in windows[:_GREEDY_PROMPTS]]
+    return _summary(results) | {
+        "greedy_tokens": greedy_tokens,
+        "greedy_prompts": len(firsts),
+        "first_diverging_token": min((first for first in firsts if first is not None), default=None),
+        "first_diverging_token_by_prompt": firsts,
+        "chunked_prefill": _chunk_figures(session, windows[0], chunk_sizes),
+    }
+
+
+def _summary(results: list[_Window]) -> dict[str, Any]:
+    """Figures over all windows."""
+    kl = np.stack([window.kl for window in results])  # (N, T)
+    usable = ~np.isnan(kl)
+    figures: dict[str, Any] = {
+        "windows": kl.shape[0],
+        "window_tokens": kl.shape[1],
+        "unusable_positions": int((~usable).sum()),
+        "kl_mean": None, "kl_mean_ci95": None, "kl_p50": None, "kl_p99": None, "kl_max": None, "kl_max_at": None,
+        "perplexity_reference": float(np.exp(np.mean([window.nll_reference for window in results]))),
+        "perplexity_artifact": None, "perplexity_ratio": None,
+    }  # fmt: skip
+    figures["top1_agreement"] = float(np.mean([window.same_top1 for window in results]))
+    figures["logit_max_abs_difference"] = max(window.max_difference for window in results)
+    figures["logit_mean_abs_difference"] = float(np.mean([window.mean_difference for window in results]))
+    if usable.any():
+        counts = usable.sum(1)
+        p50, p99 = np.percentile(kl[usable], [50, 99])
+        means = np.nansum(kl, 1) / np.maximum(counts, 1)
+        worst = np.unravel_index(np.nanargmax(kl), kl.shape)
+        figures |= {
+            "kl_mean": float(kl[usable].mean()),
+            "kl_mean_ci95": bootstrap_ci95(means[counts > 0], counts[counts > 0]),
+            "kl_p50": float(p50),
+            "kl_p99": float(p99),
+            "kl_max": float(kl[worst]),
+            "kl_max_at": {"window": int(worst[0]), "token": int(worst[1])},
+        }
+    perplexity = float(np.exp(np.mean([window.nll_artifact for window in results])))
+    if np.isfinite(perplexity):
+        figures["perplexity_artifact"] = perplexity
+        figures["perplexity_ratio"] = perplexity / figures["perplexity_reference"]
+    return figures
+
+
+def judge(figures: Mapping[str, Any], tokens: Mapping[str, Any], gate: Thresholds) -> list[str]:
+    """One sentence for each thing that fails: what, where, by how much. Empty when the artifact passes.
+
+    Differing token ids, logits that are not numbers, and chunked prefill that changes the most likely token beyond
+    a tie fail whatever the gate says.
+
+    Args:
+        figures: from :func:`measure`.
+        tokens: from :func:`edgekd.verify.tokens.check_tokens`.
+        gate: the recipe's thresholds; null ones are not judged.
+    """
+    return [*_token_failures(tokens), *_logit_failures(figures), *_threshold_failures(figures, gate)]
+
+
+def _token_failures(tokens: Mapping[str, Any]) -> Iterator[str]:
+    for kind, plural in (("string", "strings"), ("chat", "chats"), ("round trip", "round_trips")):
+        total, same = tokens[plural], tokens[f"{plural}_identical"]
+        if same < total:
+            first = next((d for d in tokens["differences"] if d["kind"] == kind), None)
+            text = f"{total - same} of {total} {plural.replace('_', ' ')} differ from the reference tokenizer's"
+            if first is not None:
+                expected, runtime = _shown(first["expected"]), _shown(first["runtime"])
+                text += f", first {first['text']!r:.80}: expected {expected}, got {runtime}"
+            yield f"tokens: {text}"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _logit_failures(figures: Mapping[str, Any]) -> Iterator[str]:
+    if unusable := figures["unusable_positions"]:
+        total = figures["windows"] * figures["window_tokens"]
+        yield f"logits: unusable (not a number, or a KL without bound) at {unusable} of {total} positions"
+    for size, chunk in figures["chunked_prefill"].items():
+        if chunk["argmax_equal_or_tied"] < 1:
+            share = 1 - chunk["argmax_equal_or_tied"]
+            yield (
+                f"chunked prefill: fed in chunks of {size}, {share:.2%} of positions have another most likely token "
+                f"than token by token, by more than {_TIE_NATS} nats"
+            )
+
+
+def _threshold_failures(figures: Mapping[str, Any], gate: Thresholds) -> Iterator[str]:
+    for figure, threshold, more_is_worse in _SENTENCES:
+        limit, value = getattr(gate, threshold), figures[figure]
+        if limit is None:
+            continue
+        if value is None:
+            yield f"{figure} could not be computed; its threshold {threshold} is {limit:.4g}"
+        elif more_is_worse and not value <= limit:
+            where = f" (worst at window {at['window']}, token {at['token']})" if (at := _worst(figures, figure)) else ""
+            yield f"{figure} {value:.4g} exceeds {limit:.4g} by {value - limit:.2g}{where}"
+        elif not more_is_worse and not value >= limit:
+            yield f"{figure} {value:.4g} is below {limit:.4g} by {limit - value:.2g}"
+
+
+def _worst(figures: Mapping[str, Any], figure: str) -> Mapping[str, int] | None:
+    return figures["kl_max_at"] if figure.startswith("kl_") else None

@@ -1,0 +1,87 @@
+"""The runtimes a student is exported to. A target is a module with three functions: ``check``, ``export``, ``open``.
+
+``TARGETS`` is the only table; entry points of the group ``edgekd.targets`` (name → module) extend it. A module is
+imported when its target is first asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import SpecError
+from ..manifest import Artifact, load_artifact
+from ..session import Session
+from ..spec import TargetSpec
+
+TARGETS = {"gguf": "edgekd.targets.gguf"}
+
+
+def target_modules() -> dict[str, str]:
+    """Name → module path of every target, installed plug-ins included."""
+    return {point.name: point.value for point in entry_points(group="edgekd.targets")} | TARGETS
+
+
+def _module(name: str) -> ModuleType:
+    modules = target_modules()
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, 1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(modules))}."
+        raise SpecError(f"targets: unknown target {name!r}; {hint}")
+    return importlib.import_module(modules[name])
+
+
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+    """Refuse, before any work, a model that the target cannot hold.
+
+    Args:
+        config: the student's ``config.json``.
+        tokenizer_folder: the folder with its ``tokenizer.json``.
+
+    Raises:
+        SpecError: no such target or recipe.
+        Unsupported: the architecture, a setting or the tokenizer has no place in the format.
+        MissingExtra: the target's packages are not installed.
+    """
+    _module(spec.target).check(config, tokenizer_folder, spec)
+
+
+def export(
+    student: Path, spec: TargetSpec, recipe: str, out_dir: Path, *, name: str, grid: Path | None = None
+) -> Artifact:
+    """Write one artifact of a student.
+
+    Args:
+        student: model folder.
+        recipe: one of the target's recipes.
+        out_dir: the artifact's folder; it must not exist yet, and appears only when whole.
+        name: the artifact's name.
+        grid: folder of the quantized student; recipes on the portable grid pack its integers as they are.
+
+    Raises:
+        EdgekdError: and its children, as ``check``; also when ``out_dir`` exists or the runtime refuses the file.
+    """
+    artifact: Artifact = _module(spec.target).export(student, spec, recipe, out_dir, name=name, grid=grid)
+    return artifact
+
+
+def open_artifact(artifact: Artifact | Path, *, threads: int | None = None) -> Session:
+    """The artifact in its own runtime. Imports neither torch nor transformers.
+
+    Args:
+        artifact: taken as checked when it is an ``Artifact``; a folder is checked against its sha256 sums first.
+        threads: default: the physical cores.
+
+    Raises:
+        BadArtifact: the folder is no whole artifact, or the runtime refuses it.
+        MissingExtra: the runtime is not installed.
+    """
+    if not isinstance(artifact, Artifact):
+        artifact = load_artifact(artifact)
+    session: Session = _module(artifact.manifest.target).open(artifact, threads=threads)
+    return session

@@ -1,0 +1,160 @@
+"""Weights into GGUF blocks, one tensor in memory at a time.
+
+Shapes: ``q (out, in)`` int8; ``scale (out, in / 32)`` float32; blocks ``(out, bytes of a row)`` uint8.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import EdgekdError
+from ..student import Checkpoint
+from ._gguf_arch import Weight
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    from ..quant.folder import Grid
+
+GROUP = 32
+
+
+def pack_q4_0(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Blocks of 32 weights: fp16 scale, then 16 bytes; byte ``j`` holds ``q[j] + 8`` low and ``q[j + 16] + 8`` high.
+
+    Args:
+        q: int8 ``(out, in)`` in [-8, 7].
+        scale: float32 ``(out, in / 32)``, exact in fp16.
+    """
+    rows, groups = scale.shape
+    codes = (q.reshape(rows, groups, 2, GROUP // 2) + 8).astype(np.uint8)
+    nibbles = codes[:, :, 0] | (codes[:, :, 1] << 4)
+    return np.concatenate([_fp16_bytes(scale), nibbles], axis=-1).reshape(rows, -1)
+
+
+def pack_q8_0(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Blocks of 32 weights: fp16 scale, then 32 int8.
+
+    Args:
+        q: int8 ``(out, in)``.
+        scale: float32 ``(out, in / 32)``, exact in fp16.
+    """
+    rows, groups = scale.shape
+    codes = np.ascontiguousarray(q).view(np.uint8).reshape(rows, groups, GROUP)
+    return np.concatenate([_fp16_bytes(scale), codes], axis=-1).reshape(rows, -1)
+
+
+def _fp16_bytes(scale: np.ndarray) -> np.ndarray:
+    half = scale.astype("<f2")
+    assert np.array_equal(half.astype(np.float32), scale), "a scale is not exact in fp16"
+    return half[..., None].view(np.uint8)
+
+
+def reorder_heads(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows ``(heads * head_dim, ...)`` of a query or key projection from halves ``(2, head_dim / 2)`` to pairs
+    ``(head_dim / 2, 2)``: transformers rotates halves, llama.cpp's Llama rotates neighbours."""
+    if not heads:
+        return rows
+    split = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def tensor_type(weight: Weight, recipe: str) -> GGMLQuantizationType:
+    """The GGUF type that a recipe gives a tensor. Rows that are no multiple of 32 cannot be blocks: ``q8_0`` keeps them
+    in fp16; the grid's int8 rows become fp32, which holds ``scale * q`` exactly."""
+    from gguf import GGMLQuantizationType as Type
+
+    from ..quant.folder import kind_of
+
+    in_blocks = weight.shape[-1] % GROUP == 0
+    if len(weight.shape) == 1:
+        return Type.F32
+    if recipe == "f16":
+        return Type.F16
+    if recipe == "q8_0":
+        return Type.Q8_0 if in_blocks else Type.F16
+    if kind_of(weight.source, weight.shape) == "int4":
+        return Type.Q4_0
+    return Type.Q8_0 if in_blocks else Type.F32
+
+
+def encode(weight: Weight, recipe: str, checkpoint: Checkpoint, grid: Grid | None) -> np.ndarray:
+    """The tensor's data as the file holds it.
+
+    Raises:
+        EdgekdError: a weight that is not finite, or does not fit fp16.
+    """
+    import gguf
+
+    if recipe == "q4_0" and len(weight.shape) == 2:
+        return _encode_grid(weight, checkpoint, grid)
+    value = reorder_heads(checkpoint.tensor(weight.source).float().numpy(), weight.heads)
+    kind = tensor_type(weight, recipe)
+    with np.errstate(over="ignore"):
+        encoded = value.astype(np.float16) if kind is gguf.GGMLQuantizationType.F16 else value
+    if not np.isfinite(encoded).all():
+        raise _not_finite(weight, checkpoint)
+    return gguf.quants.quantize(value, kind) if kind is gguf.GGMLQuantizationType.Q8_0 else encoded
+
+
+def _encode_grid(weight: Weight, checkpoint: Checkpoint, grid: Grid | None) -> np.ndarray:
+    """A matrix on the portable grid: int4 groups, or int8 rows."""
+    from ..quant.folder import kind_of
+    from ..quant.grid import quantize_int4, quantize_int8_rows
+
+    int4 = kind_of(weight.source, weight.shape) == "int4"
+    if grid is not None:
+        pair = grid.int4(weight.source) if int4 else grid.int8(weight.source)
+    else:
+        value = checkpoint.tensor(weight.source).float()
+        if not value.isfinite().all():
+            raise _not_finite(weight, checkpoint)
+        pair = quantize_int4(value) if int4 else quantize_int8_rows(value)
+    assert pair is not None, weight.source
+    q, scale = (reorder_heads(part.numpy(), weight.heads) for part in pair)
+    if int4:
+        return pack_q4_0(q, scale)
+    if q.shape[1] % GROUP:
+        return q.astype(np.float32) * scale[:, None]
+    return pack_q8_0(q, np.repeat(scale[:, None], q.shape[1] // GROUP, axis=1))
+
+
+def _not_finite(weight: Weight, checkpoint: Checkpoint) -> EdgekdError:
+    return EdgekdError(
+        f"{checkpoint.folder}: tensor {weight.source!r} has weights that are not finite, or too large for fp16.",
+        "Train the student again with a lower learning rate.",
+    )
+
+
+def write_file(
+    writer: GGUFWriter,
+    path: Path,
+    plan: list[Weight],
+    recipe: str,
+    checkpoint: Checkpoint,
+    *,
+    rope_factors: tuple[float, ...] = (),
+    grid: Grid | None = None,
+) -> None:
+    """Write a whole file: header, keys, then tensor after tensor."""
+    import gguf
+
+    for weight in plan:
+        kind = tensor_type(weight, recipe)
+        shape = gguf.quant_shape_to_byte_shape(weight.shape, kind)
+        size = int(np.prod(shape))
+        writer.add_tensor_info(weight.name, shape, np.dtype(np.uint8), size, raw_dtype=kind)
+    factors = np.array(rope_factors, np.float32)
+    if rope_factors:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for weight in plan:
+        writer.write_tensor_data(encode(weight, recipe, checkpoint, grid))
+    if rope_factors:
+        writer.write_tensor_data(factors)
+    writer.close()

@@ -1,0 +1,244 @@
+"""llama.cpp at work, through its C API: load, tokenize, prefill, decode.
+
+Shapes: ``T`` tokens, ``V`` vocabulary. Logits are float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import unicodedata
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadArtifact, EdgekdError, MissingExtra
+from ..manifest import Contract
+from ..session import sample
+
+BATCH_TOKENS = 512
+_log: deque[str] = deque(maxlen=40)
+_keep_alive: list[Any] = []
+
+
+@cache
+def runtime() -> Any:
+    """The ``llama_cpp`` module, silent and ready.
+
+    Raises:
+        MissingExtra: it is not installed.
+        EdgekdError: it is installed but does not load.
+    """
+    try:
+        import llama_cpp
+    except ModuleNotFoundError as error:
+        raise MissingExtra("llama-cpp-python", "gguf") from error
+    except (OSError, RuntimeError) as error:
+        raise EdgekdError(f"llama-cpp-python does not load: {error}.", "Run: edgekd doctor") from error
+
+    @llama_cpp.llama_log_callback
+    def remember(level: int, text: bytes, _user_data: Any) -> None:
+        if level in (3, 4):  # warnings and errors
+            _log.append(text.decode("utf-8", "replace").strip())
+
+    _keep_alive.append(remember)
+    llama_cpp.llama_log_set(remember, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def said() -> str:
+    """What llama.cpp last complained of, on one line."""
+    lines = [line for line in _log if line]
+    return " | ".join(lines[-3:]) or "it gave no reason"
+
+
+def load_model(path: Path, *, vocab_only: bool = False, pre_tokenizer: str | None = None) -> Any:
+    """A ``llama_model`` pointer; free it with ``llama_model_free``.
+
+    Args:
+        vocab_only: read the tokenizer alone.
+        pre_tokenizer: overrides the file's ``tokenizer.ggml.pre``.
+
+    Raises:
+        BadArtifact: llama.cpp refuses the file.
+    """
+    lib = runtime()
+    params = lib.llama_model_default_params()
+    params.vocab_only = vocab_only
+    overrides = (lib.llama_model_kv_override * 2)()  # the second, empty one ends the list
+    if pre_tokenizer is not None:
+        overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
+        overrides[0].key = b"tokenizer.ggml.pre"
+        overrides[0].value.val_str = pre_tokenizer.encode()
+        params.kv_overrides = overrides
+    _log.clear()
+    with path.open("rb") as file:
+        magic = file.read(4)
+    model = lib.llama_model_load_from_file(str(path).encode(), params) if magic == b"GGUF" else None
+    if not model:
+        reason = said() if magic == b"GGUF" else "it does not begin with GGUF"
+        raise BadArtifact(f"{path}: llama.cpp does not load it: {reason}.", "Export the artifact again.")
+    return model
+
+
+def tokenize(lib: Any, vocab: Any, text: str) -> list[int]:
+    """Ids of a text, special tokens in it parsed, BOS and EOS added as the file says."""
+    data = text.encode("utf-8")
+    room = len(data) + 8
+    while True:
+        ids = (lib.llama_token * room)()
+        count = lib.llama_tokenize(vocab, data, len(data), ids, room, True, True)
+        if count >= 0:
+            return list(ids[:count])
+        room = -count
+
+
+class GgufSession:
+    """A GGUF file in llama.cpp: the ``Session`` protocol. KV cache in fp16, flash attention where llama.cpp has it."""
+
+    def __init__(self, path: Path, contract: Contract, threads: int) -> None:
+        self._lib = runtime()
+        self._contract = contract
+        self._model = load_model(path)
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = contract.context_length
+        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        self._context = self._lib.llama_init_from_model(self._model, params)
+        if not self._context:
+            self._lib.llama_model_free(self._model)
+            raise EdgekdError(
+                f"{path}: llama.cpp makes no context of {contract.context_length} tokens: {said()}.",
+                "Free memory, or export with a smaller context.",
+            )
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self._one = (self._lib.llama_token * 1)()
+        self._one_batch = self._lib.llama_batch_get_one(self._one, 1)
+        self._context_length = contract.context_length
+        self._used = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Length ``V`` of the logits."""
+        return self._vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the cache holds."""
+        return self._context_length
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, brought to the contract's normal form first."""
+        self._check_open()
+        if self._contract.normalizer:
+            text = unicodedata.normalize(self._contract.normalizer, text)
+        return tokenize(self._lib, self._vocab, text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token; nothing for a special one."""
+        self._check_open()
+        self._check_ids([token])
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._check_open()
+        self._lib.llama_memory_clear(self._memory, False)
+        self._used = 0
+
+    def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+        """Append ids; logits of the last ``(V,)``, or of all ``(T, V)``."""
+        if not len(ids):
+            raise ValueError("no ids to prefill")
+        self._check_ids(ids)
+        self._check_room(len(ids))
+        pieces = [ids[i : i + BATCH_TOKENS] for i in range(0, len(ids), BATCH_TOKENS)]
+        if all_logits:
+            return np.concatenate([self._all_logits(piece) for piece in pieces])
+        for piece in pieces:
+            tokens = (self._lib.llama_token * len(piece))(*piece)
+            self._decode(self._lib.llama_batch_get_one(tokens, len(piece)), len(piece))
+        return self._last_logits()
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one id; its logits ``(V,)``."""
+        if not 0 <= token < self._vocab_size:
+            raise ValueError(f"token {token} is outside the vocabulary of {self._vocab_size}")
+        self._check_room(1)
+        self._one[0] = token
+        self._decode(self._one_batch, 1)
+        return self._last_logits()
+
+    def generate(
+        self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[int]:
+        """Yield new tokens until an end-of-sequence token, ``max_tokens``, or a full cache."""
+        rng = np.random.default_rng(seed)
+        self.reset()
+        logits = self.prefill(ids)
+        for count in range(1, max_tokens + 1):
+            token = sample(logits, temperature, rng)
+            if token in self._contract.eos_ids:
+                return
+            yield token
+            if count == max_tokens or self._used == self._context_length:
+                return
+            logits = self.decode(token)
+
+    def close(self) -> None:
+        """Free llama.cpp's memory."""
+        if self._context:
+            self._lib.llama_free(self._context)
+            self._lib.llama_model_free(self._model)
+            self._context = self._model = None
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise ValueError(f"an id of {min(ids)}..{max(ids)} is outside the vocabulary of {self._vocab_size}")
+
+    def _check_open(self) -> None:
+        if self._context is None:
+            raise ValueError("the session is closed")
+
+    def _check_room(self, count: int) -> None:
+        self._check_open()
+        if self._used + count > self._context_length:
+            raise ValueError(f"{self._used} + {count} tokens exceed the context of {self._context_length}")
+
+    def _decode(self, batch: Any, count: int) -> None:
+        if status := self._lib.llama_decode(self._context, batch):
+            raise EdgekdError(f"llama.cpp failed to decode {count} tokens (status {status}): {said()}.")
+        self._used += count
+
+    def _last_logits(self) -> np.ndarray:
+        pointer = self._lib.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(pointer, (self._vocab_size,)).copy()
+
+    def _all_logits(self, ids: Sequence[int]) -> np.ndarray:
+        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i] = token
+                batch.pos[i] = self._used + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = 1
+            self._decode(batch, len(ids))
+        finally:
+            self._lib.llama_batch_free(batch)
+        pointer = self._lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, (len(ids), self._vocab_size)).copy()

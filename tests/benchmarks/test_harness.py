@@ -1,0 +1,181 @@
+"""The harness with real processes: a NumPy runtime of known speed, children that die, and a real GGUF."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from edgekd.benchmarks.harness import bench, describe_machine
+from edgekd.benchmarks.metrics import Traffic
+from edgekd.errors import EdgekdError
+from edgekd.manifest import Contract, write_artifact
+from edgekd.spec import BenchSpec
+
+HERE = Path(__file__).parent
+SPEC = BenchSpec(prompt_tokens=[20, 5], decode_tokens=12, runs=2, threads=1)
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))  # spawned processes inherit sys.path
+    return importlib.import_module("numpy_runtime")
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    contract = Contract(
+        context_length=64, vocab_size=257, bos_id=None, eos_ids=[256], add_bos=False, chat_template=None
+    )
+    return write_artifact(
+        tmp_path, name="tiny-f32", target="numpy", recipe="f32", runtime="numpy", main_file="model.bin",
+        student_digest="0", parameters=1000, bits_per_weight=32.0, contract=contract, versions={},
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_bandwidth_buffer(monkeypatch):
+    monkeypatch.setattr("edgekd.benchmarks.harness.bandwidth_buffer_bytes", lambda: 64 * 2**20)
+
+
+def test_times_of_a_runtime_of_known_speed(runtime, artifact):
+    events = []
+    result = bench(runtime.open_slow, artifact, SPEC, traffic=Traffic(4000, 100), on_event=events.append)
+    json.dumps(result, allow_nan=False)
+    assert events == [{"run": 1, "runs": 2}, {"run": 2, "runs": 2}]
+    # Sleeping is exact from below; above, a busy machine may add a good deal.
+    assert 0.1 <= result["load_s"]["value"] < 1
+    assert 0.005 <= result["ttft_s"]["5"]["value"] < 0.2
+    assert 0.02 <= result["ttft_s"]["20"]["value"] < 0.2
+    assert 100 < result["prefill_tokens_per_s"]["20"]["value"] <= 1000
+    assert 25 < result["decode_tokens_per_s"]["value"] <= 250
+    assert 0.004 <= result["inter_token_p50_s"]["value"] <= result["inter_token_p95_s"]["value"] < 0.2
+    assert len(result["inter_token_s"]["samples"]) == 2 * 12
+    for key in ("load_s", "decode_tokens_per_s", "inter_token_p95_s", "peak_rss_bytes", "decode_roofline_fraction"):
+        assert len(result[key]["samples"]) == 2
+    grown = result["peak_rss_bytes"]["value"] - result["rss_before_load_bytes"]["value"]
+    assert 64 * 2**20 <= grown < 128 * 2**20
+    assert result["bytes_per_token"]["value"] == 4000 + 100 * (20 + 6)
+    expected = result["decode_tokens_per_s"]["value"] * 4000 / result["bandwidth_bytes_per_s"]["value"]
+    assert result["decode_roofline_fraction"]["value"] == pytest.approx(expected * 6600 / 4000)
+    assert result["energy_j_per_token"] is None
+    assert result["settings"]["prompt_tokens"] == [5, 20]
+    assert result["settings"]["decode_after_tokens"] == 20
+    assert result["settings"]["torch_in_process"] is False
+
+
+def test_a_child_does_not_inherit_its_parents_peak(runtime, artifact):
+    """The parent held 300 MB; a child that copied its peak (as ru_maxrss does) would show them."""
+    ballast = bytearray(b"x") * (300 * 2**20)
+    result = bench(runtime.open_numpy, artifact, BenchSpec(prompt_tokens=[4], decode_tokens=2, runs=1, threads=1))
+    assert len(ballast)
+    assert result["peak_rss_bytes"]["value"] < 250 * 2**20
+    # 1000 parameters of 32 bits
+    assert result["bytes_per_token"] == {"value": 4000, "source": "computed:manifest", "samples": []}
+
+
+def test_more_tokens_than_the_context_are_refused_before_work(artifact):
+    with pytest.raises(EdgekdError, match=r"bench.prompt_tokens 60 .* exceed the context of tiny-f32, 64 tokens"):
+        bench(None, artifact, BenchSpec(prompt_tokens=[8, 60], decode_tokens=5))
+
+
+@pytest.mark.parametrize(
+    ("opener", "message"),
+    [
+        ("open_and_die", r"run 1 of 2\) was ended by SIGILL\. .*edgekd doctor"),
+        ("open_and_exit", r"exit code 7"),
+        ("open_without_extra", r'some-runtime is not installed\. Run: pip install "edgekd\[some\]"'),
+        ("open_and_raise", r"RuntimeError: unknown opcode 7"),
+    ],
+)
+def test_a_child_that_fails_is_one_sentence(runtime, artifact, opener, message):
+    with pytest.raises(EdgekdError, match=message):
+        bench(getattr(runtime, opener), artifact, SPEC)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+import numpy_runtime
+from edgekd.benchmarks import harness
+from edgekd.manifest import load_artifact
+from edgekd.spec import BenchSpec
+harness.bandwidth_buffer_bytes = lambda: 2**20
+if __name__ == "__main__":
+    harness.bench(numpy_runtime.open_and_hang, load_artifact({folder!r}), BenchSpec(prompt_tokens=[4], decode_tokens=2))
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_no_child_outlives_its_parent(artifact, tmp_path_factory, end):
+    script = tmp_path_factory.mktemp("script") / "run.py"
+    script.write_text(SCRIPT.format(here=str(HERE), folder=str(artifact.folder)))
+    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE)
+    pid_file = artifact.folder / "pid"
+    child = psutil.Process(int(_eventually(lambda: pid_file.is_file() and pid_file.read_text())))
+    assert child.is_running()
+    os.kill(parent.pid, end)
+    parent.communicate(timeout=20)
+    assert parent.returncode != 0
+    _eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def _eventually(condition, timeout_s: float = 20.0):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("did not happen in time")
+
+
+def test_the_machine_is_described():
+    machine = describe_machine()
+    json.dumps(machine)
+    assert machine["cpu"]
+    assert machine["logical_cores"] >= 1
+    assert machine["ram_bytes"] > 2**28
+
+
+def test_a_real_gguf(tmp_path):
+    pytest.importorskip("llama_cpp")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    from edgekd.spec import TargetSpec
+    from edgekd.student import save_model
+    from edgekd.targets import export, open_artifact
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    config = transformers.Qwen3Config(
+        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0,
+        bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    save_model(transformers.Qwen3ForCausalLM(config), tokenizer, tmp_path / "student")
+    gguf = TargetSpec(target="gguf", recipes=["q8_0"])
+    artifact = export(tmp_path / "student", gguf, "q8_0", tmp_path / "artifact", name="tiny-q8_0")
+
+    result = bench(open_artifact, artifact, SPEC)
+    json.dumps(result, allow_nan=False)
+    assert result["settings"]["torch_in_process"] is False
+    assert result["ttft_s"]["20"]["value"] > 0
+    assert result["decode_tokens_per_s"]["value"] > 10
+    assert result["peak_rss_bytes"]["value"] > result["rss_before_load_bytes"]["value"]
+    weights = artifact.manifest.parameters * artifact.manifest.bits_per_weight / 8
+    assert result["bytes_per_token"]["value"] == pytest.approx(weights, abs=1)

@@ -1,0 +1,335 @@
+"""The report: what it says, that it is honest about what is missing, and that it stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import plotly.graph_objects
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgekd.benchmarks import figures as show
+from edgekd.benchmarks import report
+from edgekd.benchmarks.report_artifacts import points
+from edgekd.benchmarks.report_words import seed_words, summary
+from edgekd.errors import EdgekdError
+
+
+def _figure(value: float, *samples: float) -> dict[str, Any]:
+    return {"value": value, "source": "measured:clock", "samples": list(samples or (value,))}
+
+
+def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[str] | None = None) -> dict[str, Any]:
+    return {
+        "folder": f"runs/quickstart/artifacts/gguf-{recipe}",
+        "size_bytes": int(size),
+        "manifest": {
+            "name": "quickstart", "target": "gguf", "recipe": recipe, "bits_per_weight": size * 8 / 6.03e6,
+            "parity": {
+                "kl_mean": kl, "kl_p99": 11 * kl, "kl_max": 40 * kl, "kl_mean_ci95": [0.9 * kl, 1.12 * kl],
+                "top1_agreement": 1 - 2 * kl**0.8, "perplexity_reference": 6.9312, "perplexity_artifact": 6.9312 + kl,
+                "perplexity_ratio": (6.9312 + kl) / 6.9312, "first_diverging_token": None if kl < 1e-3 else 11,
+                "tokens": {"strings": 231, "strings_identical": 231, "chats": 12, "chats_identical": 12},
+                "failures": failures or [],
+            },
+            "benchmark": {
+                "load_s": _figure(0.021, 0.019, 0.021, 0.024),
+                "ttft_s": {"32": _figure(0.0093, 0.0091, 0.0093, 0.0102), "256": _figure(0.0612, 0.06, 0.0612, 0.071)},
+                "prefill_tokens_per_s": {"32": _figure(3441, 3137, 3441, 3516), "256": _figure(4183, 3605, 4183, 4266)},
+                "decode_tokens_per_s": _figure(speed, 0.97 * speed, speed, 1.02 * speed),
+                "inter_token_p50_s": _figure(1 / speed), "inter_token_p95_s": _figure(1.4 / speed),
+                "peak_rss_bytes": _figure(9.1e7 + size), "decode_roofline_fraction": _figure(speed * size / 2.9e10),
+                "bandwidth_bytes_per_s": _figure(2.9e10), "bytes_per_token": _figure(size), "energy_j_per_token": None,
+                "machine": {"cpu": "Intel(R) Xeon(R)", "cores": 2, "ram_bytes": 25 * 10**9, "os": "Linux 6.1"},
+            },
+        },
+    }  # fmt: skip
+
+
+def results() -> dict[str, Any]:
+    """A run as the pipeline reports it."""
+    steps = range(100, 1300, 100)
+    return {
+        "name": "quickstart",
+        "created": "2026-11-24T08:00:00+00:00",
+        "spec": {"name": "quickstart", "distill": {"steps": 1200}},
+        "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "llama-cpp-python": "0.3.36"},
+        "quality": {
+            "teacher": {"parameters": 15_900_000, "perplexity": 5.12, "next_token_accuracy": 0.6411, "tokens": 262144},
+            "student": {
+                "parameters": 6_030_000, "perplexity": 6.93, "next_token_accuracy": 0.5969, "tokens": 262144,
+                "kl_to_teacher": 0.291, "top1_agreement_with_teacher": 0.742,
+            },
+            "baseline": {
+                "parameters": 6_030_000, "perplexity": 7.71, "next_token_accuracy": 0.5783, "tokens": 262144,
+                "kl_to_teacher": 0.402, "top1_agreement_with_teacher": 0.706,
+            },
+        },
+        "seeds": [
+            {
+                "seed": seed,
+                "student": {"perplexity": 6.93 + d, "next_token_accuracy": 0.5969 - d / 40},
+                "baseline": {"perplexity": 7.71 - d, "next_token_accuracy": 0.5783 + d / 40},
+            }
+            for seed, d in enumerate((0.0, 0.04, -0.03))
+        ],
+        "training": {
+            "student": [{"step": s, "loss": 0.9, "validation_perplexity": 6.8 + 2400 / s} for s in steps],
+            "baseline": [{"step": s, "loss": 2.0, "validation_perplexity": 7.5 + 3100 / s} for s in steps],
+        },
+        "ledger": [
+            {"from": "teacher", "to": "student", "kl_mean": 0.291, "kl_ci95": None, "top1": 0.742,
+             "perplexity_from": 5.12, "perplexity_to": 6.93},
+            *({"from": "student", "to": f"gguf-{n}", "kl_mean": kl, "kl_ci95": [0.9 * kl, 1.12 * kl], "top1": 1 - kl,
+               "perplexity_from": 6.9312, "perplexity_to": 6.9312 + kl}
+              for n, kl in (("f16", 3.1e-7), ("q8_0", 2.4e-4), ("q4_k_m", 0.0094), ("q4_0", 0.0217))),
+        ],
+        "artifacts": [
+            _artifact("f16", 12.4e6, 3.1e-7, 611),
+            _artifact("q8_0", 6.71e6, 2.4e-4, 903),
+            _artifact("q4_k_m", 4.9e6, 0.0094, 861),
+            _artifact("q4_0", 4.62e6, 0.0217, 1012),
+        ],
+        "stages": [
+            {"name": "data", "seconds": 14.2, "skipped": True}, {"name": "student", "seconds": 244.0},
+            {"name": "baseline", "seconds": 181.0}, {"name": "export gguf-q4_0", "seconds": 0.8},
+        ],
+        "commands": [
+            "edgekd run quickstart --out runs/quickstart",
+            "edgekd export runs/quickstart/student OUT --target gguf --recipe q4_0 --grid runs/quickstart/quantized",
+        ],
+    }  # fmt: skip
+
+
+class _Page(HTMLParser):
+    """Visible text, tags and attributes of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self._hidden = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self._hidden = tag if tag in ("script", "style", "title") else self._hidden
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = "" if tag == self._hidden else self._hidden
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("report") / "made" / "report.html"
+    assert report.build(results(), out) == out
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+    return out.read_text("utf-8")
+
+
+def _words(found: dict[str, Any]) -> str:
+    return _Page(report.render(found)).words
+
+
+def test_it_begins_with_the_run_in_words(page: str) -> None:
+    words = _Page(page).words
+    assert (
+        "The student has 6.0M of the teacher's 15.9M parameters and keeps 93.1 % of its next-token accuracy." in words
+    )
+    assert "Trained on labels alone, the same student keeps 90.2 %." in words
+    assert "All 4 artifacts passed the gate. The smallest, GGUF q4_0, takes 4.62 MB" in words
+    assert words.index("keeps 93.1 %") < words.index("Student, baseline and teacher")
+
+
+def test_it_needs_nothing_but_itself(page: str) -> None:
+    parsed = _Page(page)
+    assert parsed.links == []
+    assert "link" not in parsed.tags and "img" not in parsed.tags and "iframe" not in parsed.tags
+    assert "default-src 'none'" in page
+    assert page.count("plotly.js v") == 1
+    assert len(page) < 6_000_000
+
+
+def test_every_chart_has_its_place_and_is_a_figure_plotly_accepts(page: str) -> None:
+    match = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.DOTALL)
+    assert match
+    charts = json.loads(re.sub(r"var\(--[a-z]+\)", "#123456", match[1]))
+    assert set(charts) == {"accuracy", "perplexity", "validation", "ledger", "pareto"}
+    for name, chart in charts.items():
+        assert f'id="{name}"' in page
+        figure = plotly.graph_objects.Figure(chart)  # raises on an unknown property or a wrong value
+        assert len(figure.data) > 0
+
+
+def test_colours_of_the_charts_are_defined_for_light_dark_and_print(page: str) -> None:
+    used = set(re.findall(r"var\((--[a-z]+)\)", page.partition("</style>")[2]))
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(blocks) == 3 and used
+    for block in blocks:
+        assert used <= set(re.findall(r"(--[a-z]+):", block))
+
+
+def test_what_is_missing_is_not_measured_and_never_zero() -> None:
+    found = results()
+    found["quality"]["baseline"] = None
+    found["seeds"] = None
+    found["artifacts"] = found["artifacts"][:1]
+    found["artifacts"][0]["manifest"] |= {"parity": None, "benchmark": None}
+    words = _words(found)
+    assert "what distilling gave is unknown" in words and "Label-only" not in words.replace("label-only", "")
+    assert "One seed only" in words and "Not verified: GGUF f16." in words and "Not timed: GGUF f16." in words
+    assert "No artifact was verified." in words and "its speed was not measured" in words
+    table = words.partition("Artifacts ")[2].partition("Limits")[0]
+    assert table.count("not measured") >= 15
+    assert not re.search(r"(?<![\d.])0(?:\.0+)?(?![\d.])", table)
+
+
+def test_empty_results_still_make_a_page() -> None:
+    words = _words({})
+    assert "The student's quality was not measured in this run." in words
+    assert "No artifact was exported in this run." in words
+    assert words.count("not measured") >= 6
+
+
+def test_a_failed_gate_is_told_first_and_does_not_win() -> None:
+    found = results()
+    found["artifacts"][3]["manifest"]["parity"]["failures"] = ["kl_mean 0.0217 exceeds 0.02 by 0.0017"]
+    words = _words(found)
+    assert "1 of 4 verified artifacts failed the gate: GGUF q4_0." in words
+    assert "Failed gates GGUF q4_0 : kl_mean 0.0217 exceeds 0.02 by 0.0017" in words
+    assert "To begin with: GGUF q4_k_m" in words and "3 of 4" in words
+    assert "GGUF q4_0 failed its gate, so it does not compete" in words
+
+
+def test_a_baseline_that_is_better_is_said_to_be() -> None:
+    found = results()
+    found["quality"]["baseline"]["next_token_accuracy"] = 0.62
+    assert "more than the distilled one: here distilling did not help" in _words(found)
+
+
+HOSTILE = "</script><script>alert('x')</script><!-- & \" \u2028"
+
+
+def test_text_from_outside_stays_text() -> None:
+    found = results()
+    found["name"] = HOSTILE
+    found["commands"] = [HOSTILE]
+    found["stages"] = [{"name": HOSTILE, "seconds": 1.0}]
+    found["versions"] = {HOSTILE: HOSTILE}
+    found["ledger"][1]["to"] = HOSTILE
+    found["artifacts"][0]["manifest"] |= {"recipe": HOSTILE, "target": HOSTILE}
+    found["artifacts"][0]["manifest"]["parity"]["failures"] = [HOSTILE]
+    found["artifacts"][0]["folder"] = HOSTILE
+    page = report.render(found)
+    assert _Page(page).tags.count("script") == 3
+    assert "<script>alert" not in page
+    assert HOSTILE[:40] in " ".join(_Page(page).text)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    artifacts = [
+        _artifact("a", 10e6, 0.001, 500), _artifact("b", 5e6, 0.01, 900),
+        _artifact("c", 6e6, 0.02, 800), _artifact("d", 4e6, 0.5, 950, ["failed"]),
+    ]  # fmt: skip
+    assert [p.on_front for p in points(artifacts)] == [True, True, False, False]
+    artifacts[1]["manifest"]["benchmark"] = None  # an unmeasured rival beats nobody
+    assert [p.on_front for p in points(artifacts)] == [True, False, True, False]
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=8))
+def test_the_front_is_never_empty_and_covers_the_rest(values: list[tuple[int, int, int]]) -> None:
+    marked = points([_artifact(str(i), size, kl, speed) for i, (size, kl, speed) in enumerate(values)])
+    front = [v for v, p in zip(values, marked, strict=True) if p.on_front]
+    for size, kl, speed in values:
+        assert any(s <= size and k <= kl and v >= speed for s, k, v in front)
+
+
+def test_seeds_that_overlap_prove_nothing() -> None:
+    def rows(*values: float) -> list[dict[str, Any]]:
+        return [{"perplexity": v} for v in values]
+
+    apart = seed_words({"student": rows(6.9, 7.0), "baseline": rows(7.5, 7.6)})
+    assert "beats the best label-only one by 0.50, more than the wider spread of 0.10" in apart
+    near = seed_words({"student": rows(6.9, 7.4), "baseline": rows(7.5, 7.6)})
+    assert "but not more than the wider spread of 0.50" in near
+    assert "do not show that distilling helped" in seed_words({"student": rows(6.9, 7.5), "baseline": rows(7.5, 7.6)})
+    assert seed_words({"student": rows(6.9), "baseline": rows(7.5)}) == ""
+
+
+def test_the_summary_says_which_figure_is_missing() -> None:
+    words = " ".join(summary({"student": {"parameters": 6e6, "next_token_accuracy": 0.6}}, []))
+    assert "was not measured" in words and "0 %" not in words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (show.significant(0.0217), "0.0217"), (show.significant(3.1e-7), "3.1×10⁻⁷"), (show.significant(9.996), "10.0"),
+        (show.significant(1012.4), "1012"), (show.significant(262144), "262\u202f144"), (show.significant(0), "0"),
+        (show.significant(-0.5), "−0.500"), (show.percent(0.9312), "93.1 %"), (show.size(4_620_000), "4.62 MB"),
+        (show.size(812), "812 B"), (show.duration(0.0093), "9.30 ms"), (show.duration(244), "4 min 4 s"),
+        (show.duration(59.99), "60.0 s"), (show.duration(3600), "1 h 0 min"), (show.parameters(6_030_000), "6.0M"),
+        (show.spread([0.019, 0.024], show.duration), "19.0–24.0 ms"),
+        (show.spread([0.9, 1.2], show.duration), "900 ms–1.20 s"),
+    ],
+)  # fmt: skip
+def test_figures_read_well(text: str, expected: str) -> None:
+    assert text.replace("\u00a0", " ") == expected
+
+
+@given(st.floats(1e-3, 1e12), st.integers(2, 6))
+def test_rounding_keeps_the_digits_asked_for(x: float, digits: int) -> None:
+    read = float(show.significant(x, digits).replace("\u202f", ""))
+    assert abs(read - x) <= 0.5001 * 10 ** (1 - digits) * x
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "text", True, {}, {"value": None}, []])
+def test_what_is_no_number_is_not_measured(value: Any) -> None:
+    for text in (show.significant, show.percent, show.size, show.duration, show.count, show.parameters):
+        assert text(value) == show.NOT_MEASURED
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["kl_mean", "kl_mean_ci95", "top1_agreement", "first_diverging_token"]), _JSON, _JSON)
+def test_odd_figures_do_not_stop_the_report(key: str, parity: Any, quality: Any) -> None:
+    found = results()
+    found["artifacts"][0]["manifest"]["parity"][key] = parity
+    found["artifacts"][1]["manifest"]["benchmark"]["decode_tokens_per_s"] = parity
+    found["quality"]["student"]["perplexity"] = quality
+    found["training"]["student"][3]["validation_perplexity"] = quality
+    found["ledger"][2]["kl_ci95"] = parity
+    json.dumps(report.view(found)["charts"], allow_nan=False)
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgekdError, match="cannot be written"):
+        report.build({}, tmp_path / "file" / "report.html")
+
+
+def test_many_artifacts_are_split_evenly() -> None:
+    assert [len(part) for part in report.in_columns(list(range(13)))] == [5, 5, 3]
+    assert [len(part) for part in report.in_columns(list(range(6)))] == [6]
+    assert report.in_columns([]) == []

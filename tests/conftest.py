@@ -1,0 +1,36 @@
+"""Settings of the whole suite, and a tiny random teacher for the tests that need a whole model folder."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A shared machine stalls now and then: a slow example is not a failing one.
+settings.register_profile("edgekd", deadline=None)
+settings.load_profile("edgekd")
+
+VOCAB = 320
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """A Qwen3-shaped model folder with a real byte-level BPE: 3 layers of 64, vocabulary 320, context 128."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from edgekd.distill.corpus import stdlib_corpus
+    from edgekd.teachers import train_pycode
+
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = train_pycode.train_tokenizer(stdlib_corpus().validation[:5], vocab_size=VOCAB, context=128)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32, max_position_embeddings=128, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,248 @@
+"""Reading, splitting, tokenizing and packing; chats and their loss masks."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgekd.distill.chat import render_chat
+from edgekd.distill.corpus import stdlib_corpus
+from edgekd.distill.data import load_windows, prepare
+from edgekd.errors import EdgekdError, SpecError
+from edgekd.spec import DataSpec
+from edgekd.student import load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_teacher):
+    return load_tokenizer(tiny_teacher)
+
+
+def _prepare(tmp_path, tokenizer, seed=0, **spec):
+    shares = {"validation_share": 0.2, "test_share": 0.2, "context": 16}
+    return prepare(
+        DataSpec(**{**shares, **spec}), tokenizer, tmp_path / "out", seed=seed, base=tmp_path,
+    )  # fmt: skip
+
+
+def _jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b\n" for i in range(60)]
+
+
+def _texts_of(folder, tokenizer):
+    """The documents of each split, read back from the windows."""
+    found = {}
+    for split in ("train", "validation", "test"):
+        ids = load_windows(folder, split).ids.flatten().tolist()
+        found[split] = tokenizer.decode(ids).split(tokenizer.eos_token)
+    return found
+
+
+def test_jsonl_parquet_and_text_give_the_same_windows(tmp_path, tokenizer):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    _jsonl(tmp_path / "a.jsonl", [{"id": i, "body": text} for i, text in enumerate(TEXTS)])
+    pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text)
+    seen = []
+    for source in (
+        {"source": "jsonl", "paths": ["*.jsonl"], "column": "body"},
+        {"source": "parquet", "paths": ["a.parquet"], "column": "body"},
+        {"source": "text", "paths": ["texts/**/*.txt"]},
+    ):
+        figures = _prepare(tmp_path, tokenizer, **source)
+        windows = {split: load_windows(tmp_path / "out", split) for split in ("train", "validation", "test")}
+        seen.append((figures, {split: w.ids.tolist() for split, w in windows.items()}))
+        for split, w in windows.items():
+            assert w.ids.shape == w.loss_mask.shape == (figures[f"{split}_windows"], 16)
+            assert w.ids.dtype is not None and w.loss_mask.min() == 1
+            assert figures[f"{split}_windows"] == figures[f"{split}_tokens"] // 16
+    assert seen[0] == seen[1] == seen[2]
+    assert sum(seen[0][0][f"{split}_documents"] for split in windows) == 60
+    assert sum(seen[0][0][f"{split}_bytes"] for split in windows) == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_no_document_lies_in_two_splits_and_duplicates_go(tmp_path, tokenizer):
+    _jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS * 3] + [{"text": ""}, {"text": None}])
+    figures = _prepare(tmp_path, tokenizer, source="jsonl", paths=["a.jsonl"])
+    assert figures["duplicates_dropped"] == 120
+    splits = _texts_of(tmp_path / "out", tokenizer)
+    whole = {split: set(TEXTS) & set(texts) for split, texts in splits.items()}
+    assert all(whole.values())
+    assert not whole["train"] & whole["test"] and not whole["train"] & whole["validation"]
+    assert not whole["test"] & whole["validation"]
+    # The order of the rows and their number do not move a document to another split.
+    _jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS[::-1]])
+    _prepare(tmp_path, tokenizer, source="jsonl", paths=["a.jsonl"])
+    again = _texts_of(tmp_path / "out", tokenizer)
+    assert not set(again["train"]) & whole["test"] and not set(again["test"]) & whole["train"]
+
+
+def test_packing_is_the_concatenation_of_the_documents(tmp_path, tokenizer):
+    _jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    _prepare(tmp_path, tokenizer, source="jsonl", paths=["a.jsonl"])
+    for split, texts in _texts_of(tmp_path / "out", tokenizer).items():
+        flat = [i for text in texts[:-1] for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+        packed = load_windows(tmp_path / "out", split).ids.flatten().tolist()
+        assert packed[: len(flat)] == flat and len(packed) - len(flat) < 64
+
+
+def test_one_long_text_file_can_be_split(tmp_path, tokenizer):
+    paragraphs = [f"paragraph {i} " + "word " * 120 for i in range(900)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    figures = _prepare(tmp_path, tokenizer, source="text", paths=["*.txt"])
+    assert figures["not_utf8_skipped"] == 1 and figures["test_documents"] and figures["validation_documents"]
+    lengths = [figures[f"{split}_bytes"] for split in ("train", "validation", "test")]
+    assert sum(lengths) == pytest.approx(len("\n\n".join(paragraphs)), rel=1e-3)
+
+
+def test_the_standard_library_keeps_its_own_split(tmp_path, tokenizer, monkeypatch):
+    import edgekd.distill.data as data
+
+    whole = stdlib_corpus()
+    small = type(whole)(whole.train[:3], whole.validation[:2], whole.test[:2], whole.stats)
+    monkeypatch.setattr(data, "stdlib_corpus", lambda include_tests: small)
+    figures = _prepare(tmp_path, tokenizer, source="stdlib")
+    assert [figures[f"{split}_documents"] for split in ("train", "validation", "test")] == [3, 2, 2]
+    assert _texts_of(tmp_path / "out", tokenizer)["test"][0] == small.test[0]
+    assert figures["near_duplicates_dropped"] == whole.stats["near_duplicates_dropped"]
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "It is 4."},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "content": "6."},
+]
+TEMPLATES = {
+    "chatml": None,
+    "generation": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    ),
+    "trims": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+    ),
+    # As Qwen3's: the last turn is wrapped in an empty thought, the earlier ones are not.
+    "rewrites": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}"
+    ),
+}
+
+
+def _learned(text, spans):
+    return [text[a:b] for a, b in spans]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_only_the_assistants_words_and_their_end_are_learned(tiny_teacher, name):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = TEMPLATES[name] or tokenizer.chat_template
+    text, spans = render_chat(CHAT, tokenizer)
+    assert text == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert _learned(text, spans) == ["It is 4.<|im_end|>", "6.<|im_end|>"]
+    spaced = [*CHAT[:-1], {"role": "assistant", "content": "  6.\n"}]
+    assert "6." in _learned(*render_chat(spaced, tokenizer))[1]
+
+
+def test_the_span_agrees_with_the_template_that_marks_it(tiny_teacher):
+    """transformers' own mask, from {% generation %}, is the reference."""
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = TEMPLATES["generation"]
+    reference = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    text, spans = render_chat(CHAT, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    from edgekd.distill.data import _mask
+
+    assert encoded["input_ids"] == reference["input_ids"]
+    assert _mask(encoded["offset_mapping"], spans) == list(reference["assistant_masks"])
+
+
+def test_reasoning_in_the_last_turn_is_learned_too(tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content and loop.last %}<think>"
+        "{{ m.content.split('</think>')[0] }}</think>{% endif %}{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    chat = [CHAT[1], {"role": "assistant", "content": "2 and 2</think>It is 4."}]
+    assert _learned(*render_chat(chat, tokenizer)) == ["<think>2 and 2</think>It is 4.<|im_end|>"]
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=4), st.text(max_size=20))
+def test_any_content_is_found_again(tokenizer, answers, question):
+    chat = []
+    for answer in answers:
+        chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text, spans = render_chat(chat, tokenizer)
+    assert _learned(text, spans) == [answer + "<|im_end|>" for answer in answers]
+
+
+def test_chats_become_windows_with_masks(tmp_path, tokenizer):
+    rows = [{"messages": [*CHAT[:3], {"role": "user", "content": f"{i}"}, CHAT[-1]]} for i in range(60)]
+    rows += [{"messages": [CHAT[1]]}]  # nobody answers
+    _jsonl(tmp_path / "a.jsonl", rows)
+    figures = _prepare(tmp_path, tokenizer, source="jsonl", paths=["a.jsonl"], chat=True, column="messages", context=32)
+    assert figures["unusable_chats_skipped"] == 1
+    windows = load_windows(tmp_path / "out", "train")
+    assert windows.loss_mask[:, 1:].any(1).all() and not windows.loss_mask.all()
+    ids, mask = windows.ids.numpy().ravel(), windows.loss_mask.numpy().ravel().astype(bool)
+    learned = tokenizer.decode(ids[mask])
+    assert set(learned.split("<|im_end|>")) >= {"It is 4.", "6."}
+    assert not np.isin(ids[mask], [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_start|>")]).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "spec", "message"),
+    [
+        (None, {}, r"a\.jsonl: no such file"),
+        ([], {}, "holds no usable document"),
+        ([{"body": "x"}], {}, r"no column 'text'\. It has: body"),
+        ([{"text": 3}], {}, r"'text' holds int, not text .*row 1"),
+        ([{"text": [{"role": "user", "content": "x"}]}], {}, r"holds list.*data\.chat: true"),
+        ([{"text": "x"}], {"chat": True}, "is not a chat"),
+        ([{"text": [{"role": "user", "content": "x"}]}], {"chat": True}, "holds no usable document"),
+        ([{"text": "x"}], {}, r"split of a\.jsonl has .* less than one window of data\.context 16"),
+        ("not json", {}, "cannot be read as jsonl"),
+    ],
+)
+def test_bad_data_is_said_in_one_sentence_and_leaves_nothing(tmp_path, tokenizer, rows, spec, message):
+    if isinstance(rows, str):
+        (tmp_path / "a.jsonl").write_text(rows)
+    elif rows is not None:
+        _jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(SpecError, match=message):
+        _prepare(tmp_path, tokenizer, source="jsonl", paths=["a.jsonl"], **spec)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_an_end_or_a_template(tiny_teacher, tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    bare = load_tokenizer(tiny_teacher)
+    bare.chat_template = None
+    with pytest.raises(SpecError, match="no chat template"):
+        _prepare(tmp_path, bare, source="text", paths=["a.txt"], chat=True)
+    bare.eos_token = None
+    with pytest.raises(SpecError, match="no end-of-text token"):
+        _prepare(tmp_path, bare, source="text", paths=["a.txt"])
+
+
+def test_a_truncated_file_of_windows_is_named(tmp_path, tokenizer):
+    _jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    _prepare(tmp_path, tokenizer, source="jsonl", paths=["a.jsonl"])
+    path = tmp_path / "out" / "train.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(EdgekdError, match=r"train\.safetensors: not readable"):
+        load_windows(tmp_path / "out", "train")

@@ -1,0 +1,262 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from edgekd.errors import DoesNotFit, EdgekdError
+from edgekd.quant import folder as folder_module
+from edgekd.quant.folder import grid_digest, open_grid, write_grid
+from edgekd.quant.grid import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8_rows
+
+VOCAB = 160
+
+
+def make_student(path: Path, kind: str, *, tied: bool, hidden: int = 64, dtype: torch.dtype = torch.float32) -> Path:
+    """A random two-layer model folder, in shards, with a file that stands for the tokenizer."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**shape))
+    model.to(dtype).save_pretrained(path, max_shard_size="60KB")
+    (path / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
+    return path
+
+
+def expected(name: str, w: torch.Tensor) -> torch.Tensor:
+    """The grid's value of a student's tensor, without the folder."""
+    if w.ndim != 2:
+        return w.float()
+    if "embed_tokens" in name or "lm_head" in name or w.shape[1] % 32:
+        return dequantize_int8(*quantize_int8_rows(w))
+    return dequantize_int4(*quantize_int4(w))
+
+
+def student_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(tmp_path: Path, kind: str, tied: bool, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(folder_module, "BLOCK_WEIGHTS", 500)  # several blocks a matrix
+    monkeypatch.setattr(folder_module, "SHARD_BYTES", 10_000)  # several shards
+    student = make_student(tmp_path / "student", kind, tied=tied, dtype=dtype)
+    steps: list[tuple[int, int]] = []
+    figures = write_grid(student, tmp_path / "grid", on_progress=lambda done, total: steps.append((done, total)))
+    grid = open_grid(tmp_path / "grid")
+
+    original = student_tensors(student)
+    assert grid.names() == sorted(original)
+    assert ("lm_head.weight" in grid.names()) is not tied
+    for name, w in original.items():
+        assert torch.equal(grid.tensor(name), expected(name, w)), name
+        assert grid.shape(name) == tuple(w.shape)
+        assert [grid.int4(name), grid.int8(name), grid.plain(name)].count(None) == 2
+        if (plain := grid.plain(name)) is not None:
+            assert plain.dtype == dtype and torch.equal(plain, w)
+    q, scale = grid.int4("model.layers.1.mlp.down_proj.weight")
+    assert torch.equal(q, quantize_int4(original["model.layers.1.mlp.down_proj.weight"])[0])
+    assert scale.shape == (64, 3) and scale.dtype == torch.float32
+    q, scale = grid.int8("model.embed_tokens.weight")
+    assert torch.equal(q, quantize_int8_rows(original["model.embed_tokens.weight"])[0]) and scale.shape == (VOCAB,)
+
+    assert grid.config == json.loads((student / "config.json").read_text())
+    assert (tmp_path / "grid" / "tokenizer.json").read_text() == (student / "tokenizer.json").read_text()
+    assert not list(tmp_path.glob("*.partial"))
+    weights = sum(w.numel() for w in original.values())
+    assert steps[-1] == (weights, weights) and steps == sorted(steps)
+    assert figures["digest"] == grid.digest and figures["tensors"]["int4"] == 14
+    assert len(list((tmp_path / "grid").glob("model-*.safetensors"))) > 3
+
+
+def test_the_digest_is_of_the_integers_not_of_the_files(tmp_path: Path, monkeypatch) -> None:
+    student = make_student(tmp_path / "student", "qwen3", tied=False)
+    one = write_grid(student, tmp_path / "one")["digest"]
+    monkeypatch.setattr(folder_module, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(folder_module, "BLOCK_WEIGHTS", 300)
+    assert write_grid(student, tmp_path / "many")["digest"] == one
+    grid = open_grid(tmp_path / "one")
+    whole = {name: grid.int4(name) or grid.int8(name) for name in reversed(grid.names())}
+    assert grid_digest((name, [block]) for name, block in whole.items() if block) == one
+    name = "model.layers.0.mlp.up_proj.weight"
+    q, scale = whole[name]
+    changed = q.clone()
+    changed[0, 0] = 7 if changed[0, 0] != 7 else 6
+    assert grid_digest((n, [(changed, scale) if n == name else b]) for n, b in whole.items() if b) != one
+    doubled = scale.clone()
+    doubled[0, 0] *= 2
+    assert grid_digest((n, [(q, doubled) if n == name else b]) for n, b in whole.items() if b) != one
+
+
+def test_widths_off_the_grid_become_int8(tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student", "llama", tied=True, hidden=50)
+    figures = write_grid(student, tmp_path / "grid")
+    grid = open_grid(tmp_path / "grid")
+    assert "model.layers.0.mlp.up_proj.weight" in figures["int8_by_width"]  # input width 50
+    assert grid.int4("model.layers.0.mlp.down_proj.weight") is not None  # input width 96
+    for name, w in student_tensors(student).items():
+        assert torch.equal(grid.tensor(name), expected(name, w)), name
+
+
+def test_bits_per_weight(tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student", "llama", tied=True)
+    bits = write_grid(student, tmp_path / "grid")["bits_per_weight"]
+    embedding, norms = VOCAB * 64, 5 * 64
+    linear = sum(w.numel() for w in student_tensors(student).values()) - embedding - norms
+    assert bits == pytest.approx(
+        (4.5 * linear + 8 * embedding + 16 * VOCAB + 32 * norms) / (linear + embedding + norms)
+    )
+
+
+def change_byte(path: Path, tensor: str) -> None:
+    """Flip one bit of a tensor's first byte."""
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    data[8 + size + json.loads(data[8 : 8 + size])[tensor]["data_offsets"][0]] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "digest"),
+    [
+        ("model.layers.0.mlp.up_proj.weight_packed", "grid_digest"),
+        ("model.layers.0.mlp.up_proj.weight_scale", "grid_digest"),
+        ("lm_head.weight_packed", "grid_digest"),
+        ("model.embed_tokens.weight_scale", "grid_digest"),
+        ("model.norm.weight", "plain_digest"),
+    ],
+)
+def test_a_changed_tensor_is_found(tmp_path: Path, tensor: str, digest: str) -> None:
+    write_grid(make_student(tmp_path / "student", "llama", tied=False), tmp_path / "grid")
+    for path in (tmp_path / "grid").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            inside = tensor in file.keys()  # noqa: SIM118 - not a mapping
+        if inside:
+            change_byte(path, tensor)
+    with pytest.raises(EdgekdError, match=f"{digest} does not match"):
+        open_grid(tmp_path / "grid")
+
+
+def test_bad_folders_are_named(tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student", "llama", tied=True)
+    with pytest.raises(EdgekdError, match=r"no grid\.json"):
+        open_grid(student)
+    write_grid(student, tmp_path / "grid")
+    with pytest.raises(EdgekdError, match="exists already"):
+        write_grid(student, tmp_path / "grid")
+    with pytest.raises(EdgekdError, match="quantized already"):
+        write_grid(tmp_path / "grid", tmp_path / "twice")
+    with pytest.raises(EdgekdError, match="'gptq9' is unknown"):
+        write_grid(student, tmp_path / "other", method="gptq9")
+
+    path = tmp_path / "grid" / "grid.json"
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"grid_digest": "0" * 64}))
+    with pytest.raises(EdgekdError, match="grid_digest does not match"):
+        open_grid(tmp_path / "grid")
+    path.write_text(json.dumps(good | {"group_size": 64}))
+    with pytest.raises(EdgekdError, match="'group_size'"):
+        open_grid(tmp_path / "grid")
+    path.write_text(json.dumps(good | {"tensors": good["tensors"] | {"model.extra.weight": "int4"}}))
+    with pytest.raises(EdgekdError, match=r"'model\.extra\.weight_packed' is missing"):
+        open_grid(tmp_path / "grid")
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(EdgekdError, match=r"grid\.json: key"):
+        open_grid(tmp_path / "grid")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_non_finite_weights_are_named_and_leave_nothing(tmp_path: Path, name: str) -> None:
+    student = make_student(tmp_path / "student", "llama", tied=True)
+    for path in student.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name].view(-1)[5] = torch.nan
+            save_file(tensors, path)
+    with pytest.raises(EdgekdError, match=f"'{name}' holds NaN or infinite"):
+        write_grid(student, tmp_path / "grid")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student"]
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    student = make_student(tmp_path / "student", "llama", tied=True)
+    usage = folder_module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DoesNotFit, match="are free"):
+        write_grid(student, tmp_path / "grid")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student"]
+
+
+MEMORY_PROBE = """
+import sys
+from pathlib import Path
+import torch
+from edgekd.quant.folder import open_grid, write_grid
+peak = lambda: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+torch.randn(64, 64) @ torch.randn(64, 64)
+before = peak()
+write_grid(Path(sys.argv[1]), Path(sys.argv[2]))
+written = peak()
+open_grid(Path(sys.argv[2]))
+print(written - before, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_one_tensor_and_some_blocks(tmp_path: Path) -> None:
+    """Of a student of four 64 MB matrices one and a few blocks are in memory at a time, mapped pages included."""
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "config.json").write_text("{}")
+    size = 4096 * 4096 * 4
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(4096, 4096) for i in range(4)}
+    save_file(tensors, student / "model.safetensors")
+    probe = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROBE, str(student), str(tmp_path / "grid")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    written, opened = map(int, probe.stdout.split())
+    print(f"{written=} {opened=} {size=}")
+    assert max(written, opened) < 2 * size
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_the_folder(tmp_path: Path, kind: str, tied: bool) -> None:
+    pytest.importorskip("compressed_tensors")
+    check_with_transformers(tmp_path, kind, tied, hidden=64)
+
+
+def test_transformers_loads_widths_off_the_grid(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    check_with_transformers(tmp_path, "llama", True, hidden=50)
+
+
+def check_with_transformers(tmp_path: Path, kind: str, tied: bool, hidden: int) -> None:
+    """The folder as transformers loads it has the logits of the dequantized model, and says nothing of other keys."""
+    student = make_student(tmp_path / "student", kind, tied=tied, hidden=hidden)
+    write_grid(student, tmp_path / "grid")
+    grid = open_grid(tmp_path / "grid")
+    reference = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    state = {name: grid.tensor(name) for name in grid.names()}
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].half().float()
+    reference.load_state_dict(state, strict=not tied)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "grid", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ids = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, reference.eval()(ids).logits)

@@ -1,0 +1,219 @@
+"""The command as a user types it: help, exit codes, and one clear sentence for bad input, before any work."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+
+from edgekd import cli
+
+BASE = """
+name: tiny
+teacher: {{model: {teacher}}}
+student: {{init: cut, layers: 2}}
+data: {{source: text, paths: [text/*.txt], context: 32}}
+distill: {{steps: 4}}
+targets: [{{target: gguf, recipes: [f16]}}]
+"""
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def edgekd(*arguments, cwd="."):
+    """The entry point in this process: torch is imported once, not once a test."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["edgekd", *map(str, arguments)]),
+    ):  # fmt: skip
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def project(tmp_path, tiny_teacher):
+    """A folder with a valid spec, a teacher beside it and some text."""
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"def f{i}(x):\n    return x + {i}\n" * 20)
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (tmp_path / "spec.yaml").write_text(BASE.format(teacher="teacher"))
+    return tmp_path
+
+
+def refused(result, *said):
+    """Exit code 2, one line on stderr that says it, no traceback, nothing on stdout."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for text in said:
+        assert text in result.stderr
+    assert result.stdout == ""
+
+
+VERBS = [
+    "run",
+    "plan",
+    "distill",
+    "quantize",
+    "export",
+    "verify",
+    "bench",
+    "report",
+    "chat",
+    "doctor",
+    "init",
+    "schema",
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb):
+    result = edgekd(verb, "--help")
+    assert result.returncode == 0
+    assert f"Example: edgekd {verb}" in " ".join(result.stdout.split())
+
+
+def test_help_imports_no_torch():
+    code = "import sys, edgekd.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_wrong_option_is_a_usage_error():
+    result = edgekd("run", "quickstart", "--no-such")
+    assert result.returncode == 2
+    assert "--no-such" in result.stderr
+
+
+def test_init_writes_a_spec_that_plan_accepts_but_for_its_teacher(tmp_path, tiny_teacher):
+    assert edgekd("init", "mine.yaml", cwd=tmp_path).returncode == 0
+    text = (tmp_path / "mine.yaml").read_text()
+    assert edgekd("init", "mine.yaml", cwd=tmp_path).returncode == 2
+    (tmp_path / "mine.yaml").write_text(
+        text.replace("builtin:pycode-16m", str(tiny_teacher)).replace("layers: 4", "layers: 2", 1)
+        .replace("context: 512", "context: 64")
+    )  # fmt: skip
+    result = edgekd("plan", "mine.yaml", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    stages = json.loads(result.stdout)["stages"]
+    assert [stage["stage"] for stage in stages][:3] == ["data", "student", "baseline"]
+    assert all(stage["ram_bytes"] > 0 and not stage["done"] for stage in stages)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_schema_is_json_schema():
+    schema = json.loads(edgekd("schema").stdout)
+    assert schema["properties"]["teacher"]
+    assert schema["additionalProperties"] is False
+
+
+def test_no_such_spec():
+    refused(edgekd("plan", "nowhere.yaml"), "nowhere.yaml: no such spec", "edgekd init")
+
+
+def test_an_unknown_key(project):
+    (project / "spec.yaml").write_text(BASE.format(teacher="teacher") + "banch: {}\n")
+    refused(edgekd("run", "spec.yaml", cwd=project), "spec.yaml", "unknown key 'banch'", "did you mean 'bench'")
+
+
+def test_a_missing_teacher(project):
+    (project / "spec.yaml").write_text(BASE.format(teacher="nobody"))
+    refused(edgekd("run", "spec.yaml", cwd=project), "nobody", "no config.json")
+
+
+def test_an_unknown_builtin(project):
+    (project / "spec.yaml").write_text(BASE.format(teacher="'builtin:nobody'"))
+    refused(edgekd("run", "spec.yaml", cwd=project), "builtin:nobody", "pycode-16m")
+
+
+def test_missing_text(project):
+    shutil.rmtree(project / "text")
+    refused(edgekd("run", "spec.yaml", cwd=project), "data.paths", "no such file")
+
+
+def test_empty_text(project):
+    for path in (project / "text").iterdir():
+        path.write_text("")
+    refused(edgekd("run", "spec.yaml", cwd=project), "data")
+    assert not (project / "runs" / "tiny" / "data").exists()
+
+
+def test_a_folder_that_is_no_run(project):
+    (project / "mine").mkdir()
+    (project / "mine" / "thesis.tex").write_text("precious")
+    refused(edgekd("run", "spec.yaml", "--out", "mine", cwd=project), "mine exists and is not a run")
+    assert [p.name for p in (project / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_truncated_safetensors_file(project):
+    path = project / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(edgekd("run", "spec.yaml", cwd=project), "model.safetensors", "truncated")
+
+
+def test_a_tokenizer_that_exceeds_the_embedding(project):
+    path = project / "teacher" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"vocab_size": 300}))
+    refused(edgekd("run", "spec.yaml", cwd=project), "the tokenizer has 320 ids, the embedding 300 rows")
+
+
+def test_more_layers_than_the_teacher(project):
+    text = BASE.format(teacher="teacher").replace("layers: 2", "layers: 9")
+    (project / "spec.yaml").write_text(text)
+    refused(edgekd("run", "spec.yaml", cwd=project), "student.layers", "9", "3")
+
+
+def test_another_tokenizer_for_the_student(project):
+    shutil.copytree(project / "teacher", project / "student")
+    path = project / "student" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    a, b = list(vocab)[-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(tokenizer))
+    text = BASE.format(teacher="teacher").replace("{init: cut, layers: 2}", "{init: checkpoint, model: student}")
+    (project / "spec.yaml").write_text(text)
+    refused(edgekd("run", "spec.yaml", cwd=project), "student", "teacher")
+
+
+def test_an_unknown_target_and_recipe(project):
+    text = BASE.format(teacher="teacher")
+    (project / "spec.yaml").write_text(text.replace("target: gguf", "target: ggml"))
+    refused(edgekd("run", "spec.yaml", cwd=project), "ggml", "gguf")
+    (project / "spec.yaml").write_text(text.replace("f16", "q4_9"))
+    refused(edgekd("run", "spec.yaml", cwd=project), "q4_9", "q4_0")
+
+
+def test_too_long_a_context(project):
+    text = BASE.format(teacher="teacher").replace("context: 32", "context: 4096")
+    (project / "spec.yaml").write_text(text)
+    refused(edgekd("run", "spec.yaml", cwd=project), "data.context", "4096", "128")
+
+
+def test_export_refuses_a_folder_that_exists(project):
+    (project / "out").mkdir()
+    refused(edgekd("export", "teacher", "out", cwd=project), "out exists")
+
+
+def test_what_is_no_artifact(project):
+    for verb in (["bench"], ["chat"], ["verify", "--reference", "teacher"]):
+        refused(edgekd(verb[0], "text", *verb[1:], cwd=project), "text is not an artifact")
+
+
+def test_report_of_what_is_no_run(project):
+    refused(edgekd("report", "text", cwd=project), "no results.json")

@@ -1,0 +1,140 @@
+"""Whole runs on a tiny random teacher, through the command line: skipping, resuming, gates."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("llama_cpp")
+
+SPEC = """
+name: tiny
+teacher: {{model: {teacher}}}
+student: {{init: cut, layers: 2}}
+data: {{source: text, paths: [text/*.txt], context: 32, validation_share: 0.2, test_share: 0.2}}
+distill: {{steps: {steps}, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
+targets: [{{target: gguf, recipes: [f16, q4_0]}}]
+verify: {{windows: 2, context: 32, greedy_tokens: 4, thresholds: {{f16: {{kl_mean_max: {gate}}}}}}}
+bench: {{prompt_tokens: [8], decode_tokens: 4, runs: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_teacher):
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "text").mkdir()
+    for i in range(60):
+        lines = (f"def f{i}_{j}(x, y={j}):\n    return x * {i + j} + y\n" for j in range(12))
+        (folder / "text" / f"{i}.txt").write_text("".join(lines))
+    write_spec(folder, tiny_teacher)
+    return folder
+
+
+def write_spec(folder, teacher, steps=30, gate=0.01):
+    (folder / "spec.yaml").write_text(SPEC.format(teacher=teacher, steps=steps, gate=gate))
+
+
+def start(project, *arguments):
+    command = [sys.executable, "-m", "edgekd.cli", "run", "spec.yaml", *arguments]
+    return subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def weights(run):
+    return {
+        name: hashlib.sha256((run / name / "model.safetensors").read_bytes()).hexdigest()
+        for name in ("student", "baseline")
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(project):
+    """An uninterrupted run."""
+    code, out, err = finish(start(project, "--out", "whole", "--json"))
+    assert code == 0, err
+    return project / "whole", json.loads(out), err
+
+
+def test_a_run_leaves_verified_artifacts_and_a_report(whole):
+    run, results, _ = whole
+    assert (run / "report.html").stat().st_size > 10_000
+    assert {a["manifest"]["recipe"] for a in results["artifacts"]} == {"f16", "q4_0"}
+    for artifact in results["artifacts"]:
+        manifest = artifact["manifest"]
+        assert manifest["parity"]["failures"] == []
+        assert manifest["parity"]["tokens"]["strings"] >= 200
+        assert manifest["benchmark"]["decode_tokens_per_s"]["value"] > 0
+    hops = [(row["from"], row["to"]) for row in results["ledger"]]
+    assert hops == [("teacher", "student"), ("student", "gguf-f16"), ("student", "gguf-q4_0")]
+    assert results["quality"]["student"]["tokens"] == results["quality"]["baseline"]["tokens"] > 0
+
+
+def test_a_second_run_skips_everything(project, whole):
+    before = weights(whole[0])
+    code, _, err = finish(start(project, "--out", "whole"))
+    assert code == 0, err
+    assert err.count("done before") == len(whole[1]["stages"])
+    assert weights(whole[0]) == before
+
+
+def test_a_change_redoes_only_what_hangs_on_it(project, whole, tiny_teacher):
+    write_spec(project, tiny_teacher, gate=0.02)
+    plan = [sys.executable, "-m", "edgekd.cli", "plan", "spec.yaml", "--out", "whole", "--json"]
+    stages = json.loads(subprocess.run(plan, cwd=project, capture_output=True, text=True).stdout)["stages"]
+    assert all(stage["done"] for stage in stages), "a threshold is judged, not measured"
+    write_spec(project, tiny_teacher, steps=31)
+    stages = json.loads(subprocess.run(plan, cwd=project, capture_output=True, text=True).stdout)["stages"]
+    assert [stage["stage"] for stage in stages if stage["done"]] == ["data"]
+    write_spec(project, tiny_teacher)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+@pytest.mark.parametrize("where", ["student", "baseline"])
+def test_an_interrupted_run_ends_with_the_same_student(project, whole, how, where):
+    out = project / f"{where}-{how.name}"
+    process = start(project, "--out", out.name)
+    deadline = time.monotonic() + 300
+    while not any(out.glob(f".edgekd/{where}-*/log.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(how)
+    code, _, err = finish(process)
+    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL), err
+    assert not (out / where).exists(), "nothing half-written"
+    code, _, err = finish(start(project, "--out", out.name))
+    assert code == 0, err
+    assert weights(out) == weights(whole[0])
+
+
+def test_two_runs_in_one_folder_are_refused(project, whole):
+    out = project / "locked"
+    first = start(project, "--out", out.name)
+    deadline = time.monotonic() + 300
+    while not (out / ".edgekd" / "spec.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    code, _, err = finish(start(project, "--out", out.name))
+    os.kill(first.pid, signal.SIGKILL)
+    finish(first)
+    assert code == 2
+    assert "another edgekd is at work" in err
+
+
+def test_a_missed_gate_fails_the_run_but_not_with_report_only(project, whole, tiny_teacher):
+    write_spec(project, tiny_teacher, gate=-1.0)
+    code, _, err = finish(start(project, "--out", "whole"))
+    assert code == 1
+    assert "gguf-f16: " in err and "exceeds -1" in err and "Traceback" not in err
+    assert "report.html" in err
+    code, out, err = finish(start(project, "--out", "whole", "--report-only"))
+    assert code == 0, err
+    assert "gate FAILED" in out
+    write_spec(project, tiny_teacher)

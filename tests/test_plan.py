@@ -1,0 +1,56 @@
+"""Estimates against the real thing, and the refusal of what cannot fit."""
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from edgekd import plan
+from edgekd.errors import DoesNotFit
+from edgekd.spec import DistillSpec
+
+SHAPE = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+MACHINE = plan.Machine(ram_bytes=8 * plan.GIB, disk_free_bytes=plan.GIB, flops_per_s=1e11)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [(LlamaForCausalLM, LlamaConfig(**SHAPE)), (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32))],
+)
+def test_parameter_count_is_that_of_the_model_but_for_norms(model, config, tied):
+    config.tie_word_embeddings = tied
+    real = model(config)
+    norms = sum(p.numel() for name, p in real.named_parameters() if "norm" in name)
+    assert plan.parameter_count(config.to_dict()) == real.num_parameters() - norms
+
+
+def test_a_7b_shape_counts_about_7b():
+    llama_2_7b = {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }  # fmt: skip
+    assert plan.parameter_count(llama_2_7b) == pytest.approx(6.738e9, rel=0.001)
+
+
+def test_training_a_7b_is_refused_on_a_small_machine():
+    llama_2_7b = SHAPE | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    cost = plan.training_cost(llama_2_7b, SHAPE, DistillSpec(), 512, MACHINE)
+    with pytest.raises(DoesNotFit, match=r"stage student needs about [\d.]+ GiB of RAM, the machine has 8.0 GiB"):
+        plan.refuse_what_cannot_fit({"student": cost}, MACHINE, Path("runs/x"))
+
+
+def test_disk_is_added_up():
+    cost = plan.Cost(ram_bytes=1, disk_bytes=int(0.6 * plan.GIB), seconds=1)
+    plan.refuse_what_cannot_fit({"a": cost}, MACHINE, Path("runs/x"))
+    with pytest.raises(DoesNotFit, match=r"needs about 1.20 GiB of disk"):
+        plan.refuse_what_cannot_fit({"a": cost, "b": cost}, MACHINE, Path("runs/x"))
+
+
+def test_the_machine_is_measured(tmp_path):
+    machine = plan.measure_machine(tmp_path / "not" / "yet")
+    assert machine.flops_per_s > 1e8
+    assert machine.disk_free_bytes > 0
