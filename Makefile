@@ -1,6 +1,8 @@
 # make quickstart   set up .venv, run the shipped example, end with a report
 # make test         set up .venv, run the tests
 # make check        what CI runs: linters, types, spelling, tests
+# make teacher      train the shipped teacher again, into build/pycode-16m (an hour on two idle cores)
+# make llama-bench  build llama.cpp's own benchmark, the peer of benchmarks/peers/llama_bench.py
 #
 # The set-up is done once and again when pyproject.toml or constraints.txt changes. Variables:
 #   PYTHON       the interpreter to make .venv with, 3.11 or newer
@@ -17,7 +19,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS = $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test check setup clean
+.PHONY: quickstart test check teacher llama-bench setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -27,6 +29,18 @@ test: setup
 
 check:
 	.ci/run
+
+teacher: setup
+	$(BIN)/python -m edgekd.teachers.train_pycode build/pycode-16m
+
+llama-bench: setup
+	mkdir -p build/llama-source
+	$(PIP) download -c constraints.txt --no-deps --no-build-isolation --no-binary :all: -d build llama-cpp-python
+	tar -xzf build/llama_cpp_python-*.tar.gz -C build/llama-source --strip-components 1
+	cmake -S build/llama-source/vendor/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release \
+	    $$($(PYTHON) -I edgekd/llama_flags.py) -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
+	    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	cmake --build build/llama.cpp -j $(JOBS) --target llama-bench
 
 setup: .venv/.stamp
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -364,11 +365,11 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on from here.", err=True)
         sys.exit(130)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        # Libraries wrap the system's error in their own; its words are all that stays.
+        if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        typer.secho(f"error: no space left on the disk{where}. Free some and run the same command again.", err=True)
+        typer.secho("error: no space left on the disk. Free some and run the same command again.", err=True, fg="red")
         sys.exit(2)
 
 

@@ -96,6 +96,7 @@ def open_run(spec: Spec, *, base: Path, out: Path | None = None) -> Run:
     load_tokenizer(teacher, trust_remote_code=spec.teacher.trust_remote_code)
     _ = Checkpoint(teacher).files
     _check_student(run)
+    _check_lengths(run)
     _input_files(run)
     for target in spec.targets:
         check(run.student_config, teacher, target)
@@ -110,9 +111,26 @@ def _check_student(run: Run) -> None:
         folder = resolve_model(run.spec.student.model, run.base)
         load_tokenizer(folder)
         check_same_tokenizer(run.teacher, folder)
-    context, most = run.spec.data.context, run.student_config.get("max_position_embeddings")
-    if most and context > most:
-        raise SpecError(f"key 'data.context': {context} is more than the student's {most} positions.", "Lower it.")
+
+
+def _check_lengths(run: Run) -> None:
+    """Refuse lengths that the student cannot hold, and thresholds of recipes that are not exported."""
+    spec, most = run.spec, run.student_config.get("max_position_embeddings")
+    wanted = {"data.context": spec.data.context}
+    for target in spec.targets:
+        most = min(filter(None, (most, target.context)), default=None)
+    wanted["verify.context"] = spec.verify.context
+    wanted["verify.greedy_tokens"] = spec.verify.greedy_tokens + 1
+    wanted["bench.prompt_tokens"] = max(spec.bench.prompt_tokens) + spec.bench.decode_tokens
+    for key, tokens in wanted.items():
+        if most and tokens > most:
+            raise SpecError(f"key '{key}': {tokens} tokens are more than the context of {most}.", "Lower it.")
+    recipes = {recipe for target in spec.targets for recipe in target.recipes}
+    for recipe in spec.verify.thresholds.keys() - recipes - {"default"}:
+        raise SpecError(
+            f"key 'verify.thresholds.{recipe}': no target has that recipe; there are: {', '.join(sorted(recipes))}.",
+            "Correct it, or use the key default.",
+        )
 
 
 def _input_files(run: Run) -> list[Path]:

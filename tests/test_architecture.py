@@ -15,7 +15,7 @@ LAYERS = [
     {"student", "manifest", "plan", "session"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
-    {"pipeline", "doctor", "teachers"},
+    {"pipeline", "doctor", "teachers", "peers"},
     {"console"},
     {"cli"},
 ]
@@ -38,8 +38,8 @@ MODULES = modules()
 
 
 def unit(module: str) -> str:
-    """The part of the house a module belongs to: ``edgekd.quant.grid`` is ``quant``."""
-    return [*module.split("."), ""][1]
+    """The part of the house a module belongs to: ``edgekd.quant.grid`` is ``quant``; the peers stand by themselves."""
+    return "peers" if ".peers" in module else [*module.split("."), ""][1]
 
 
 def layer(name: str) -> int:

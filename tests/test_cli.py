@@ -20,6 +20,8 @@ student: {{init: cut, layers: 2}}
 data: {{source: text, paths: [text/*.txt], context: 32}}
 distill: {{steps: 4}}
 targets: [{{target: gguf, recipes: [f16]}}]
+verify: {{context: 32}}
+bench: {{prompt_tokens: [8], decode_tokens: 8}}
 """
 
 
@@ -105,7 +107,7 @@ def test_init_writes_a_spec_that_plan_accepts_but_for_its_teacher(tmp_path, tiny
     assert edgekd("init", "mine.yaml", cwd=tmp_path).returncode == 2
     (tmp_path / "mine.yaml").write_text(
         text.replace("builtin:pycode-16m", str(tiny_teacher)).replace("layers: 4", "layers: 2", 1)
-        .replace("context: 512", "context: 64")
+        .replace("context: 512", "context: 64").replace("context: 256", "context: 64").replace("[32, 256]", "[32]")
     )  # fmt: skip
     result = edgekd("plan", "mine.yaml", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -199,10 +201,21 @@ def test_an_unknown_target_and_recipe(project):
     refused(edgekd("run", "spec.yaml", cwd=project), "q4_9", "q4_0")
 
 
-def test_too_long_a_context(project):
-    text = BASE.format(teacher="teacher").replace("context: 32", "context: 4096")
-    (project / "spec.yaml").write_text(text)
-    refused(edgekd("run", "spec.yaml", cwd=project), "data.context", "4096", "128")
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("context: 32}", "context: 4096}", "data.context"),
+        ("verify: {context: 32}", "verify: {context: 500}", "verify.context"),
+        ("prompt_tokens: [8]", "prompt_tokens: [124]", "bench.prompt_tokens"),
+        ("verify: {", "verify: {thresholds: {q4_O: {kl_mean_max: 0.1}}, ", "verify.thresholds.q4_O"),
+    ],
+)
+def test_what_would_fail_after_the_long_work_is_refused_before(project, old, new, said):
+    text = BASE.format(teacher="teacher")
+    assert old in text
+    (project / "spec.yaml").write_text(text.replace(old, new, 1))
+    refused(edgekd("run", "spec.yaml", cwd=project), said)
+    assert not (project / "runs").exists()
 
 
 def test_export_refuses_a_folder_that_exists(project):

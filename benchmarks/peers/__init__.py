@@ -1,0 +1,1 @@
+"""Peers measured beside edgekd, in one run on one machine."""
