@@ -4,7 +4,7 @@
 
 Qwen3 shape, 15.9M parameters, byte-level BPE of 8,192. Muon (Jordan et al. 2024) on the matrices, AdamW on the rest,
 warm-up, a constant rate, and a linear decay over the last 30 % of the steps. Stopping and starting again with the
-same folder goes on from the last checkpoint; only the final model is written as fp16 safetensors.
+same folder goes on from the last checkpoint, the optimizer's moments begun anew. The final model alone is fp16.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def rate(step: int, steps: int) -> float:
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the finished teacher; checkpoints lie beside it.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps of 8 windows of 1,024 tokens.")] = 2200,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of 8 windows of 1,024 tokens.")] = 1100,
     seed: int = 0,
 ) -> None:
     """Train the teacher and write it with its figures."""
