@@ -235,7 +235,7 @@ def _held_out(model: Path, text: Path | None, windows: int, context: int) -> Any
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError(f"--text {text}: not readable as UTF-8 text ({error}).", "Name a text file.") from error
     tokenizer = load_tokenizer(model)
-    ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
+    ids = [token for document in documents for token in tokenizer(document, verbose=False)["input_ids"]]
     return held_out_windows(np.asarray(ids), windows, context)
 
 

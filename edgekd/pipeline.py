@@ -205,7 +205,7 @@ def stages(run: Run, machine: plan.Machine) -> list[Stage]:
                 partial(_train, run, False, baseline_key),
             )
         )  # fmt: skip
-    compared = [teacher.config, student, *([student] if spec.distill.baseline else [])]
+    compared = [teacher.config, *([teacher.config, student] * (1 + spec.distill.baseline))]
     quality_key = digest([student_key, baseline_key if spec.distill.baseline else None, _code("distill/train.py")])
     grid_key = digest([student_key, spec.quantize.model_dump(), _code("quant")])
     found += [
@@ -384,7 +384,7 @@ def _verify(run: Run, label: str, out: Path, tell: Callable[[float, str], None])
     from .distill.data import load_windows
 
     spec = run.spec.verify
-    windows = held_out_windows(load_windows(run.path("data"), "test").ids, spec.windows, spec.context)
+    windows = held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
     artifact = load_artifact(run.path(f"artifacts/{label}"))
     figures = verify_artifact(artifact, run.path("student"), windows, spec, tell)
     write_json(out / "parity.json", figures)
@@ -551,16 +551,18 @@ def _results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
     from .verify.ledger import ledger
 
     quality = _read(run.path("quality") / "quality.json") or {}
-    artifacts = []
-    for label, _ in _labels(run):
-        folder = run.path(f"artifacts/{label}")
-        if (folder / "manifest.json").is_file():
-            artifact = load_artifact(folder, check_files=False)
-            artifacts.append(
-                {"manifest": artifact.manifest.model_dump(), "folder": str(folder), "size_bytes": artifact.size_bytes}
-            )
-    records = {stage.name: _record(run, stage) for stage in chain if is_done(run, stage)}
-    parities = {f"{a['target']}-{a['recipe']}": a["parity"] for a in (x["manifest"] for x in artifacts) if a["parity"]}
+    folders = {label: run.path(f"artifacts/{label}") for label, _ in _labels(run)}
+    made = {
+        label: load_artifact(folder, check_files=False)
+        for label, folder in folders.items()
+        if (folder / "manifest.json").is_file()
+    }
+    artifacts = [
+        {"manifest": artifact.manifest.model_dump(), "folder": str(artifact.folder), "size_bytes": artifact.size_bytes}
+        for artifact in made.values()
+    ]
+    parities = {label: artifact.manifest.parity for label, artifact in made.items() if artifact.manifest.parity}
+    records: dict[str, dict[str, Any]] = {stage.name: _record(run, stage) for stage in chain if is_done(run, stage)}
     return {
         "name": run.spec.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -20,8 +20,8 @@ from .spec import DistillSpec
 
 GIB = 2**30
 _PROCESS_RAM = int(0.6 * GIB)  # interpreter, torch and transformers before any model
-_TRAINING_SHARE = 0.35  # of the matmul peak, reached by a training step of small models
-_INFERENCE_SHARE = 0.25
+_TRAINING_SHARE = 0.18  # of the matmul peak that a training step of a small model reaches
+_INFERENCE_SHARE = 0.5
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     # transformers 5 rebuilds some classes' tokenizers (LlamaTokenizer) into ones that give other ids than the
     # tokenizer.json that artifacts carry and runtimes read; the base class takes the file as it stands.
     as_it_stands = (folder / "tokenizer.json").is_file() and not trust_remote_code
-    loader = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
+    loader: Any = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True

@@ -123,6 +123,8 @@ class GgufSession:
         self._one_batch = self._lib.llama_batch_get_one(self._one, 1)
         self._context_length = contract.context_length
         self._used = 0
+        self._logits_address = 0
+        self._logits = np.empty(0, np.float32)
 
     @property
     def vocab_size(self) -> int:
@@ -201,6 +203,7 @@ class GgufSession:
     def close(self) -> None:
         """Free llama.cpp's memory."""
         if self._context:
+            self._logits_address, self._logits = 0, np.empty(0, np.float32)
             self._lib.llama_free(self._context)
             self._lib.llama_model_free(self._model)
             self._context = self._model = None
@@ -225,7 +228,11 @@ class GgufSession:
 
     def _last_logits(self) -> np.ndarray:
         pointer = self._lib.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, (self._vocab_size,)).copy()
+        address = ctypes.addressof(pointer.contents)
+        if address != self._logits_address:  # making the view costs more than the copy, and llama.cpp rarely moves it
+            self._logits_address = address
+            self._logits = np.ctypeslib.as_array(pointer, (self._vocab_size,))
+        return self._logits.copy()
 
     def _all_logits(self, ids: Sequence[int]) -> np.ndarray:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)

@@ -169,13 +169,9 @@ def main(
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
     model.float()
-    figures = {
-        "steps": steps,
-        "tokens_seen": steps * BATCH * CONTEXT,
-        "test": evaluate(model, pack(library.test, tokenizer)),
-    }
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    console.print(figures)
+    card = {"steps": steps, "tokens_seen": steps * BATCH * CONTEXT} | evaluate(model, pack(library.test, tokenizer))
+    (out / "figures.json").write_text(json.dumps(card, indent=2) + "\n")
+    console.print(card)
 
 
 if __name__ == "__main__":
