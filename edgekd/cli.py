@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import EdgekdError, SpecError
+from .errors import EdgekdError, MissingExtra, SpecError
 
 if TYPE_CHECKING:
     from .pipeline import Run
@@ -355,13 +355,24 @@ def schema() -> None:
     typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
 
 
+_TRAIN_PACKAGES = {"torch", "transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets", "tensorboard"}
+
+
+def _fail(error: EdgekdError) -> None:
+    typer.secho(f"error: {error}", err=True, fg="red")
+    sys.exit(error.exit_code)
+
+
 def main() -> None:
     """Entry point: every error a user can mend is one sentence on stderr and exit code 2."""
     try:
         app()
     except EdgekdError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(error.exit_code)
+        _fail(error)
+    except ModuleNotFoundError as error:
+        if error.name not in _TRAIN_PACKAGES:
+            raise
+        _fail(MissingExtra(error.name, "train"))
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on from here.", err=True)
         sys.exit(130)
@@ -369,8 +380,7 @@ def main() -> None:
         # Libraries wrap the system's error in their own; its words are all that stays.
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        typer.secho("error: no space left on the disk. Free some and run the same command again.", err=True, fg="red")
-        sys.exit(2)
+        _fail(EdgekdError("no space left on the disk.", "Free some and run the same command again."))
 
 
 if __name__ == "__main__":

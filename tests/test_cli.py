@@ -17,7 +17,7 @@ BASE = """
 name: tiny
 teacher: {{model: {teacher}}}
 student: {{init: cut, layers: 2}}
-data: {{source: text, paths: [text/*.txt], context: 32}}
+data: {{source: text, paths: [text/*.txt], context: 32, validation_share: 0.2, test_share: 0.2}}
 distill: {{steps: 4}}
 targets: [{{target: gguf, recipes: [f16]}}]
 verify: {{context: 32}}
@@ -216,6 +216,12 @@ def test_what_would_fail_after_the_long_work_is_refused_before(project, old, new
     (project / "spec.yaml").write_text(text.replace(old, new, 1))
     refused(edgekd("run", "spec.yaml", cwd=project), said)
     assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize(("package", "extra"), [("gguf", "gguf"), ("accelerate", "train")])
+def test_a_missing_extra_is_named(project, package, extra):
+    with mock.patch.dict(sys.modules, {package: None}):
+        refused(edgekd("run", "spec.yaml", cwd=project), f"{package} is not installed", f'"edgekd[{extra}]"')
 
 
 def test_export_refuses_a_folder_that_exists(project):

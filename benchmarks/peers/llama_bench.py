@@ -30,7 +30,11 @@ def llama_bench(program: Path, artifact: Artifact, *, prompt: int, decode: int, 
     generate = [*shared, "-p", 0, "-n", decode, "-d", prompt]
     speeds = {}
     for name, command in (("prefill", prefill), ("decode", generate)):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+        try:
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", "").strip() or error
+            raise typer.BadParameter(f"{program} does not run: {said}. Build it with: make llama-bench") from error
         speeds[name] = json.loads(done.stdout)[0]["avg_ts"]
     return speeds
 
