@@ -204,7 +204,7 @@ def test_an_unknown_target_and_recipe(project):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("context: 32}", "context: 4096}", "data.context"),
+        ("context: 32, val", "context: 4096, val", "data.context"),
         ("verify: {context: 32}", "verify: {context: 500}", "verify.context"),
         ("prompt_tokens: [8]", "prompt_tokens: [124]", "bench.prompt_tokens"),
         ("verify: {", "verify: {thresholds: {q4_O: {kl_mean_max: 0.1}}, ", "verify.thresholds.q4_O"),
