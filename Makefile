@@ -8,7 +8,7 @@
 #   PYTHON       the interpreter to make .venv with, 3.11 or newer
 #   EXTRAS       the extras of pyproject.toml to install
 #   TORCH_INDEX  an index to take torch from. Empty, pip decides as you configured it; on Linux that may be the CUDA
-#                build, which works but is gigabytes: name PyTorch's CPU wheel index (pytorch.org, "Get started") here.
+#                build, which works but is gigabytes: name the CPU wheel index that PyTorch's own install page gives.
 #   LLAMA_CACHE  where the built llama.cpp is kept for the next set-up; a wheel built with other flags is never reused.
 
 PYTHON ?= python3

@@ -127,8 +127,9 @@ def quality(
     }
 
 
-def training(curves: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str) -> Figure | None:
-    """A figure of training by step, student and baseline as lines named at their ends."""
+def training(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None:
+    """Validation perplexity by step, student and baseline: the one figure of training that both share."""
+    key = "validation_perplexity"
     data, every = [], []
     last = max(
         (row["step"] for rows in curves.values() for row in rows if number(row.get("step")) is not None), default=0
@@ -142,7 +143,7 @@ def training(curves: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title:
         every += [row[key] for row in rows]
         data.append(
             {
-                "type": "scatter", "mode": "lines", "name": MODELS[name], "x": [r["step"] for r in rows],
+                "type": "scatter", "mode": "lines+markers", "name": MODELS[name], "x": [r["step"] for r in rows],
                 "y": [r[key] for r in rows], "line": {"color": f"var(--{name})", "width": 2},
                 "hovertemplate": "step %{x}: %{y:.4g}",
             }

@@ -88,7 +88,7 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         "accuracy": charts.quality(quality, seeds, "next_token_accuracy", "next-token accuracy → better"),
         "perplexity": charts.quality(quality, seeds, "perplexity", "← better: perplexity"),
-        "validation": charts.training(curves, _validation_key(curves), ""),
+        "validation": charts.training(curves),
         "ledger": charts.ledger(ledger),
         "pareto": charts.pareto(marked),
     }
@@ -100,7 +100,6 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "cards": cards(quality, artifacts),
         "models": model_table(quality, seeds),
         "seeds": seed_words(seeds),
-        "validation_title": _VALIDATION.get(_validation_key(curves), ""),
         "ledger": ledger_table(ledger),
         "pareto": pareto_words(marked),
         "artifacts": [artifact_tables(part) for part in in_columns(artifacts)],
@@ -127,14 +126,6 @@ def _script_json(value: Any) -> str:
     """JSON that may stand inside a script element: no ``</script>``, no comment, no entity."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-_VALIDATION = {"validation_perplexity": "Validation perplexity", "validation_loss": "Validation loss", "loss": "Loss"}
-
-
-def _validation_key(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    rows = [row for curve in curves.values() for row in curve]
-    return next((key for key in _VALIDATION if any(number(row.get(key)) is not None for row in rows)), "loss")
 
 
 def seed_rows(seeds: Any) -> dict[str, list[Mapping[str, Any]]]:

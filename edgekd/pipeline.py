@@ -580,11 +580,15 @@ def _results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
 
 
 def _curve(run: Run, record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Every validation and every tenth step of a training log."""
+    """Validation perplexity by step, from a training log."""
     if record is None:
         return []
     events = map(json.loads, (run.folder / record["figures"]["log"]).read_text("utf-8").splitlines())
-    return [event for event in events if event["event"] == "validation" or event["step"] % 10 == 0]
+    return [
+        {"step": event["step"], "validation_perplexity": event["perplexity"]}
+        for event in events
+        if event["event"] == "validation"
+    ]
 
 
 def _commands(run: Run) -> list[str]:

@@ -73,6 +73,9 @@ def test_a_run_leaves_verified_artifacts_and_a_report(whole):
         assert manifest["parity"]["failures"] == []
         assert manifest["parity"]["tokens"]["strings"] >= 200
         assert manifest["benchmark"]["decode_tokens_per_s"]["value"] > 0
+    for name in ("student", "baseline"):
+        assert [point["step"] for point in results["training"][name]] == [10, 20, 30]
+        assert all(point["validation_perplexity"] > 1 for point in results["training"][name])
     hops = [(row["from"], row["to"]) for row in results["ledger"]]
     assert hops == [("teacher", "student"), ("student", "gguf-f16"), ("student", "gguf-q4_0")]
     assert results["quality"]["student"]["tokens"] == results["quality"]["baseline"]["tokens"] > 0
