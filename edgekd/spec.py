@@ -34,10 +34,11 @@ class TeacherSpec(_Strict):
 
 
 class CutStudent(_Strict):
-    """A student cut from the teacher: evenly spaced layers, and the MLP units of largest weights where narrower."""
+    """A student cut from the teacher: evenly spaced layers, the channels and MLP units of largest weights."""
 
     init: Literal["cut"]
     layers: Count = Field(description="Layers to keep, the first and the last always among them.")
+    hidden_size: Count | None = Field(None, description="Channels to keep, those with the largest weights first.")
     intermediate_size: Count | None = Field(None, description="MLP units to keep per layer, largest weights first.")
 
 

@@ -294,6 +294,16 @@ def _cut_config(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
                 f"teacher.model: config.json names {layers} layers and {len(types)} layer_types.", "Save it again."
             )
         config["layer_types"] = [types[i] for i in kept_layers(layers, spec.layers)]
+    if spec.hidden_size is not None:
+        hidden = teacher["hidden_size"]
+        if spec.hidden_size > hidden:
+            raise SpecError(
+                f"student.hidden_size: {spec.hidden_size} channels cannot be cut from a teacher of {hidden}.",
+                f"Set student.hidden_size to {hidden} or fewer.",
+            )
+        # The heads stay as they are, so their width no longer follows from the channels.
+        config["head_dim"] = teacher.get("head_dim") or hidden // teacher["num_attention_heads"]
+        config["hidden_size"] = spec.hidden_size
     if spec.intermediate_size is not None:
         if not isinstance(width, int):
             raise SpecError("student.intermediate_size: the teacher's config.json has no such width.", "Leave it out.")
@@ -347,6 +357,8 @@ def _copy_cut(model: PreTrainedModel, teacher: Checkpoint, layers: list[int]) ->
     import torch
 
     units: dict[int, torch.Tensor] = {}
+    before, after = teacher.config["hidden_size"], model.config.hidden_size
+    channels = _largest_channels(teacher, layers, after) if after < before else None
     for name, parameter in model.named_parameters():
         found = re.match(r"(.*\blayers\.)(\d+)(\..*)", name)
         layer = layers[int(found[2])] if found else None
@@ -359,6 +371,10 @@ def _copy_cut(model: PreTrainedModel, teacher: Checkpoint, layers: list[int]) ->
             if layer not in units:
                 units[layer] = _largest_units(teacher, f"{found[1]}{layer}.mlp.", keep)
             weight = weight.index_select(1 if "down_proj" in name else 0, units[layer])
+        if channels is not None and (side := _channel_side(name)) is not None:
+            weight = weight.index_select(side, channels)
+            if weight.ndim == 1 and "norm" in name:
+                weight = weight * (before / after) ** 0.5  # RMSNorm's mean is now over the kept channels alone
         if weight.shape != parameter.shape:
             raise EdgekdError(
                 f"{teacher.folder}: tensor {source} is {tuple(weight.shape)}, expected {tuple(parameter.shape)}.",
@@ -366,6 +382,26 @@ def _copy_cut(model: PreTrainedModel, teacher: Checkpoint, layers: list[int]) ->
             )
         with torch.no_grad():
             parameter.copy_(weight)
+
+
+def _channel_side(name: str) -> int | None:
+    """The side of a parameter that the residual stream's channels index, or None."""
+    if name.endswith(("o_proj.weight", "down_proj.weight", "layernorm.weight", "model.norm.weight")):
+        return 0
+    reads = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+    return 1 if name.endswith((*reads, "embed_tokens.weight", "lm_head.weight")) else None
+
+
+def _largest_channels(teacher: Checkpoint, layers: list[int], keep: int) -> torch.Tensor:
+    """Ascending int64 ``(keep,)`` indices of the channels with the largest norm over all that writes to them: the
+    embedding, and the output projections of the kept layers."""
+    import torch
+
+    energy = teacher.tensor("model.embed_tokens.weight").float().square().mean(0)
+    for layer in layers:
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            energy += teacher.tensor(f"model.layers.{layer}.{part}.weight").float().square().mean(1)
+    return torch.topk(energy, keep).indices.sort().values
 
 
 def _largest_units(teacher: Checkpoint, prefix: str, keep: int) -> torch.Tensor:

@@ -67,6 +67,12 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         head_dim = int(config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads))
+        if model_type == "qwen2" and heads * head_dim != hidden:
+            raise Unsupported(
+                f"config.json: head_dim {head_dim} of {heads} heads is not hidden_size {hidden}, and llama.cpp's Qwen2 "
+                "knows no other.",
+                "Leave student.hidden_size out, or use a Llama or Qwen3 student.",
+            )
         theta, factors = _rope(config, model_type, head_dim)
         return Architecture(
             name=model_type,

@@ -71,6 +71,33 @@ def test_a_narrower_mlp_keeps_the_units_that_matter(tiny_teacher, tmp_path):
     torch.testing.assert_close(_logits(student), _logits(teacher), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("architecture", "tied"), [("qwen3", True), ("qwen2", False), ("llama", False)])
+def test_a_narrower_residual_stream_keeps_the_channels_that_matter(tiny_teacher, tmp_path, architecture, tied):
+    """Channels that nothing writes to are the ones that go, and RMSNorm over the rest gives what it gave before."""
+    fresh = _spec(
+        init="config", architecture=architecture, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2,
+        tie_embeddings=tied,
+    )  # fmt: skip
+    teacher = init_student(fresh, tiny_teacher, seed=1)
+    gone = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:24]
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[:, gone] = 0
+        for layer in teacher.model.layers:
+            layer.self_attn.o_proj.weight[gone] = 0
+            layer.mlp.down_proj.weight[gone] = 0
+        for name, parameter in teacher.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    teacher.config.rms_norm_eps = 1e-12  # it is added to the mean, and so would not scale with the rest
+    save_model(teacher, load_tokenizer(tiny_teacher), tmp_path / "teacher")
+    teacher = load_model(tmp_path / "teacher")
+    student = init_student(_spec(init="cut", layers=2, hidden_size=40), tmp_path / "teacher", seed=0)
+    assert student.model.embed_tokens.weight.shape == (320, 40)
+    torch.testing.assert_close(_logits(student), _logits(teacher), rtol=0, atol=1e-5)
+    save_model(student, load_tokenizer(tiny_teacher), tmp_path / "student")
+    assert torch.equal(_logits(load_model(tmp_path / "student")), _logits(student))
+
+
 def test_a_cut_can_be_saved_and_loaded(tiny_teacher, tmp_path):
     spec = _spec(init="cut", layers=2, intermediate_size=64)
     student = init_student(spec, tiny_teacher, seed=0)
@@ -144,6 +171,7 @@ FRESH = {
         ({"init": "cut", "layers": 4}, r"student\.layers: 4 .* teacher of 3"),
         ({"init": "cut", "layers": 1}, r"student\.layers: 1 .* 3 layers"),
         ({"init": "cut", "layers": 2, "intermediate_size": 129}, r"student\.intermediate_size: 129 .* 128"),
+        ({"init": "cut", "layers": 2, "hidden_size": 65}, r"student\.hidden_size: 65 .* 64"),
         ({**FRESH, "hidden_size": 62}, r"student\.heads: 4 .* 62"),
         ({**FRESH, "kv_heads": 3}, r"student\.kv_heads: 3 .* 4"),
         ({**FRESH}, r"student\.head_dim: 15 is odd"),

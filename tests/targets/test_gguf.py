@@ -304,6 +304,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, tiny_student: Path) -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "head_dim": 8}, "head_dim 8 of"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
