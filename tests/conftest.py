@@ -1,5 +1,6 @@
 """Settings of the whole suite, and a tiny random teacher for the tests that need a whole model folder."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import settings
 # A shared machine stalls now and then: a slow example is not a failing one.
 settings.register_profile("edgekd", deadline=None)
 settings.load_profile("edgekd")
+
+# A shell that starts the suite in the background has Ctrl-C ignored, and every child process would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCAB = 320
 
