@@ -16,6 +16,8 @@ from ..student import Checkpoint
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+    from ..quant.folder import Grid
+
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
@@ -158,7 +160,7 @@ def add_hyperparameters(writer: GGUFWriter, arch: Architecture, context_length: 
     writer.add_layer_norm_rms_eps(arch.rms_eps)
 
 
-def weights(arch: Architecture, checkpoint: Checkpoint) -> list[Weight]:
+def weights(arch: Architecture, checkpoint: Checkpoint | Grid) -> list[Weight]:
     """Every weight of the model, in file order.
 
     Raises:
@@ -170,7 +172,7 @@ def weights(arch: Architecture, checkpoint: Checkpoint) -> list[Weight]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.name.upper()], arch.layers)
     found = []
     for source, (shape, heads) in _expected(arch, checkpoint.tied).items():
-        if source not in checkpoint.files:
+        if source not in set(checkpoint):
             raise EdgekdError(f"{checkpoint.folder}: tensor {source!r} is missing.", "Save the model again.")
         if checkpoint.shape(source) != shape:
             raise EdgekdError(

@@ -19,7 +19,7 @@ teacher: {{model: {teacher}}}
 student: {{init: cut, layers: 2}}
 data: {{source: text, paths: [text/*.txt], context: 32, validation_share: 0.2, test_share: 0.2}}
 distill: {{steps: 4}}
-targets: [{{target: gguf, recipes: [f16]}}]
+targets: [{{target: gguf, recipes: [fp16]}}]
 verify: {{context: 32}}
 bench: {{prompt_tokens: [8], decode_tokens: 8}}
 """
@@ -197,8 +197,8 @@ def test_an_unknown_target_and_recipe(project):
     text = BASE.format(teacher="teacher")
     (project / "spec.yaml").write_text(text.replace("target: gguf", "target: ggml"))
     refused(edgekd("run", "spec.yaml", cwd=project), "ggml", "gguf")
-    (project / "spec.yaml").write_text(text.replace("f16", "q4_9"))
-    refused(edgekd("run", "spec.yaml", cwd=project), "q4_9", "q4_0")
+    (project / "spec.yaml").write_text(text.replace("fp16", "q4_9"))
+    refused(edgekd("run", "spec.yaml", cwd=project), "q4_9", "portable-int4")
 
 
 @pytest.mark.parametrize(
