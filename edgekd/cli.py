@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -144,7 +144,7 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write the quantized student to.")],
     recipe: Annotated[str, typer.Option(help="int8, portable-int4 or portable-int4-head4.")] = "portable-int4",
-    method: Annotated[str, typer.Option(help="rtn, search, gptq or qad.")] = "gptq",
+    method: Annotated[Literal["rtn", "search", "gptq", "qad"], typer.Option(help="How to choose.")] = "gptq",
     text: TextOption = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows, for search, gptq and qad.")] = 64,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,

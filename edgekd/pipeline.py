@@ -576,7 +576,7 @@ def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
     flat = np.ascontiguousarray(ids).reshape(-1)
     whole = flat[: len(flat) // context * context].reshape(-1, context)
     if not len(whole):
-        raise SpecError(f"the held-out text has {len(flat)} tokens, a window needs {context}.", "Give more text.")
+        raise SpecError(f"the text has {len(flat)} tokens, a window needs {context}.", "Give more text.")
     return whole[np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)]
 
 

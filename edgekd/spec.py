@@ -133,6 +133,11 @@ class QadSpec(TrainingSpec):
     )
     loss: dict[LossName, Annotated[float, Field(gt=0)]] = {"forward_kl": 1.0}
     steps: Count = 300
+    batch_size: Count = Field(16, description="Windows of one forward pass.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        3e-5, description="Small: a weight crosses to the next integer on a hint, and a large rate shakes them all."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 

@@ -113,9 +113,17 @@ def test_a_change_redoes_only_what_hangs_on_it(project, whole, tiny_teacher):
     write_spec(project, tiny_teacher)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-@pytest.mark.parametrize("where", ["student", "baseline"])
-def test_an_interrupted_run_ends_with_the_same_student(project, whole, how, where):
+@pytest.mark.parametrize(
+    ("where", "folder", "how"),
+    [
+        ("student", "student", signal.SIGKILL),
+        ("student", "student", signal.SIGINT),
+        ("baseline", "baseline", signal.SIGINT),
+        ("qad", "quantized/portable-int4-qad", signal.SIGKILL),
+        ("qad", "quantized/portable-int4-qad", signal.SIGINT),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_student(project, whole, where, folder, how):
     out = project / f"{where}-{how.name}"
     process = start(project, "--out", out.name)
     deadline = time.monotonic() + 300
@@ -125,7 +133,7 @@ def test_an_interrupted_run_ends_with_the_same_student(project, whole, how, wher
     process.send_signal(how)
     code, _, err = finish(process)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL), err
-    assert not (out / where).exists(), "nothing half-written"
+    assert not (out / folder).exists(), "nothing half-written"
     code, _, err = finish(start(project, "--out", out.name))
     assert code == 0, err
     assert weights(out) == weights(whole[0])

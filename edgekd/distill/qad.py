@@ -16,16 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quant.calibrate import second_moments
 from ..quant.folder import describe, new_grid
-from ..quant.grid import fake_quant_int4, fake_quant_int8_rows, quantize_int8_rows, round_int4
+from ..quant.gptq import gptq_student
+from ..quant.grid import (
+    GROUP,
+    fake_quant_int4,
+    fake_quant_int8_rows,
+    quantize_int4,
+    quantize_int8_rows,
+    round_int4,
+)
 from ..quant.recipe import Kind, Recipe
-from ..quant.search import search_int4
 from ..spec import QadSpec
 from ..student import load_model
 from .data import Windows
 from .signals import TeacherSignal
 from .train import evenly_spaced, train
+
+_INSIDE = 0.49
+"""Of a step, from the integer to where a weight still rounds to it."""
 
 
 class QuantizedStudent(nn.Module):
@@ -76,6 +85,26 @@ class QuantizedStudent(nn.Module):
         return round_int4(weight, self.log_scale(name).exp())
 
 
+@torch.no_grad()
+def start_from_gptq(model: nn.Module, student: Path, ids: Tensor, kinds: Mapping[str, Kind]) -> dict[str, Tensor]:
+    """Move ``model``'s int4 weights so that they round to GPTQ's integers, and return its scales ``(O, G)`` by name.
+
+    Args:
+        model: the student, loaded.
+        student: its folder.
+        ids: calibration text ``(N, T)``.
+    """
+    scales = {}
+    for name, q, scale in gptq_student(student, ids, kinds):
+        weight, steps = model.get_parameter(name), scale.repeat_interleave(GROUP, 1)
+        weight.copy_(torch.clamp(weight, (q - _INSIDE) * steps, (q + _INSIDE) * steps))
+        scales[name] = scale
+    for name, kind in kinds.items():
+        if kind == "int4" and name not in scales:
+            scales[name] = quantize_int4(model.get_parameter(name))[1]
+    return scales
+
+
 def quantize_aware_distill(
     student: Path,
     out: Path,
@@ -92,12 +121,13 @@ def quantize_aware_distill(
 ) -> dict[str, Any]:
     """Train a quantized student and write it as a folder; see ``train.train`` for what is common to both.
 
-    It starts from the student's weights and the scales of ``search_int4`` on calibration text. A run that was killed
+    It starts from GPTQ's integers and scales: each weight is the student's own, moved no further than to the edge of
+    the interval that rounds to GPTQ's integer, so that a small step can still turn the choice. A run that was killed
     goes on from its last checkpoint and ends with the same integers.
 
     Args:
         out: the folder to make; it must not exist.
-        windows: training text; ``calibration_windows`` of it are read for the first scales.
+        windows: training text; ``calibration_windows`` of it are read for GPTQ.
         signal: the teacher, or the student before quantization.
 
     Returns:
@@ -106,22 +136,16 @@ def quantize_aware_distill(
     Raises:
         EdgekdError: as ``train`` and ``folder.new_grid``.
     """
-    moments = second_moments(student, evenly_spaced(windows, calibration_windows).ids)
     with new_grid(student, out, recipe, "qad") as writer:
         plain = load_model(student)
-        parameters = dict(plain.named_parameters())
-        scales = {
-            name: search_int4(parameters[name].detach(), moments.get(name))[1]
-            for name, kind in writer.kinds.items()
-            if kind == "int4"
-        }
+        scales = start_from_gptq(plain, student, evenly_spaced(windows, calibration_windows).ids, writer.kinds)
         model = QuantizedStudent(plain, writer.kinds, scales)
         figures = train(
             model, windows, validation, spec, signal=signal, seed=seed, work_dir=work_dir, on_event=on_event
         )
         for name, kind in writer.kinds.items():
             if kind == "plain":
-                writer.put_plain(name, parameters[name].detach())
+                writer.put_plain(name, plain.get_parameter(name).detach())
             else:
                 writer.put(name, *model.integers(name))
     return figures | describe(out)
