@@ -172,7 +172,7 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         low, high = interval(row.get("kl_ci95")) or (x, x)
         above.append(max(0.0, high - x))
         below.append(max(0.0, min(x - low, x * 0.95)))
-    labels = [f"{row.get('from', '?')} → {row.get('to', '?')}" for row, _ in known]
+    labels = [f"{row.get('from', '?')} →<br>{row.get('to', '?')}" for row, _ in known]  # two lines: a phone is narrow
     return {
         "data": [
             {
@@ -188,7 +188,7 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         "layout": _layout(
             44 * len(known) + 70,
             xaxis=_log_axis("mean KL, nats per token", [x for _, x in known], 0.12),
-            yaxis=_axis(autorange="reversed", type="category"),
+            yaxis=_axis(autorange="reversed", type="category", dtick=1),  # a label for every hop
         ),
     }  # fmt: skip
 
