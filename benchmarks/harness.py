@@ -120,6 +120,7 @@ def _figures(
     prefill = {n: [tokens_per_s(n, run["prefill_s"][n]) for run in runs] for n in lengths}
     tokenize = {n: [run["tokenize_s"][n] for run in runs] for n in lengths}
     intervals = [seconds for run in runs for seconds in run["inter_token_s"]]
+    sampling = [seconds for run in runs for seconds in run["sampling_s"]]
     decode = [tokens_per_s(spec.decode_tokens, sum(run["inter_token_s"])) for run in runs]
     read = traffic.bytes_per_token(lengths[-1] + spec.decode_tokens / 2)
     roofline = [decode_roofline_fraction(rate, read, max(bandwidth)) for rate in decode]
@@ -138,6 +139,7 @@ def _figures(
         "prefill_tokens_per_s": per_length(prefill),
         "decode_tokens_per_s": figure(median(decode), _CLOCK, decode),
         "inter_token_s": figure(median(intervals), _CLOCK, intervals),
+        "sampling_s": figure(median(sampling), _CLOCK, sampling),
         "inter_token_p50_s": figure(percentile(intervals, 50), _CLOCK, per_run(50)),
         "inter_token_p95_s": figure(percentile(intervals, 95), _CLOCK, per_run(95)),
         "peak_rss_bytes": of_runs("peak_rss_bytes", memory),
@@ -239,11 +241,14 @@ def _measure_run(open_session: OpenSession, artifact: Artifact, spec: BenchSpec,
             token = sample(logits, 0.0, rng)
             ttft[length] = time.perf_counter() - start
 
-        intervals = []
+        intervals, sampling = [], []
         last = time.perf_counter()
         for _ in range(spec.decode_tokens):
-            token = sample(session.decode(token), 0.0, rng)
+            logits = session.decode(token)
+            decoded = time.perf_counter()
+            token = sample(logits, 0.0, rng)
             now = time.perf_counter()
+            sampling.append(now - decoded)
             intervals.append(now - last)
             last = now
     finally:
@@ -254,6 +259,7 @@ def _measure_run(open_session: OpenSession, artifact: Artifact, spec: BenchSpec,
         "prefill_s": prefill,
         "tokenize_s": tokenize,
         "inter_token_s": intervals,
+        "sampling_s": sampling,
         "rss_before_load_bytes": before,
         "peak_rss_bytes": _peak_rss_bytes(),
         "torch_in_process": "torch" in sys.modules,

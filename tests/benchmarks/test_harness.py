@@ -168,8 +168,8 @@ def test_a_real_gguf(tmp_path):
     torch.manual_seed(0)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
     save_model(transformers.Qwen3ForCausalLM(config), tokenizer, tmp_path / "student")
-    gguf = TargetSpec(target="gguf", recipes=["q8_0"])
-    artifact = export(tmp_path / "student", gguf, "q8_0", tmp_path / "artifact", name="tiny-q8_0")
+    gguf = TargetSpec(target="gguf", recipes=["int8"])
+    artifact = export(tmp_path / "student", gguf, "int8", tmp_path / "artifact", name="tiny-q8_0")
 
     result = bench(open_artifact, artifact, SPEC)
     json.dumps(result, allow_nan=False)
