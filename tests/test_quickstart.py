@@ -26,7 +26,9 @@ def test_the_shipped_teacher_is_whole_and_small_enough():
 def test_the_quickstart_runs_to_its_report(tmp_path):
     spec = yaml.safe_load(builtin_spec("quickstart").read_text())
     spec["distill"] |= {"steps": 12, "warmup_steps": 2, "validate_every": 6, "checkpoint_every": 6}
+    spec["quantize"]["qad"] |= {"steps": 6, "warmup_steps": 1, "validate_every": 3, "checkpoint_every": 3}
     spec["data"]["max_test_tokens"] = 8192
+    spec["verify"]["windows"] = 8
     spec["bench"]["runs"] = 1
     (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(spec))
     command = [sys.executable, "-m", "edgekd.cli", "run", "quickstart.yaml", "--json"]
@@ -41,7 +43,12 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     for artifact in by_recipe.values():
         assert artifact["manifest"]["parity"]["failures"] == []
     sizes = {recipe: artifact["size_bytes"] for recipe, artifact in by_recipe.items()}
-    assert sizes["portable-int4"] < sizes["int8"] < sizes["fp16"]
+    assert sizes["portable-int4-head4"] < sizes["portable-int4"] < sizes["int8"] < sizes["fp16"]
     divergence = {recipe: a["manifest"]["parity"]["kl_mean"] for recipe, a in by_recipe.items()}
+    hops = {row["to"]: row for row in results["ledger"] if row["from"] == "student"}
+    for recipe in ("portable-int4", "portable-int4-head4"):
+        assert hops[f"{recipe} gptq"]["kl_mean"] < 0.7 * hops[f"{recipe} rtn"]["kl_mean"]
+        assert hops[f"{recipe} search"]["kl_mean"] < hops[f"{recipe} rtn"]["kl_mean"]
+    assert divergence["gguf-q5_k_m"] < divergence["gguf-q4_k_m"] < divergence["gguf-q4_0"]
     assert divergence["fp16"] < divergence["int8"] < divergence["portable-int4"]
     assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()
