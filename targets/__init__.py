@@ -19,7 +19,7 @@ from ..manifest import Artifact, load_artifact
 from ..session import Session
 from ..spec import TargetSpec
 
-TARGETS = {"gguf": "edgekd.targets.gguf"}
+TARGETS = {"gguf": "edgekd.targets.gguf", "onnx": "edgekd.targets.onnx"}
 
 
 def target_modules() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from ..errors import EdgekdError, MissingExtra, SpecError, Unsupported
-from ..manifest import Artifact, write_artifact
+from ..manifest import Artifact
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _gguf_arch as arch_
 from . import _gguf_vocab as vocab_
+from ._common import build_artifact
+from ._decoder import check_context
 from ._gguf_session import GgufSession, load_model, runtime, said, tokenize
 
 if TYPE_CHECKING:
@@ -40,12 +41,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
         if recipe not in RECIPES:
             raise SpecError(f"targets: gguf has no recipe {recipe!r}; there are: {', '.join(RECIPES)}.")
     arch = arch_.read_config(config)
-    if spec.context and spec.context > arch.context_length:
-        raise SpecError(
-            f"targets: context {spec.context} is longer than the student's {arch.context_length} "
-            "(config.json: max_position_embeddings).",
-            "Ask for a shorter one.",
-        )
+    check_context(spec, arch)
     vocab_.check_tokenizer(tokenizer_folder)
     try:
         import gguf  # noqa: F401
@@ -61,22 +57,14 @@ def export(
 
     The tokenizer's ids are proved against llama.cpp before any weight is written. ``grid`` concerns ``q4_0`` alone.
     """
-    if out_dir.exists():
-        raise EdgekdError(f"{out_dir} exists already.", "Remove it, or choose another folder.")
     checkpoint = Checkpoint(student)
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
-        fields = _write(checkpoint, spec, recipe, partial, name, grid if recipe == "q4_0" else None)
-        artifact = write_artifact(partial, name=name, target="gguf", recipe=recipe, main_file=MAIN_FILE, **fields)
-        partial.rename(out_dir)
-    except OSError as error:
-        raise EdgekdError(f"{out_dir}: cannot be written: {error}.", "Free disk space, or check the folder.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Artifact(out_dir, artifact.manifest)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        fields = _write(checkpoint, spec, recipe, folder, name, grid if recipe == "q4_0" else None)
+        return {"name": name, "target": "gguf", "recipe": recipe, "main_file": MAIN_FILE} | fields
+
+    return build_artifact(out_dir, fill)
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> GgufSession:

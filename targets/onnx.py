@@ -1,0 +1,247 @@
+"""ONNX for onnxruntime: fp16 and fp32 from the student, the portable grid from the quantized student as it is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from ..errors import BadArtifact, EdgekdError, MissingExtra, SpecError, Unsupported
+from ..manifest import Artifact, Contract, write_json
+from ..session import Session
+from ..spec import TargetSpec
+from ..student import Checkpoint, load_tokenizer
+from . import _onnx_graph as graph_
+from ._common import build_artifact
+from ._decoder import Architecture, check_context, check_weights, read_config, weight_shapes
+from ._onnx_session import PROVIDERS, OnnxSession, genai_tokenizer, load, runtime
+from ._tokenizer import PROBES, contract_of, marked_texts, special_tokens
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from transformers import PreTrainedTokenizerFast
+
+FLOAT = ("fp16", "fp32")
+GRID = ("int8", "portable-int4", "portable-int4-head4")
+RECIPES = (*FLOAT, *GRID)
+MAIN_FILE = "model.onnx"
+TESTED = ("cpu",)
+_KNOWN_PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "coreml", "qnn", "nnapi")
+
+
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+    """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
+
+    Raises:
+        SpecError: an unknown recipe or execution provider, or a context longer than the student's.
+        Unsupported: an architecture or setting that the exporter does not write, or a provider without its kernels.
+        EdgekdError: no tokenizer.
+        MissingExtra: a package of the extra is not installed.
+    """
+    for recipe in spec.recipes:
+        if recipe not in RECIPES:
+            raise SpecError(f"targets: onnx has no recipe {recipe!r}; there are: {', '.join(RECIPES)}.")
+    _check_providers(spec.providers)
+    check_context(spec, read_config(config, "ONNX"))
+    if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise EdgekdError(f"{tokenizer_folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+    for package, module in (("onnx", "onnx"), ("onnxruntime-genai", "onnxruntime_genai"), ("tokenizers", "tokenizers")):
+        try:
+            __import__(module)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(package, "onnx") from error
+    runtime()
+
+
+def _check_providers(providers: list[str]) -> None:
+    for name in providers:
+        if name not in _KNOWN_PROVIDERS:
+            raise SpecError(f"targets: unknown execution provider {name!r}; there are: {', '.join(PROVIDERS)}.")
+        if name not in PROVIDERS:
+            lacks = "rotates outside attention" if name == "dml" else "has no kernel for it"
+            raise Unsupported(
+                f"targets: provider {name!r}: the graph's GroupQueryAttention with the rotary embedding inside does not "
+                f"run there: it {lacks}.",
+                f"Choose from {', '.join(PROVIDERS)}; for phones, cpu.",
+            )
+
+
+def export(
+    student: Path, spec: TargetSpec, recipe: str, out_dir: Path, *, name: str, grid: Path | None = None
+) -> Artifact:
+    """Write ``model.onnx``, its data, ``genai_config.json``, the tokenizer and the manifest; see ``targets.export``.
+
+    Needs memory for a tensor, not for the model. ``grid`` is needed by every recipe but fp16 and fp32.
+    """
+    checkpoint = Checkpoint(student)
+    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+    if recipe in GRID and grid is None:
+        raise EdgekdError(f"recipe {recipe!r} packs a quantized student, and none is given.", "Run: edgekd quantize")
+
+    def fill(folder: Path) -> dict[str, Any]:
+        fields = _write(checkpoint, spec, folder, recipe, grid if recipe in GRID else None)
+        return {"name": name, "target": "onnx", "recipe": recipe, "main_file": MAIN_FILE} | fields
+
+    return build_artifact(out_dir, fill)
+
+
+def open(artifact: Artifact, *, threads: int | None = None) -> Session:
+    """The artifact in onnxruntime.
+
+    Raises:
+        BadArtifact: the data file is missing or truncated, or onnxruntime refuses the file.
+        EdgekdError: none of the artifact's execution providers is installed.
+        MissingExtra: onnxruntime is not installed.
+    """
+    cores = threads or psutil.cpu_count(logical=False) or 1
+    details = artifact.manifest.details
+    if not details:
+        raise BadArtifact(f"{artifact.folder}: the manifest has no details.", "Export the artifact again.")
+    return OnnxSession(artifact.main_file, artifact.manifest.contract, details, cores)
+
+
+def _write(
+    checkpoint: Checkpoint, spec: TargetSpec, folder: Path, recipe: str, grid_folder: Path | None
+) -> dict[str, Any]:
+    """Write everything but the manifest, and return the manifest's fields."""
+    from ..quant.folder import open_grid
+    from ._onnx_pack import write_data
+
+    arch = read_config(checkpoint.config, "ONNX")
+    grid = open_grid(grid_folder) if grid_folder is not None else None
+    if grid is not None and grid.student_digest != checkpoint.digest:
+        raise EdgekdError(f"{grid_folder} was quantized from another student.", "Quantize this one.")
+    weights = grid or checkpoint
+    tied = checkpoint.tied
+    check_weights(
+        arch, {n: weights.shape(n) for n in (grid.names() if grid else checkpoint)}, tied, weights.folder, "ONNX"
+    )
+    kinds: dict[str, graph_.Kind] = dict.fromkeys(weight_shapes(arch, tied), "plain")
+    if grid is not None:
+        kinds |= {n: "int8" if kind == "int8_embedding" else kind for n, kind in grid.kinds.items()}
+    activations: graph_.Activations = "float16" if set(spec.providers) - {"cpu"} else "float32"
+    settings = graph_.Settings(
+        kinds, tied, activations, "float32" if recipe == "fp32" else "float16", spec.context or arch.context_length
+    )
+    tokenizer = load_tokenizer(checkpoint.folder)
+    contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "genai_config.json", genai_config(arch, contract, tokenizer.pad_token_id, spec.providers))
+    told = _compare_tokenizers(tokenizer, folder)
+
+    models = graph_.build(arch, settings)
+    (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
+    (folder / graph_.HEAD_FILE).write_bytes(models.head.SerializeToString())
+    write_data(folder / graph_.DATA_FILE, models.stored, weights, arch, settings.context_length)
+    _prove(folder)
+    places = graph_.offsets(models.stored)
+    weight_bytes = sum({places[item.name]: item.size_bytes for item in models.stored if item.sources}.values())
+    return {
+        "runtime": "onnxruntime",
+        "student_digest": checkpoint.digest,
+        "grid_digest": grid.digest if grid is not None else None,
+        "parameters": checkpoint.parameters,
+        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "contract": contract,
+        "versions": {package: version(package) for package in ("edgekd", "onnxruntime", "onnxruntime-genai", "onnx")},
+        "details": {
+            "providers": {name: "run at export" if name in TESTED else "not run" for name in spec.providers},
+            "activations": activations,
+            "ops": _histogram(models.decoder),
+            "tokenizer": told,
+            "data_bytes": (folder / graph_.DATA_FILE).stat().st_size,
+        },
+    }
+
+
+def genai_config(arch: Architecture, contract: Contract, pad_id: int | None, providers: list[str]) -> dict[str, Any]:
+    """``genai_config.json``, with which onnxruntime-genai runs the same files."""
+    provider_options = [{name: {}} for name in providers[:1] if name != "cpu"]
+    past, present = "past_key_values.%d.", "present.%d."
+    return {
+        "model": {
+            "type": arch.name,
+            "bos_token_id": contract.eos_ids[0] if contract.bos_id is None else contract.bos_id,
+            "eos_token_id": contract.eos_ids,
+            "pad_token_id": contract.eos_ids[0] if pad_id is None else pad_id,
+            "context_length": contract.context_length,
+            "vocab_size": contract.vocab_size,
+            "decoder": {
+                # Level 3: onnxruntime warns that the default of logits_index can be overridden, which is its purpose.
+                "session_options": {"log_id": "edgekd", "log_severity_level": 3, "provider_options": provider_options},
+                "filename": MAIN_FILE,
+                "head_size": arch.head_dim,
+                "hidden_size": arch.hidden,
+                "num_attention_heads": arch.heads,
+                "num_hidden_layers": arch.layers,
+                "num_key_value_heads": arch.kv_heads,
+                "inputs": {
+                    "input_ids": "input_ids", "attention_mask": "attention_mask",
+                    "past_key_names": f"{past}key", "past_value_names": f"{past}value",
+                },
+                "outputs": {
+                    "logits": "logits", "present_key_names": f"{present}key", "present_value_names": f"{present}value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "max_length": contract.context_length, "past_present_share_buffer": True},
+    }  # fmt: skip
+
+
+def _compare_tokenizers(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
+    """Whether onnxruntime-genai gives the tokenizer's ids, id by id; where not, sessions use ``tokenizer.json``."""
+    texts = [*PROBES, *marked_texts(list(special_tokens(tokenizer)))]
+    told: dict[str, Any] = {"used": "onnxruntime-genai", "texts": len(texts), "differ": 0, "first": None}
+    try:
+        encode = genai_tokenizer(folder)
+    except EdgekdError as error:
+        return told | {"used": "tokenizers", "differ": len(texts), "first": error.cause}
+    for text in texts:
+        expected, actual = list(tokenizer(text)["input_ids"]), encode(text)
+        if actual != expected:
+            told["used"] = "tokenizers"
+            told["differ"] += 1
+            told["first"] = told["first"] or f"{text!r:.100}: {actual[:20]} instead of {expected[:20]}"
+    return told
+
+
+def _prove(folder: Path) -> None:
+    """Check the graphs against the standard, and run it once as it is.
+
+    Raises:
+        BadArtifact: the checker or onnxruntime refuses it.
+        EdgekdError: logits that are not finite.
+    """
+    import onnx
+
+    for path in (folder / graph_.HEAD_FILE, folder / MAIN_FILE):
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise BadArtifact(f"{path.name}: {error}.", "Report this student's config.json.") from error
+    session = load(path, "cpu", 1, light=True)
+    feeds: dict[str, np.ndarray] = {
+        "input_ids": np.array([[0, 1]], np.int64), "attention_mask": np.ones((1, 2), np.int64),
+    }  # fmt: skip
+    for node in session.get_inputs():
+        if node.name not in feeds:
+            half = node.type == "tensor(float16)"
+            feeds[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), np.float16 if half else np.float32)
+    (logits,) = session.run(["logits"], feeds)
+    if not np.isfinite(logits).all():
+        raise EdgekdError(
+            f"{path.name}: the logits are not finite.", "Train the student again with a lower learning rate."
+        )
+
+
+def _histogram(model: ModelProto) -> dict[str, int]:
+    """How many nodes of each operator, those of other domains with their domain."""
+    names = (f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph.node)
+    return dict(sorted(Counter(names).items()))
