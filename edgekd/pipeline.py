@@ -249,7 +249,16 @@ def _artifact_stages(run: Run, target: TargetSpec, recipe: str, grid_key: str, m
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("edgekd", "torch", "transformers", "gguf", "llama-cpp-python"):
+    for name in (
+        "edgekd",
+        "torch",
+        "transformers",
+        "gguf",
+        "llama-cpp-python",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-genai",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -130,10 +130,12 @@ class TargetSpec(_Strict):
 
     target: str = Field(description="gguf onnx")
     recipes: Annotated[list[str], Field(min_length=1)] = Field(
-        description="For gguf: f16 q8_0 q4_0 q4_k_m q5_k_m q6_k. For onnx: fp16 fp32 int8 portable-int4 portable-int4-head4."
+        description="For gguf: f16 q8_0 q4_0 q4_k_m q5_k_m q6_k. For onnx: fp16 fp32 int8 portable-int4 "
+        "portable-int4-head4."
     )
     providers: Annotated[list[str], Field(min_length=1)] = Field(
-        ["cpu"], description="For onnx: execution providers, the preferred one first: cpu (tested) cuda webgpu (not run)."
+        ["cpu"],
+        description="For onnx: execution providers, the preferred one first: cpu (tested) cuda webgpu (not run).",
     )
     context: Count | None = Field(None, description="Context length of the artifact; default: the student's.")
 

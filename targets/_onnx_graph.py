@@ -10,7 +10,7 @@ and ``K`` inputs of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,8 +29,8 @@ EMBEDDING = "model.embed_tokens.weight"
 MS = "com.microsoft"
 _PAGE = 4096
 BLOCK = 32
-"""Weights that share a scale, of int8 rows too: the kernels round activations to int8 in such blocks, and wider ones cost
-quality (KL to the unrounded model 2.3e-4 with blocks of 32, 4.1e-4 with 256)."""
+"""Weights that share a scale; of int8 rows too, for the kernels round activations to int8 in such blocks, and wide ones
+cost quality (KL to the unrounded model 2.3e-4 with blocks of 32, 4.1e-4 with 256)."""
 Kind = Literal["int4", "int8", "plain"]
 Activations = Literal["float32", "float16"]
 
@@ -114,11 +114,9 @@ class _Graph:
             return value
         return self.node("Cast", [value], to=TensorProto.FLOAT if want == "float32" else TensorProto.FLOAT16)
 
-    def vector(self, source: str, name: str = "", sources: tuple[str, ...] = (), size: int = 0) -> str:
-        """A norm's weight or a bias, in the activations' dtype."""
-        sources = sources or (source,)
-        name = name or source
-        return self.store(Stored(name, self.settings.activations, (size,), "value", sources, "plain"))
+    def vector(self, name: str, size: int, sources: tuple[str, ...] = ()) -> str:
+        """A norm's weight or a bias, in the activations' dtype; ``sources`` where it is put together of several."""
+        return self.store(Stored(name, self.settings.activations, (size,), "value", sources or (name,), "plain"))
 
 
 def _bits(kind: Kind) -> int:
@@ -131,9 +129,7 @@ def _quantized(
     """Integers and scales of a matrix ``(N, K)``; returns the names of both, scales in the activations' dtype."""
     bits, blocks = _bits(kind), -(-shape[1] // BLOCK)
     q = graph.store(Stored(f"{name}.q", "uint8", (shape[0], blocks, BLOCK * bits // 8), "q", sources, kind))
-    scale = f"{name}.scale"
-    if scale not in graph.stored:
-        graph.store(Stored(scale, "float16", (shape[0], blocks), "scale", sources, kind))
+    scale = graph.store(Stored(f"{name}.scale", "float16", (shape[0], blocks), "scale", sources, kind))
     return q, graph.cast(scale, "float16", graph.settings.activations)
 
 
@@ -187,13 +183,13 @@ def _head(graph: _Graph, hidden: str) -> None:
 
 
 def _norm(graph: _Graph, x: str, weight: str, size: int) -> str:
-    return graph.node("RMSNormalization", [x, graph.vector(weight, size=size)], axis=-1, epsilon=graph.arch.rms_eps)
+    return graph.node("RMSNormalization", [x, graph.vector(weight, size)], axis=-1, epsilon=graph.arch.rms_eps)
 
 
 def _add_norm(graph: _Graph, x: str, skip: str, weight: str) -> tuple[str, str]:
     """The norm of ``x + skip``, and that sum."""
     outputs = [f"{weight}.norm", "", "", f"{weight}.sum"]
-    gamma = graph.vector(weight, size=graph.arch.hidden)
+    gamma = graph.vector(weight, graph.arch.hidden)
     normed = graph.node(
         "SkipSimplifiedLayerNormalization", [x, skip, gamma], outputs, domain=MS, epsilon=graph.arch.rms_eps
     )
@@ -209,7 +205,7 @@ def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str], rota
     kinds = {graph.settings.kinds[f"{at}{p}_proj.weight"] for p in sizes}
     norms = arch.name == "qwen3"
     if len(kinds) == 1:
-        bias = graph.vector("", f"{at}qkv_proj.bias", tuple(biases.values()), query + 2 * key) if biases else ""
+        bias = graph.vector(f"{at}qkv_proj.bias", query + 2 * key, tuple(biases.values())) if biases else ""
         sources = tuple(f"{at}{p}_proj.weight" for p in sizes)
         packed = _matmul(graph, x, f"{at}qkv_proj.weight", sources, (query + 2 * key, arch.hidden), bias)
         parts = [packed, "", ""]
@@ -219,7 +215,7 @@ def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str], rota
     else:
         parts = [
             _matmul(graph, x, f"{at}{p}_proj.weight", (f"{at}{p}_proj.weight",), (size, arch.hidden),
-                    graph.vector(biases[p], size=size) if biases else "")
+                    graph.vector(biases[p], size) if biases else "")
             for p, size in sizes.items()
         ]  # fmt: skip
     inputs = [*parts, *(f"past_key_values.{layer}.{p}" for p in ("key", "value")), *lengths, *rotary]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadArtifact, EdgekdError, MissingExtra, Unsupported
+from ..errors import BadArtifact, MissingExtra, Unsupported
 from ..manifest import Contract
 
 if TYPE_CHECKING:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,13 @@ GRID = ("int8", "portable-int4", "portable-int4-head4")
 RECIPES = (*FLOAT, *GRID)
 MAIN_FILE = "model.onnx"
 TESTED = ("cpu",)
-_KNOWN_PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "coreml", "qnn", "nnapi")
+_NO_KERNEL = "has no kernel for MatMulNBits and GroupQueryAttention; onnxruntime-genai's builder makes no graph for it"
+_REFUSED = {
+    "dml": "wants the rotary embedding outside attention, and this graph has it inside",
+    "coreml": _NO_KERNEL,
+    "qnn": _NO_KERNEL,
+    "nnapi": _NO_KERNEL,
+}
 
 
 def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
@@ -62,14 +67,11 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
 
 def _check_providers(providers: list[str]) -> None:
     for name in providers:
-        if name not in _KNOWN_PROVIDERS:
+        if name not in (*PROVIDERS, *_REFUSED):
             raise SpecError(f"targets: unknown execution provider {name!r}; there are: {', '.join(PROVIDERS)}.")
-        if name not in PROVIDERS:
-            lacks = "rotates outside attention" if name == "dml" else "has no kernel for it"
+        if name in _REFUSED:
             raise Unsupported(
-                f"targets: provider {name!r}: the graph's GroupQueryAttention with the rotary embedding inside does not "
-                f"run there: it {lacks}.",
-                f"Choose from {', '.join(PROVIDERS)}; for phones, cpu.",
+                f"targets: provider {name!r} {_REFUSED[name]}.", f"Choose from {', '.join(PROVIDERS)}; for phones, cpu."
             )
 
 
@@ -80,13 +82,19 @@ def export(
 
     Needs memory for a tensor, not for the model. ``grid`` is needed by every recipe but fp16 and fp32.
     """
+    from ..quant.folder import write_grid
+
     checkpoint = Checkpoint(student)
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
-    if recipe in GRID and grid is None:
+    if recipe in GRID and recipe != "portable-int4" and grid is None:
         raise EdgekdError(f"recipe {recipe!r} packs a quantized student, and none is given.", "Run: edgekd quantize")
 
     def fill(folder: Path) -> dict[str, Any]:
-        fields = _write(checkpoint, spec, folder, recipe, grid if recipe in GRID else None)
+        scratch = folder / "grid"
+        if recipe in GRID and grid is None:
+            write_grid(student, scratch)
+        fields = _write(checkpoint, spec, folder, recipe, (grid or scratch) if recipe in GRID else None)
+        shutil.rmtree(scratch, ignore_errors=True)
         return {"name": name, "target": "onnx", "recipe": recipe, "main_file": MAIN_FILE} | fields
 
     return build_artifact(out_dir, fill)

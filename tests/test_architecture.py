@@ -17,7 +17,7 @@ LAYERS = [
     {"distill", "targets", "verify", "benchmarks"},
     {"pipeline", "doctor", "teachers", "peers"},
     {"console"},
-    {"cli"},
+    {"cli", "optimum"},
 ]
 # Modules of one layer that may know each other; distill, targets, verify and benchmarks never do.
 SIBLINGS = {2}
