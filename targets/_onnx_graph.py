@@ -94,10 +94,10 @@ class _Graph:
         self.nodes.append(helper.make_node(op, inputs, names, name, domain=domain, **attributes))
         return names[0]
 
-    def constant(self, value: np.ndarray | list[int]) -> str:
-        """A small initialiser inside the graph's own file."""
-        array = np.asarray(value, None if isinstance(value, np.ndarray) else np.int64)
-        name = f"{array.dtype}{array.tolist()}"
+    def constant(self, value: int | list[int]) -> str:
+        """Whole numbers, inside the graph's own file."""
+        array = np.asarray(value, np.int64)
+        name = f"constant {value}"
         self.constants[name] = array
         return name
 
@@ -250,7 +250,7 @@ def _lengths(graph: _Graph) -> tuple[str, str]:
 
     real = graph.node("ReduceSum", ["attention_mask", graph.constant([1])], keepdims=0)
     last = graph.node("Sub", [real, graph.constant([1])])
-    total = graph.node("Gather", [graph.node("Shape", ["attention_mask"]), graph.constant(np.int64(1))])
+    total = graph.node("Gather", [graph.node("Shape", ["attention_mask"]), graph.constant(1)])
     return graph.node("Cast", [last], to=TensorProto.INT32), graph.node("Cast", [total], to=TensorProto.INT32)
 
 
@@ -272,8 +272,9 @@ def build(arch: Architecture, settings: Settings) -> Models:
     graph = _Graph(arch, settings)
     lengths = _lengths(graph)
     table = (settings.context_length, arch.head_dim // 2)
-    rotary = tuple(
-        graph.store(Stored(f"rotary.{part}", settings.activations, table, part, (), "plain")) for part in ("cos", "sin")
+    rotary = (
+        graph.store(Stored("rotary.cos", settings.activations, table, "cos", (), "plain")),
+        graph.store(Stored("rotary.sin", settings.activations, table, "sin", (), "plain")),
     )
     total = _embedding(graph, "input_ids")
     x = _norm(graph, total, "model.layers.0.input_layernorm.weight", arch.hidden)

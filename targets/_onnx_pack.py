@@ -8,34 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import EdgekdError
+from ..student import Checkpoint
 from ._decoder import Architecture
 from ._onnx_graph import BLOCK, Stored, offsets
 
 if TYPE_CHECKING:
     import torch
 
-
-class Weights(Protocol):
-    """Where the bytes come from: the quantized student, or the student itself."""
-
-    def blocks(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Integers ``(rows, K)`` and scales of a quantized matrix, a few rows at a time."""
-        ...
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor that is not quantized."""
-        ...
+    from ..quant.folder import Grid
 
 
 def rotary_tables(arch: Architecture, context_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of every position, float32 ``(context_length, head_dim / 2)`` each."""
     exponents = np.arange(0, arch.head_dim, 2, dtype=np.float32) / np.float32(arch.head_dim)
-    frequencies = np.float32(1) / np.float32(arch.rope_theta) ** exponents
+    frequencies = 1 / np.power(np.float32(arch.rope_theta), exponents)
     if arch.rope_factors:
         frequencies = frequencies / np.array(arch.rope_factors, np.float32)
     angles = np.arange(context_length, dtype=np.float32)[:, None] * frequencies[None]
@@ -53,7 +44,9 @@ def pack_rows(q: torch.Tensor, kind: str, *, whole_blocks: bool) -> np.ndarray:
     return np.pad(codes, ((0, 0), (0, missing)), constant_values=0x80)
 
 
-def write_data(path: Path, stored: list[Stored], weights: Weights, arch: Architecture, context_length: int) -> None:
+def write_data(
+    path: Path, stored: list[Stored], weights: Grid | Checkpoint, arch: Architecture, context_length: int
+) -> None:
     """Write the data file.
 
     Raises:
@@ -72,7 +65,7 @@ def write_data(path: Path, stored: list[Stored], weights: Weights, arch: Archite
         file.truncate(max(places[item.name] + item.size_bytes for item in stored))
 
 
-def _pieces(item: Stored, weights: Weights, arch: Architecture, context_length: int) -> Iterator[np.ndarray]:
+def _pieces(item: Stored, weights: Grid | Checkpoint, arch: Architecture, context_length: int) -> Iterator[np.ndarray]:
     """The bytes of an initialiser, in order."""
     if item.part in ("cos", "sin"):
         yield rotary_tables(arch, context_length)[item.part == "sin"].astype(item.dtype)
@@ -84,6 +77,7 @@ def _pieces(item: Stored, weights: Weights, arch: Architecture, context_length: 
         if item.part == "value":
             yield _narrow(weights.tensor(source), item.dtype, source)
             continue
+        assert not isinstance(weights, Checkpoint), source
         for q, scale in weights.blocks(source):
             if item.part == "q":
                 yield pack_rows(q, item.kind, whole_blocks=len(item.shape) == 3)

@@ -171,7 +171,7 @@ def _write(
 
 def genai_config(arch: Architecture, contract: Contract, pad_id: int | None, providers: list[str]) -> dict[str, Any]:
     """``genai_config.json``, with which onnxruntime-genai runs the same files."""
-    provider_options = [{name: {}} for name in providers[:1] if name != "cpu"]
+    provider_options: list[dict[str, Any]] = [{name: {}} for name in providers[:1] if name != "cpu"]
     past, present = "past_key_values.%d.", "present.%d."
     return {
         "model": {

@@ -525,3 +525,20 @@ def test_the_door_of_optimum(tmp_path: Path, tiny_student: Path) -> None:
         check=False,
     )
     assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_tokens_are_the_students(
+    kind: str, tmp_path: Path, student_factory: Any, request: pytest.FixtureRequest
+) -> None:
+    from edgekd.student import load_tokenizer
+    from edgekd.verify.tokens import check_tokens
+
+    factory = request.getfixturevalue("tokenizer_factory" if kind == "byte level" else "sentencepiece_factory")
+    tokenizer = factory(nfc=True) if kind == "byte level" else factory()
+    student = student_factory(tmp_path / "student", "llama", tokenizer)
+    artifact = export(student, "fp16", tmp_path / "out")
+    session = targets.open_artifact(artifact, threads=1)
+    result = check_tokens(session, load_tokenizer(student), artifact.manifest.contract)
+    session.close()
+    assert not result["differences"], result["differences"]
