@@ -64,7 +64,7 @@ def load(path: Path, provider: str, threads: int, *, light: bool = False) -> Any
     """An ``InferenceSession``.
 
     Args:
-        light: without optimizing the graph or packing weights: less memory, for a few tokens only.
+        light: to be looked at, not run: types and shapes are compared, and weights stay on disk.
 
     Raises:
         BadArtifact: onnxruntime refuses the file.
