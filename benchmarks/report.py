@@ -7,7 +7,7 @@ shown as "not measured"; nothing here turns it into a zero.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -190,22 +190,29 @@ def model_table(quality: Mapping[str, Any], seeds: Mapping[str, Sequence[Mapping
     return {"columns": [MODELS[name] for name in names], "rows": rows}
 
 
-def ledger_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def ledger_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One line a hop."""
     found = []
     for row in rows:
-        span = charts.interval(row.get("kl_ci95"))
         found.append(
             {
                 "hop": f"{row.get('from') or '?'} → {row.get('to') or '?'}",
-                "kl": show.significant(row.get("kl_mean")),
-                "range": show.spread(list(span), show.significant) if span else "",
-                "top1": show.percent(row.get("top1"), 2),
-                "before": show.significant(row.get("perplexity_from"), 5),
-                "after": show.significant(row.get("perplexity_to"), 5),
+                "cells": [
+                    _cell(row, "bits_per_weight", "", lambda x: show.significant(x, 3) if x else "–"),
+                    _cell(row, "kl_mean", "kl_ci95", show.significant),
+                    _cell(row, "top1", "top1_ci95", lambda x: show.percent(x, 2)),
+                    _cell(row, "perplexity_from", "", lambda x: show.significant(x, 5)),
+                    _cell(row, "perplexity_to", "perplexity_to_ci95", lambda x: show.significant(x, 5)),
+                ],
             }
         )
     return found
+
+
+def _cell(row: Mapping[str, Any], key: str, interval: str, text: Callable[[Any], str]) -> dict[str, str]:
+    """A figure and, small below it, its interval."""
+    span = charts.interval(row.get(interval))
+    return {"text": text(row.get(key)), "range": show.spread(list(span), text) if span else ""}
 
 
 _MACHINE = {

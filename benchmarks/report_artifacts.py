@@ -30,10 +30,11 @@ def benchmark(artifact: Artifact) -> Mapping[str, Any]:
 
 
 def label(artifact: Artifact) -> str:
-    """Target and recipe: ``GGUF q4_0``."""
+    """Target and recipe: ``GGUF portable-int4``, ``GGUF q4_k_m``."""
     manifest = artifact.get("manifest") or {}
     target = str(manifest.get("target") or "?")
-    return f"{TARGET_NAMES.get(target, target)} {manifest.get('recipe') or '?'}"
+    recipe = str(manifest.get("recipe") or "?").removeprefix(f"{target}-")
+    return f"{TARGET_NAMES.get(target, target)} {recipe}"
 
 
 def size_bytes(artifact: Artifact) -> float | None:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +31,10 @@ app = typer.Typer(
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a shipped spec.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder with a manifest.json.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", help="Calibration text, UTF-8. Default: the standard library's training split.")
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the spec's seed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
@@ -135,45 +139,75 @@ def distill(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, 
     typer.echo(f"student: {opened.path('student')}")
 
 
-@app.command(epilog="Example: edgekd quantize runs/quickstart/student student-int4")
+@app.command(epilog="Example: edgekd quantize runs/quickstart/student student-int4 --method gptq --text notes.txt")
 def quantize(
-    model: Annotated[str, typer.Argument(help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")],
+    model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write the quantized student to.")],
-    method: Annotated[str, typer.Option(help="rtn")] = "rtn",
+    recipe: Annotated[str, typer.Option(help="int8, portable-int4 or portable-int4-head4.")] = "portable-int4",
+    method: Annotated[Literal["rtn", "search", "gptq", "qad"], typer.Option(help="How to choose.")] = "gptq",
+    text: TextOption = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows, for search, gptq and qad.")] = 64,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, for qad.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="For qad.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the grid's integers once, for every target."""
-    from .quant.folder import write_grid
+    """Choose the grid's integers once, for every target. A stopped qad goes on when the command is given again."""
+    from .console import watching
+    from .pipeline import quantize_model
+    from .spec import QadSpec
     from .student import resolve_model
+    from .targets import load_recipe
 
-    figures = write_grid(resolve_model(model), out, method=method)
+    if out.exists():
+        raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
+    chosen, folder = load_recipe(recipe), resolve_model(model)
+    count = None if method == "qad" else windows
+    ids = None if method == "rtn" else _windows(folder, _training_text(text), count, context)
+    with watching() as watcher:
+        watcher.begin("quantize")
+        figures = quantize_model(
+            folder, out, chosen, method, ids, QadSpec(**_given(steps=steps)), windows, seed,
+            lambda fraction, note: watcher.progress("quantize", fraction, note),
+        )  # fmt: skip
     if as_json:
         return _print_json({"folder": str(out), **figures})
-    typer.echo(f"quantized student: {out}")
+    typer.echo(f"quantized student: {out}, {figures['bits_per_weight']:.2f} bits per weight")
 
 
-@app.command(epilog="Example: edgekd export runs/quickstart/student model-q4 --target gguf --recipe q4_0")
+@app.command(epilog="Example: edgekd export runs/quickstart/student model-int4 --target gguf --recipe portable-int4")
 def export(
-    model: Annotated[str, typer.Argument(help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")],
+    model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write the artifact to; must not exist.")],
-    target: Annotated[str, typer.Option(help="gguf")] = "gguf",
-    recipe: Annotated[str, typer.Option(help="For gguf: f16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k.")] = "q4_0",
+    target: Annotated[str, typer.Option(help="gguf or onnx")] = "gguf",
+    recipe: Annotated[
+        str, typer.Option(help="fp16, int8, portable-int4, portable-int4-head4, or one such as gguf-q4_k_m.")
+    ] = "portable-int4",
     context: Annotated[int | None, typer.Option(min=1, help="Context length. Default: the model's.")] = None,
-    grid: Annotated[Path | None, typer.Option(help="A quantized student whose integers to pack.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="A quantized student whose integers to pack. Default: round to nearest.")
+    ] = None,
+    moments: Annotated[
+        Path | None, typer.Option(help="Second moments from a run's calibration. Default: calibrate on --text.")
+    ] = None,
+    text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make an artifact for one runtime from a model folder."""
+    from .pipeline import export_model
     from .spec import TargetSpec
     from .student import Checkpoint, resolve_model
-    from .targets import check
-    from .targets import export as make
+    from .targets import check, load_recipe
 
     if out.exists():
         raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
     folder = resolve_model(model)
     spec = TargetSpec(target=target, recipes=[recipe], context=context)
     check(Checkpoint(folder).config, folder, spec)
-    artifact = make(folder, spec, recipe, out, name=folder.resolve().name, grid=grid)
+    native = load_recipe(recipe, target).native
+    needs_text = native is not None and native.importance_matrix and moments is None
+    ids = _windows(folder, _training_text(text), 64, 256) if needs_text else None
+    artifact = export_model(folder, spec, recipe, out, grid=grid, moments=moments, ids=ids)
     if as_json:
         return _print_json({"folder": str(out), "size_bytes": artifact.size_bytes, **artifact.manifest.model_dump()})
     typer.echo(f"{out}: {artifact.size_bytes / 1e6:.1f} MB, {artifact.manifest.bits_per_weight:.2f} bits per weight")
@@ -184,7 +218,7 @@ def verify(
     artifact: ArtifactArgument,
     reference: Annotated[str, typer.Option(help="The model it was made from: a folder, builtin: or hub:.")],
     text: Annotated[
-        Path | None, typer.Option(help="Held-out text, UTF-8. Default: the standard library's test.")
+        Path | None, typer.Option(help="Held-out text, UTF-8. Default: the standard library's test split.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1)] = 16,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
@@ -202,7 +236,7 @@ def verify(
     from .verify.parity import judge
 
     loaded, folder = load_artifact(artifact), resolve_model(reference)
-    ids = _held_out(folder, text, windows, context)
+    ids = _windows(folder, _held_out_text(text), windows, context)
     spec = VerifySpec(windows=windows, context=context)
     with watching() as watcher:
         watcher.begin("verify")
@@ -218,25 +252,35 @@ def verify(
         raise GateFailed(f"{artifact}: " + "; ".join(figures["failures"]) + ".")
 
 
-def _held_out(model: Path, text: Path | None, windows: int, context: int) -> Any:
-    """Windows ``(N, T)`` of a text file, or of the standard library's test split."""
+def _documents(text: Path) -> list[str]:
+    try:
+        return [text.read_text("utf-8")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--text {text}: not readable as UTF-8 text ({error}).", "Name a text file.") from error
+
+
+def _training_text(text: Path | None) -> list[str]:
+    from .distill.corpus import stdlib_corpus
+
+    return stdlib_corpus().train if text is None else _documents(text)
+
+
+def _held_out_text(text: Path | None) -> list[str]:
+    from .distill.corpus import stdlib_corpus
+
+    return stdlib_corpus().test if text is None else _documents(text)
+
+
+def _windows(model: Path, documents: list[str], windows: int | None, context: int) -> Any:
+    """Evenly spaced windows ``(N, T)`` of documents; all of them for ``windows`` None."""
     import numpy as np
 
     from .pipeline import held_out_windows
     from .student import load_tokenizer
 
-    if text is None:
-        from .distill.corpus import stdlib_corpus
-
-        documents = stdlib_corpus().test
-    else:
-        try:
-            documents = [text.read_text("utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"--text {text}: not readable as UTF-8 text ({error}).", "Name a text file.") from error
     tokenizer = load_tokenizer(model)
     ids = [token for document in documents for token in tokenizer(document, verbose=False)["input_ids"]]
-    return held_out_windows(np.asarray(ids), windows, context)
+    return held_out_windows(np.asarray(ids), windows or len(ids), context)
 
 
 @app.command(epilog="Example: edgekd bench model-q4 --prompt-tokens 32 --prompt-tokens 512 --json")

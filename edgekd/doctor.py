@@ -61,6 +61,7 @@ class SelfTest:
 
 SELF_TESTS = (
     SelfTest("training", "train", 180),
+    SelfTest("grid", "train", 180),
     SelfTest("gguf", "gguf", 180),
     SelfTest("onnx", "onnx", 180),
     SelfTest("executorch", "executorch", 300),

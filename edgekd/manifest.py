@@ -52,6 +52,10 @@ class Manifest(BaseModel):
     """sha256 of every other file of the folder, by its relative POSIX path."""
     student_digest: str
     grid_digest: str | None = None
+    method: str | None = None
+    """How the grid's integers were chosen."""
+    int8_by_width: list[str] = []
+    """Matrices that the recipe would have in int4, but for an input width that is not divisible by 32."""
     parameters: int
     bits_per_weight: float
     contract: Contract
@@ -102,6 +106,13 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def first_complaint(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong in a JSON file, as ``key 'a.b': what``."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"])) or "(top level)"
+    return f"key {key!r}: {first['msg']}"
+
+
 def write_artifact(folder: Path, **fields: Any) -> Artifact:
     """Hash every file of ``folder`` and write its manifest, which makes it an artifact.
 
@@ -145,9 +156,7 @@ def load_artifact(folder: str | Path, *, check_files: bool = True) -> Artifact:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "(top level)"
-        raise BadArtifact(f"{path}: key {key!r}: {first['msg']}.", "Export the artifact again.") from error
+        raise BadArtifact(f"{path}: {first_complaint(error)}.", "Export the artifact again.") from error
     for name in [manifest.main_file, *manifest.files]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or not (folder / name).resolve().is_relative_to(folder.resolve()):

@@ -21,17 +21,25 @@ from functools import partial
 from glob import glob
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from . import plan
 from .errors import EdgekdError, GateFailed, SpecError
 from .manifest import Artifact, add_proof, digest, file_sha256, load_artifact, write_json
-from .spec import BenchSpec, Spec, TargetSpec, VerifySpec
+from .spec import BenchSpec, Method, QadSpec, Spec, TargetSpec, VerifySpec
 from .student import Checkpoint, init_student, load_model, load_tokenizer, resolve_model, save_model, student_config
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from .quant.recipe import Recipe
+
 _SOURCE = Path(__file__).parent
+MOMENTS = "moments.safetensors"
 
 
 class Watcher(Protocol):
@@ -207,23 +215,96 @@ def stages(run: Run, machine: plan.Machine) -> list[Stage]:
         )  # fmt: skip
     compared = [teacher.config, *([teacher.config, student] * (1 + spec.distill.baseline))]
     quality_key = digest([student_key, baseline_key if spec.distill.baseline else None, _code("distill/train.py")])
-    grid_key = digest([student_key, spec.quantize.model_dump(), _code("quant")])
-    found += [
+    found.append(
         Stage("quality", "quality", quality_key, plan.inference_cost(compared, spec.data.max_test_tokens, machine),
-              partial(_quality, run)),
-        Stage("quantize", "quantized", grid_key, plan.export_cost(student, 5), partial(_quantize, run)),
-    ]  # fmt: skip
-    for target in spec.targets:
-        for recipe in target.recipes:
-            found += _artifact_stages(run, target, recipe, grid_key, machine)
+              partial(_quality, run))
+    )  # fmt: skip
+    quantizing = _quantize_stages(run, student_key, data_key, machine)
+    found += quantizing
+    keys = {stage.name: stage.key for stage in quantizing}
+    for target, recipe in _pairs(run):
+        found += _artifact_stages(run, target, recipe, student_key, keys, machine)
     # Benchmarks last: nothing else should run while they do, and a failed gate stops before them.
     return sorted(found, key=lambda stage: stage.name.startswith("bench"))
 
 
-def _artifact_stages(run: Run, target: TargetSpec, recipe: str, grid_key: str, machine: plan.Machine) -> list[Stage]:
+def _pairs(run: Run) -> list[tuple[TargetSpec, Recipe]]:
+    """Every artifact to make."""
+    from .targets import load_recipe
+
+    return [(target, load_recipe(recipe)) for target in run.spec.targets for recipe in target.recipes]
+
+
+def _grids(run: Run) -> list[tuple[Recipe, Method, str]]:
+    """Every quantized student to make: recipe, method and folder. The exported one of a recipe comes last."""
+    recipes = {recipe.name: recipe for _, recipe in _pairs(run) if recipe.on_grid}
+    rounded: list[Method] = ["rtn"]
+    return [
+        (recipe, method, f"quantized/{recipe.name}-{method}")
+        for recipe in recipes.values()
+        for method in (run.spec.quantize.methods if recipe.has_int4 else rounded)
+    ]
+
+
+def _exported_grid(run: Run, recipe: Recipe) -> str:
+    """The folder of the quantized student that a recipe's artifacts pack."""
+    return [folder for of, _, folder in _grids(run) if of == recipe][-1]
+
+
+def _quantize_stages(run: Run, student_key: str, data_key: str, machine: plan.Machine) -> list[Stage]:
     spec, student = run.spec, run.student_config
-    label = f"{target.target}-{recipe}"
-    export_key = digest([grid_key, target.target, target.context, recipe, _code("targets", "manifest.py"), _versions()])
+    settings = spec.quantize
+    calibration = [data_key, settings.calibration_windows]
+    tokens = settings.calibration_windows * spec.data.context
+    stages = []
+    if any(recipe.native and recipe.native.importance_matrix for _, recipe in _pairs(run)):
+        key = digest([student_key, calibration, _code("quant/calibrate.py")])
+        cost = plan.inference_cost([student], tokens, machine)
+        stages.append(Stage("calibrate", "calibration", key, cost, partial(_calibrate, run)))
+    grids = _grids(run)
+    for recipe, method, folder in grids:
+        key = digest(
+            [
+                student_key, recipe.model_dump(), method, _code("quant"),
+                calibration if method != "rtn" else None,
+                [settings.qad.model_dump(), spec.seed, _code("distill")] if method == "qad" else None,
+            ]
+        )  # fmt: skip
+        cost, work = plan.export_cost(student, 5), partial(_quantize, run, recipe, method)
+        if method == "qad":
+            work = partial(_quantize_aware, run, recipe, key)
+            taught = student if settings.qad.teacher == "student" else Checkpoint(run.teacher).config
+            cost = plan.training_cost(student, taught, settings.qad, spec.data.context, machine)
+        elif method != "rtn":
+            cost = plan.calibration_cost(student, tokens, machine)
+        stages.append(Stage(f"quantize {recipe.name} {method}", folder, key, cost, work))
+    verify = spec.verify.model_dump(include={"windows", "context"})
+    key = digest([student_key, [stage.key for stage in stages], verify, _code("verify/parity.py")])
+    models = [Checkpoint(run.teacher).config, *[student] * (1 + len(grids))]
+    cost = plan.inference_cost(models, spec.verify.windows * spec.verify.context, machine)
+    stages.append(Stage("ledger", "ledger", key, cost, partial(_measure_hops, run)))
+    return stages
+
+
+def _artifact_stages(
+    run: Run, target: TargetSpec, recipe: Recipe, student_key: str, keys: Mapping[str, str], machine: plan.Machine
+) -> list[Stage]:
+    from .targets import label as label_of
+
+    spec, student = run.spec, run.student_config
+    label = label_of(target.target, recipe.name)
+    upstream = [student_key]
+    if recipe.on_grid:
+        _, method, _ = [grid for grid in _grids(run) if grid[0] == recipe][-1]
+        upstream.append(keys[f"quantize {recipe.name} {method}"])
+    if recipe.native and recipe.native.importance_matrix:
+        upstream.append(keys["calibrate"])
+    export_key = digest(
+        [
+            upstream, target.target, target.context, target.providers, recipe.model_dump(),
+            _code("targets", "manifest.py", "quant/folder.py"), _versions(),
+        ]
+    )  # fmt: skip
     verify_key = digest([export_key, spec.verify.model_dump(exclude={"thresholds"}), _code("verify", "targets")])
     bench_key = digest(
         [
@@ -239,7 +320,7 @@ def _artifact_stages(run: Run, target: TargetSpec, recipe: str, grid_key: str, m
         Stage(f"export {label}", f"artifacts/{label}", export_key, plan.export_cost(student, 16),
               partial(_export, run, target, recipe)),
         Stage(f"verify {label}", f"parity/{label}", verify_key, plan.inference_cost([student], 6 * tokens, machine),
-              partial(_verify, run, label)),
+              partial(_verify, run, label, recipe)),
         Stage(f"bench {label}", f"bench/{label}", bench_key,
               plan.Cost(plan.export_cost(student, 16).ram_bytes, 2**16,
                         plan.inference_cost([student], size * spec.bench.runs, machine).seconds + 2 * spec.bench.runs),
@@ -294,15 +375,10 @@ def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float
     name = "student" if distilled else "baseline"
     work = run.folder / ".edgekd" / f"{name}-{key[:12]}"
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "step":
-            note = f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s"
-            tell(event["step"] / event["steps"], note)
-
     data = run.path("data")
     figures = train(
         model, load_windows(data, "train"), load_windows(data, "validation"), spec.distill,
-        signal=signal, seed=spec.seed, work_dir=work, on_event=on_event,
+        signal=signal, seed=spec.seed, work_dir=work, on_event=_telling(tell),
     )  # fmt: skip
     save_model(model, tokenizer, out)
     return figures | {"log": str((work / "log.jsonl").relative_to(run.folder))}
@@ -330,19 +406,178 @@ def _quality(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[st
     return quality
 
 
-def _quantize(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
-    from .quant.folder import write_grid
+def _calibration_ids(run: Run) -> torch.Tensor:
+    """Windows of training text ``(N, T)``, evenly spaced."""
+    from .distill.data import load_windows
+    from .distill.train import evenly_spaced
+
+    return evenly_spaced(load_windows(run.path("data"), "train"), run.spec.quantize.calibration_windows).ids
+
+
+def _calibrate(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    from .quant.calibrate import second_moments
+
+    moments = second_moments(run.path("student"), _calibration_ids(run), lambda done, total: tell(done / total, ""))
+    save_file(moments, out / MOMENTS)
+    return {}
+
+
+def _quantize(
+    run: Run, recipe: Recipe, method: Method, out: Path, tell: Callable[[float, str], None]
+) -> dict[str, Any]:
+    from .quant.quantize import quantize
 
     out.rmdir()
-    return write_grid(run.path("student"), out, method=run.spec.quantize.method)
+    ids = None if method == "rtn" else _calibration_ids(run)
+    return quantize(run.path("student"), out, recipe, method=method, ids=ids, on_progress=tell)
 
 
-def _export(run: Run, target: TargetSpec, recipe: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+def _quantize_aware(
+    run: Run, recipe: Recipe, key: str, out: Path, tell: Callable[[float, str], None]
+) -> dict[str, Any]:
+    from .distill.data import load_windows
+    from .distill.qad import quantize_aware_distill
+    from .distill.signals import OnlineTeacher
+
+    out.rmdir()
+    spec, data = run.spec, run.path("data")
+    settings = spec.quantize.qad
+    trusted = spec.teacher.trust_remote_code
+    vocab_size = len(load_tokenizer(run.teacher, trust_remote_code=trusted))
+    if settings.teacher == "teacher":
+        signal = OnlineTeacher(load_model(run.teacher, trust_remote_code=trusted), vocab_size)
+    else:
+        signal = OnlineTeacher(load_model(run.path("student")), vocab_size)
+    work = run.folder / ".edgekd" / f"qad-{recipe.name}-{key[:12]}"
+    figures = quantize_aware_distill(
+        run.path("student"), out, recipe, load_windows(data, "train"), load_windows(data, "validation"), settings,
+        calibration_windows=spec.quantize.calibration_windows, signal=signal, seed=spec.seed, work_dir=work,
+        on_event=_telling(tell),
+    )  # fmt: skip
+    return figures | {"log": str((work / "log.jsonl").relative_to(run.folder))}
+
+
+def _telling(tell: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
+    """Progress from a training loop's events."""
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            tell(event["step"] / event["steps"], f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s")
+
+    return on_event
+
+
+def _measure_hops(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    """The hops that no runtime takes part in, in fp32: from the teacher to the student, and on to each grid."""
+    from .quant.folder import load_dequantized, open_grid
+    from .verify.parity import compare
+
+    trusted = run.spec.teacher.trust_remote_code
+    shared = len(load_tokenizer(run.teacher, trust_remote_code=trusted))
+    student, windows, grids = load_model(run.path("student")), _verify_windows(run), _grids(run)
+    tell(0, "student")
+    teacher = load_model(run.teacher, trust_remote_code=trusted)
+    write_json(out / "student.json", compare(_logits_of(teacher, shared), _logits_of(student, shared), windows))
+    for number, (recipe, method, folder) in enumerate(grids, 1):
+        tell(number / (1 + len(grids)), f"{recipe.name} {method}")
+        grid = open_grid(run.path(folder))
+        figures = compare(_logits_of(student), _logits_of(load_dequantized(grid)), windows)
+        told = {"recipe": recipe.name, "method": method, "bits_per_weight": grid.bits_per_weight}
+        write_json(out / f"{recipe.name}-{method}.json", told | figures)
+    return {}
+
+
+def _export(
+    run: Run, target: TargetSpec, recipe: Recipe, out: Path, tell: Callable[[float, str], None]
+) -> dict[str, Any]:
     from .targets import export
 
     out.rmdir()
-    artifact = export(run.path("student"), target, recipe, out, name=run.spec.name, grid=run.path("quantized"))
+    moments = run.path("calibration") / MOMENTS
+    artifact = export(
+        run.path("student"), target, recipe.name, out, name=run.spec.name,
+        grid=run.path(_exported_grid(run, recipe)) if recipe.on_grid else None,
+        moments=moments if recipe.native and recipe.native.importance_matrix else None,
+    )  # fmt: skip
     return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
+
+
+def quantize_model(
+    student: Path,
+    out: Path,
+    recipe: Recipe,
+    method: str,
+    ids: np.ndarray | None,
+    qad: QadSpec,
+    calibration_windows: int,
+    seed: int,
+    tell: Callable[[float, str], None],
+) -> dict[str, Any]:
+    """Quantize one model folder, outside a run.
+
+    Args:
+        ids: training text ``(N, T)``; None for ``rtn``. Quantization-aware distillation takes one window in twenty for
+            validation, and keeps its checkpoints in ``OUT.training``.
+
+    Raises:
+        EdgekdError: as ``quant.quantize.quantize`` and ``distill.qad.quantize_aware_distill``.
+    """
+    import torch
+
+    from .quant.quantize import quantize
+
+    calibration = None if ids is None else torch.from_numpy(ids)
+    if method != "qad":
+        return quantize(student, out, recipe, method=method, ids=calibration, on_progress=tell)
+    assert calibration is not None
+    from .distill.data import Windows
+    from .distill.qad import quantize_aware_distill
+    from .distill.signals import OnlineTeacher
+
+    held = torch.arange(len(calibration)) % 20 == 19
+    train, validation = (
+        Windows(part, torch.ones_like(part, dtype=torch.uint8)) for part in (calibration[~held], calibration[held])
+    )
+    if not len(validation):
+        raise EdgekdError(f"quantize: qad needs 20 windows of text, there are {len(calibration)}.", "Give more text.")
+    signal = OnlineTeacher(load_model(student), len(load_tokenizer(student)))
+    return quantize_aware_distill(
+        student, out, recipe, train, validation, qad, calibration_windows=calibration_windows, signal=signal, seed=seed,
+        work_dir=out.with_name(out.name + ".training"), on_event=_telling(tell),
+    )  # fmt: skip
+
+
+def export_model(
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out: Path,
+    *,
+    grid: Path | None,
+    moments: Path | None,
+    ids: np.ndarray | None,
+) -> Artifact:
+    """Export one model folder, outside a run.
+
+    Args:
+        ids: calibration text ``(N, T)``, read when the recipe wants moments and none are given.
+    """
+    from .targets import export
+
+    name = student.resolve().name
+    if ids is None:
+        return export(student, spec, recipe, out, name=name, grid=grid, moments=moments)
+    import torch
+    from safetensors.torch import save_file
+
+    from .quant.calibrate import second_moments
+
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / MOMENTS
+        save_file(second_moments(student, torch.from_numpy(ids)), made)
+        return export(student, spec, recipe, out, name=name, grid=grid, moments=made)
 
 
 def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
@@ -350,52 +585,75 @@ def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
     flat = np.ascontiguousarray(ids).reshape(-1)
     whole = flat[: len(flat) // context * context].reshape(-1, context)
     if not len(whole):
-        raise SpecError(f"the held-out text has {len(flat)} tokens, a window needs {context}.", "Give more text.")
+        raise SpecError(f"the text has {len(flat)} tokens, a window needs {context}.", "Give more text.")
     return whole[np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)]
 
 
+def _logits_of(
+    model: PreTrainedModel, vocab_size: int | None = None
+) -> Callable[[Sequence[int] | np.ndarray], np.ndarray]:
+    """Ids ``(T,)`` to logits float32 ``(T, V)``, rows of the vocabulary's padding cut off."""
+    import torch
+
+    def logits(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            found = model(torch.as_tensor(np.asarray(ids), dtype=torch.long)[None], use_cache=False).logits
+        return found[0, :, :vocab_size].numpy()
+
+    return logits
+
+
 def verify_artifact(
-    artifact: Artifact, reference: Path, windows: np.ndarray, spec: VerifySpec, tell: Callable[[float, str], None]
-) -> dict[str, Any]:  # fmt: skip
+    artifact: Artifact,
+    reference: Path,
+    windows: np.ndarray,
+    spec: VerifySpec,
+    tell: Callable[[float, str], None],
+    grid: Path | None = None,
+) -> dict[str, Any]:
     """Compare an artifact, run by its own runtime, with the Hugging Face model it was made from, in fp32.
 
     Args:
         reference: the model folder.
         windows: held-out ids ``(N, T)``.
+        grid: the quantized student that was packed, to tell what the runtime alone costs.
 
     Returns:
-        The figures of ``verify.parity.measure`` and, under ``tokens``, of ``verify.tokens.check_tokens``.
+        The figures of ``verify.parity.measure``; under ``tokens``, of ``verify.tokens.check_tokens``; and, with a grid,
+        under ``runtime``, those of ``verify.parity.compare`` against the dequantized grid.
     """
-    import torch
-
+    from .quant.folder import load_dequantized, open_grid
     from .targets import open_artifact
-    from .verify.parity import measure
+    from .verify.parity import compare, measure, session_logits
     from .verify.tokens import check_tokens
 
     model, tokenizer = load_model(reference), load_tokenizer(reference)
-
-    def logits(ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return model(torch.as_tensor(np.asarray(ids), dtype=torch.long)[None], use_cache=False).logits[0].numpy()
-
     session = open_artifact(artifact)
     try:
         tell(0.1, "tokens")
-        tokens = check_tokens(session, tokenizer, artifact.manifest.contract)
+        figures = {"tokens": check_tokens(session, tokenizer, artifact.manifest.contract)}
         tell(0.3, "logits")
-        figures = measure(session, logits, windows, greedy_tokens=spec.greedy_tokens)
+        figures |= measure(session, _logits_of(model), windows, greedy_tokens=spec.greedy_tokens)
+        if grid is not None:
+            tell(0.8, "against the grid")
+            dequantized = load_dequantized(open_grid(grid))
+            figures["runtime"] = compare(_logits_of(dequantized), session_logits(session), windows)
     finally:
         session.close()
-    return figures | {"tokens": tokens}
+    return figures
 
 
-def _verify(run: Run, label: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+def _verify_windows(run: Run) -> np.ndarray:
     from .distill.data import load_windows
 
     spec = run.spec.verify
-    windows = held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
+    return held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
+
+
+def _verify(run: Run, label: str, recipe: Recipe, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
     artifact = load_artifact(run.path(f"artifacts/{label}"))
-    figures = verify_artifact(artifact, run.path("student"), windows, spec, tell)
+    grid = run.path(_exported_grid(run, recipe)) if recipe.on_grid else None
+    figures = verify_artifact(artifact, run.path("student"), _verify_windows(run), run.spec.verify, tell, grid)
     write_json(out / "parity.json", figures)
     return {}
 
@@ -501,11 +759,12 @@ def run_stages(run: Run, watcher: Watcher, *, until: str | None = None, report_o
     plan.refuse_what_cannot_fit({s.name: s.cost for s in chain if not is_done(run, s)}, machine, run.folder)
     with _locked(run):
         write_json(run.folder / ".edgekd" / "spec.json", run.spec.model_dump())
-        failures: list[str] = []
-        for stage in chain:
-            if stage.name.startswith("bench") and not report_only and (failures := failures or _failures(run)):
-                break
+        benches = [stage for stage in chain if stage.name.startswith("bench")]
+        for stage in chain[: len(chain) - len(benches)]:
             _do(run, stage, watcher)
+        if report_only or not _failures(run):
+            for stage in benches:
+                _do(run, stage, watcher)
         if until:
             return _results(run, chain)
         results = write_results(run, chain)
@@ -519,7 +778,9 @@ def run_stages(run: Run, watcher: Watcher, *, until: str | None = None, report_o
 
 
 def _labels(run: Run) -> list[tuple[str, str]]:
-    return [(f"{target.target}-{recipe}", recipe) for target in run.spec.targets for recipe in target.recipes]
+    from .targets import label
+
+    return [(label(target.target, recipe.name), recipe.name) for target, recipe in _pairs(run)]
 
 
 def _read(path: Path) -> Any:
@@ -570,7 +831,8 @@ def _results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
         {"manifest": artifact.manifest.model_dump(), "folder": str(artifact.folder), "size_bytes": artifact.size_bytes}
         for artifact in made.values()
     ]
-    parities = {label: artifact.manifest.parity for label, artifact in made.items() if artifact.manifest.parity}
+    measured = (_read(run.path("ledger") / f"{recipe.name}-{method}.json") for recipe, method, _ in _grids(run))
+    grids = [figures for figures in measured if figures]
     records: dict[str, dict[str, Any]] = {stage.name: _record(run, stage) for stage in chain if is_done(run, stage)}
     return {
         "name": run.spec.name,
@@ -581,7 +843,11 @@ def _results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
         "data": (records.get("data") or {}).get("figures"),
         "quality": quality,
         "training": {name: _curve(run, records.get(name)) for name in ("student", "baseline")},
-        "ledger": ledger(quality.get("teacher") or {}, quality.get("student") or {}, parities),
+        "ledger": ledger(
+            _read(run.path("ledger") / "student.json"),
+            grids,
+            {label: artifact.manifest.model_dump() for label, artifact in made.items()},
+        ),
         "artifacts": artifacts,
         "stages": [{"name": name, "seconds": record["seconds"]} for name, record in records.items()],
         "commands": _commands(run),
@@ -603,10 +869,11 @@ def _curve(run: Run, record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def _commands(run: Run) -> list[str]:
     """The commands that make each artifact by hand."""
     lines = [f"edgekd run {run.spec.name} --out {run.folder}"]
-    for target in run.spec.targets:
-        for recipe in target.recipes:
-            lines.append(
-                f"edgekd export {run.path('student')} OUT --target {target.target} --recipe {recipe} "
-                f"--grid {run.path('quantized')}"
-            )
+    for target, recipe in _pairs(run):
+        line = f"edgekd export {run.path('student')} OUT --target {target.target} --recipe {recipe.name}"
+        if recipe.on_grid:
+            line += f" --grid {run.path(_exported_grid(run, recipe))}"
+        elif recipe.native and recipe.native.importance_matrix:
+            line += f" --moments {run.path('calibration') / MOMENTS}"
+        lines.append(line)
     return lines

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from .errors import DoesNotFit
-from .spec import DistillSpec
+from .spec import TrainingSpec
 
 GIB = 2**30
 _PROCESS_RAM = int(0.6 * GIB)  # interpreter, torch and transformers before any model
@@ -80,7 +80,7 @@ def parameter_count(config: Mapping[str, Any]) -> int:
 
 
 def training_cost(
-    student: Mapping[str, Any], teacher: Mapping[str, Any] | None, spec: DistillSpec, context: int, machine: Machine
+    student: Mapping[str, Any], teacher: Mapping[str, Any] | None, spec: TrainingSpec, context: int, machine: Machine
 ) -> Cost:
     """Cost of training: weights, gradients and two Adam moments in fp32, activations, logits, and the teacher."""
     weights = parameter_count(student)
@@ -105,6 +105,21 @@ def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: M
         ram_bytes=_PROCESS_RAM + 4 * (weights + 2 * 2048 * max(c["vocab_size"] for c in configs)),
         disk_bytes=2**16,
         seconds=3 + 2 * weights * tokens / (machine.flops_per_s * _INFERENCE_SHARE),
+    )
+
+
+def calibration_cost(config: Mapping[str, Any], tokens: int, machine: Machine) -> Cost:
+    """Cost of walking a model over calibration text one decoder layer at a time, some six passes over each, and of
+    GPTQ's Hessians: the widest is square in the MLP's width."""
+    layer = parameter_count({**config, "num_hidden_layers": 1, "vocab_size": 0})
+    hidden = tokens * config["hidden_size"]
+    hessians = 4 * config["intermediate_size"] ** 2 + 3 * config["hidden_size"] ** 2
+    passes = inference_cost([config], 6 * tokens, machine)
+    products = 2 * config["num_hidden_layers"] * config["intermediate_size"] ** 2 * (tokens + config["hidden_size"])
+    return Cost(
+        ram_bytes=_PROCESS_RAM + 4 * (layer + 2 * hidden + hessians),
+        disk_bytes=export_cost(config, 5).disk_bytes,
+        seconds=passes.seconds + products / (machine.flops_per_s * _INFERENCE_SHARE),
     )
 
 

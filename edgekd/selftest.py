@@ -41,6 +41,40 @@ def training() -> str:
     return "a tiny model was trained for a step in float32 and in bfloat16"
 
 
+def grid() -> str:
+    """Quantize a tiny model by GPTQ, read its integers back, and take one step of quantization-aware training."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .distill.qad import QuantizedStudent
+    from .quant.folder import load_dequantized, open_grid
+    from .quant.quantize import quantize
+    from .targets import load_recipe
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config), torch.arange(64).view(2, 32)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder / "student")
+        quantize(folder / "student", folder / "grid", load_recipe("portable-int4-head4"), method="gptq", ids=ids)
+        opened = open_grid(folder / "grid")
+        scales = {name: pair[1] for name in opened.names() if (pair := opened.int4(name))}
+        dequantized = load_dequantized(opened)
+    student = QuantizedStudent(dequantized, opened.kinds, scales)
+    with torch.no_grad():
+        if not torch.equal(student(input_ids=ids).logits, dequantized(input_ids=ids).logits):
+            raise RuntimeError("fake quantization does not give the grid's own values")
+    loss = student(input_ids=ids, labels=ids).loss
+    loss.backward()
+    if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in student.parameters()):
+        raise RuntimeError("gradients of the quantized model are not finite")
+    return "a tiny model was quantized by GPTQ, read back bit for bit, and trained for a step on the grid"
+
+
 def write_random_gguf(path: Path, embedding: str = "Q8_0", weights: str = "Q4_0") -> None:
     """A two-layer Llama of random quantized weights, wide enough that llama.cpp takes its SIMD and AMX kernels.
 
@@ -229,10 +263,11 @@ def coreml() -> str:
 
 
 TESTS: dict[str, Callable[[], str]] = {
-    "training": training, "gguf": gguf, "onnx": onnx, "executorch": executorch, "coreml": coreml,
+    "training": training, "grid": grid, "gguf": gguf, "onnx": onnx, "executorch": executorch, "coreml": coreml,
 }  # fmt: skip
 MODULES = {
     "training": ("torch", "transformers"),
+    "grid": ("torch", "transformers", "accelerate"),
     "gguf": ("gguf", "llama_cpp"),
     "onnx": ("onnx", "onnxruntime", "onnxruntime_genai"),
     "executorch": ("executorch",),

@@ -42,7 +42,8 @@ class Session(Protocol):
         """Append ids to the cache; may be called again to go on with the next chunk.
 
         Returns:
-            Logits of the last id ``(V,)``, or of every id ``(T, V)`` when ``all_logits``.
+            Logits of the last id ``(V,)``, or of every id ``(T, V)`` when ``all_logits``. The former may be the
+            runtime's own memory: read or copy them before the next call.
 
         Raises:
             ValueError: no ids, or more than the cache has room for.
@@ -50,7 +51,7 @@ class Session(Protocol):
         ...
 
     def decode(self, token: int) -> np.ndarray:
-        """Append one id and return its logits ``(V,)``."""
+        """Append one id and return its logits ``(V,)``, to be read or copied before the next call."""
         ...
 
     def generate(

@@ -10,7 +10,7 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,7 @@ from .errors import SpecError
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 LossName = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+Method = Literal["rtn", "search", "gptq", "qad"]
 
 
 class _Strict(BaseModel):
@@ -89,8 +90,8 @@ class DataSpec(_Strict):
         return self
 
 
-class DistillSpec(_Strict):
-    """How the student learns."""
+class TrainingSpec(_Strict):
+    """What the training loop reads."""
 
     loss: dict[LossName, Annotated[float, Field(gt=0)]] = Field(
         {"forward_kl": 0.9, "cross_entropy": 0.1}, description="Weight of each loss; their sum is minimised."
@@ -110,19 +111,52 @@ class DistillSpec(_Strict):
     validate_every: Count = Field(100, description="Steps between validations.")
     checkpoint_every: Count = Field(100, description="Steps between checkpoints; a killed run goes on from the last.")
     patience: Count | None = Field(None, description="Stop after this many validations without a better one.")
-    baseline: bool = Field(True, description="Also train the same student on labels alone, same tokens and steps.")
 
     @model_validator(mode="after")
-    def _has_loss(self) -> DistillSpec:
+    def _has_loss(self) -> Self:
         if not self.loss:
             raise ValueError("loss needs at least one of forward_kl, reverse_kl, jsd, cross_entropy")
         return self
 
 
-class QuantizeSpec(_Strict):
-    """How the grid's integers are chosen, once for every target."""
+class DistillSpec(TrainingSpec):
+    """How the student learns."""
 
-    method: Literal["rtn"] = Field("rtn", description="rtn: round to nearest on the portable int4 grid.")
+    baseline: bool = Field(True, description="Also train the same student on labels alone, same tokens and steps.")
+
+
+class QadSpec(TrainingSpec):
+    """How the quantized student learns: the training loop with the grid in its weights."""
+
+    teacher: Literal["student", "teacher"] = Field(
+        "student", description="Whom it imitates: the student before quantization, or the teacher."
+    )
+    loss: dict[LossName, Annotated[float, Field(gt=0)]] = {"forward_kl": 1.0}
+    steps: Count = 300
+    batch_size: Count = Field(16, description="Windows of one forward pass.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        3e-5, description="Small: a weight crosses to the next integer on a hint, and a large rate shakes them all."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class QuantizeSpec(_Strict):
+    """How the int4 grid's integers are chosen, once for every target. int8 rows are always rounded to nearest."""
+
+    method: Method = Field(
+        "gptq",
+        description="rtn: round to nearest. search: scales of least weighted error. gptq: errors fed back to later "
+        "inputs. qad: quantization-aware distillation.",
+    )
+    compare: list[Method] = Field([], description="Further methods to measure beside it; not exported.")
+    calibration_windows: Count = Field(64, description="Windows of training text that search, gptq and qad read first.")
+    qad: QadSpec = QadSpec()
+
+    @property
+    def methods(self) -> list[Method]:
+        """Every method once, the exported one last."""
+        return [*dict.fromkeys(m for m in self.compare if m != self.method), self.method]
 
 
 class TargetSpec(_Strict):
@@ -130,8 +164,7 @@ class TargetSpec(_Strict):
 
     target: str = Field(description="gguf onnx")
     recipes: Annotated[list[str], Field(min_length=1)] = Field(
-        description="For gguf: f16 q8_0 q4_0 q4_k_m q5_k_m q6_k. For onnx: fp16 fp32 int8 portable-int4 "
-        "portable-int4-head4."
+        description="fp16, int8, portable-int4, portable-int4-head4, or a runtime's own, such as gguf-q4_k_m."
     )
     providers: Annotated[list[str], Field(min_length=1)] = Field(
         ["cpu"],

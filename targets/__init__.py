@@ -18,6 +18,9 @@ from ..errors import SpecError
 from ..manifest import Artifact, load_artifact
 from ..session import Session
 from ..spec import TargetSpec
+from ._recipes import load_recipe, recipe_names
+
+__all__ = ["TARGETS", "check", "export", "label", "load_recipe", "open_artifact", "recipe_names", "target_modules"]
 
 TARGETS = {"gguf": "edgekd.targets.gguf", "onnx": "edgekd.targets.onnx"}
 
@@ -25,6 +28,11 @@ TARGETS = {"gguf": "edgekd.targets.gguf", "onnx": "edgekd.targets.onnx"}
 def target_modules() -> dict[str, str]:
     """Name → module path of every target, installed plug-ins included."""
     return {point.name: point.value for point in entry_points(group="edgekd.targets")} | TARGETS
+
+
+def label(target: str, recipe: str) -> str:
+    """An artifact's name: a native recipe bears its target's name already."""
+    return recipe if recipe.startswith(f"{target}-") else f"{target}-{recipe}"
 
 
 def _module(name: str) -> ModuleType:
@@ -52,7 +60,14 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
 
 
 def export(
-    student: Path, spec: TargetSpec, recipe: str, out_dir: Path, *, name: str, grid: Path | None = None
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out_dir: Path,
+    *,
+    name: str,
+    grid: Path | None = None,
+    moments: Path | None = None,
 ) -> Artifact:
     """Write one artifact of a student.
 
@@ -61,12 +76,17 @@ def export(
         recipe: one of the target's recipes.
         out_dir: the artifact's folder; it must not exist yet, and appears only when whole.
         name: the artifact's name.
-        grid: folder of the quantized student; recipes on the portable grid pack its integers as they are.
+        grid: folder of the quantized student; recipes on the portable grid pack its integers as they are. Without it
+            the student is rounded to nearest.
+        moments: safetensors of the activations' second moments by parameter name, for native recipes with an
+            importance matrix.
 
     Raises:
         EdgekdError: and its children, as ``check``; also when ``out_dir`` exists or the runtime refuses the file.
     """
-    artifact: Artifact = _module(spec.target).export(student, spec, recipe, out_dir, name=name, grid=grid)
+    artifact: Artifact = _module(spec.target).export(
+        student, spec, recipe, out_dir, name=name, grid=grid, moments=moments
+    )
     return artifact
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import EdgekdError, SpecError, Unsupported
 from ..spec import TargetSpec
+from ..student import Checkpoint
+
+if TYPE_CHECKING:
+    from ..quant.folder import Grid
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -168,20 +172,18 @@ def weight_shapes(arch: Architecture, tied: bool) -> dict[str, tuple[int, ...]]:
     return whole
 
 
-def check_weights(
-    arch: Architecture, shapes: Mapping[str, tuple[int, ...]], tied: bool, folder: object, form: str
-) -> None:
+def check_weights(arch: Architecture, source: Checkpoint | Grid, form: str) -> None:
     """Compare a model folder's tensors with what its configuration says.
 
     Args:
-        shapes: shape of every tensor that the folder holds.
         form: the file format, for messages.
 
     Raises:
         EdgekdError: a tensor is missing or has another shape.
         Unsupported: a tensor that has no place in the architecture.
     """
-    expected = weight_shapes(arch, tied)
+    expected = weight_shapes(arch, source.tied)
+    shapes, folder = {name: source.shape(name) for name in source}, source.folder
     for name, shape in expected.items():
         if name not in shapes:
             raise EdgekdError(f"{folder}: tensor {name!r} is missing.", "Save the model again.")
@@ -190,7 +192,7 @@ def check_weights(
                 f"{folder}: tensor {name!r} has shape {shapes[name]}, by config.json {shape}.",
                 "Check config.json against the weights.",
             )
-    known = expected.keys() | ({"lm_head.weight"} if tied else set())
+    known = expected.keys() | ({"lm_head.weight"} if source.tied else set())
     extra = [name for name in shapes if name not in known and not name.endswith(IGNORED_SUFFIX)]
     if extra:
         raise Unsupported(

@@ -17,6 +17,8 @@ from ._decoder import Architecture
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+    from ..quant.folder import Grid
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -61,7 +63,7 @@ def add_hyperparameters(writer: GGUFWriter, arch: Architecture, context_length: 
     writer.add_layer_norm_rms_eps(arch.rms_eps)
 
 
-def weights(arch: Architecture, checkpoint: Checkpoint) -> list[Weight]:
+def weights(arch: Architecture, checkpoint: Checkpoint | Grid) -> list[Weight]:
     """Every weight of the model, in file order.
 
     Raises:
@@ -70,8 +72,7 @@ def weights(arch: Architecture, checkpoint: Checkpoint) -> list[Weight]:
     """
     import gguf
 
-    shapes = {name: checkpoint.shape(name) for name in checkpoint}
-    _decoder.check_weights(arch, shapes, checkpoint.tied, checkpoint.folder, "GGUF")
+    _decoder.check_weights(arch, checkpoint, "GGUF")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.name.upper()], arch.layers)
     found = []
     for source, shape in _decoder.weight_shapes(arch, checkpoint.tied).items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import EdgekdError
+from ..quant.recipe import GROUP
 from ..student import Checkpoint
 from ._gguf_arch import Weight
 
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     from ..quant.folder import Grid
-
-GROUP = 32
+    from ..quant.recipe import Kind
 
 
 def pack_q4_0(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -62,88 +62,70 @@ def reorder_heads(rows: np.ndarray, heads: int) -> np.ndarray:
     return split.swapaxes(1, 2).reshape(rows.shape)
 
 
-def tensor_type(weight: Weight, recipe: str) -> GGMLQuantizationType:
-    """The GGUF type that a recipe gives a tensor. Rows that are no multiple of 32 cannot be blocks: ``q8_0`` keeps them
-    in fp16; the grid's int8 rows become fp32, which holds ``scale * q`` exactly."""
+def tensor_type(weight: Weight, kind: Kind) -> GGMLQuantizationType:
+    """The GGUF type of a tensor. int8 rows that are no multiple of 32 cannot be blocks: they become fp32, which holds
+    ``scale * q`` exactly."""
     from gguf import GGMLQuantizationType as Type
 
-    from ..quant.folder import kind_of
-
-    in_blocks = weight.shape[-1] % GROUP == 0
     if len(weight.shape) == 1:
         return Type.F32
-    if recipe == "f16":
+    if kind == "plain":
         return Type.F16
-    if recipe == "q8_0":
-        return Type.Q8_0 if in_blocks else Type.F16
-    if kind_of(weight.source, weight.shape) == "int4":
+    if kind == "int4":
         return Type.Q4_0
-    return Type.Q8_0 if in_blocks else Type.F32
+    return Type.Q8_0 if weight.shape[-1] % GROUP == 0 else Type.F32
 
 
-def encode(weight: Weight, recipe: str, checkpoint: Checkpoint, grid: Grid | None) -> np.ndarray:
+def encode(weight: Weight, source: Checkpoint | Grid) -> np.ndarray:
     """The tensor's data as the file holds it.
 
     Raises:
         EdgekdError: a weight that is not finite, or does not fit fp16.
     """
-    import gguf
-
-    if recipe == "q4_0" and len(weight.shape) == 2:
-        return _encode_grid(weight, checkpoint, grid)
-    value = reorder_heads(checkpoint.tensor(weight.source).float().numpy(), weight.heads)
-    kind = tensor_type(weight, recipe)
+    if kind_of(weight, source) != "plain":
+        assert not isinstance(source, Checkpoint)
+        return _encode_grid(weight, source)
+    value = reorder_heads(source.tensor(weight.source).float().numpy(), weight.heads)
     with np.errstate(over="ignore"):
-        encoded = value.astype(np.float16) if kind is gguf.GGMLQuantizationType.F16 else value
+        encoded = value.astype(np.float16) if len(weight.shape) == 2 else value
     if not np.isfinite(encoded).all():
-        raise _not_finite(weight, checkpoint)
-    return gguf.quants.quantize(value, kind) if kind is gguf.GGMLQuantizationType.Q8_0 else encoded
+        raise EdgekdError(
+            f"{source.folder}: tensor {weight.source!r} has weights that are not finite, or too large for fp16.",
+            "Train the student again with a lower learning rate.",
+        )
+    return encoded
 
 
-def _encode_grid(weight: Weight, checkpoint: Checkpoint, grid: Grid | None) -> np.ndarray:
+def kind_of(weight: Weight, source: Checkpoint | Grid) -> Kind:
+    """How the source holds a tensor."""
+    return "plain" if isinstance(source, Checkpoint) else source.kinds[weight.source]
+
+
+def _encode_grid(weight: Weight, grid: Grid) -> np.ndarray:
     """A matrix on the portable grid: int4 groups, or int8 rows."""
-    from ..quant.folder import kind_of
-    from ..quant.grid import quantize_int4, quantize_int8_rows
-
-    int4 = kind_of(weight.source, weight.shape) == "int4"
-    if grid is not None:
-        pair = grid.int4(weight.source) if int4 else grid.int8(weight.source)
-    else:
-        value = checkpoint.tensor(weight.source).float()
-        if not value.isfinite().all():
-            raise _not_finite(weight, checkpoint)
-        pair = quantize_int4(value) if int4 else quantize_int8_rows(value)
+    pair = grid.int4(weight.source) or grid.int8(weight.source)
     assert pair is not None, weight.source
     q, scale = (reorder_heads(part.numpy(), weight.heads) for part in pair)
-    if int4:
+    if scale.ndim == 2:
         return pack_q4_0(q, scale)
     if q.shape[1] % GROUP:
         return q.astype(np.float32) * scale[:, None]
     return pack_q8_0(q, np.repeat(scale[:, None], q.shape[1] // GROUP, axis=1))
 
 
-def _not_finite(weight: Weight, checkpoint: Checkpoint) -> EdgekdError:
-    return EdgekdError(
-        f"{checkpoint.folder}: tensor {weight.source!r} has weights that are not finite, or too large for fp16.",
-        "Train the student again with a lower learning rate.",
-    )
-
-
 def write_file(
     writer: GGUFWriter,
     path: Path,
     plan: list[Weight],
-    recipe: str,
-    checkpoint: Checkpoint,
+    source: Checkpoint | Grid,
     *,
     rope_factors: tuple[float, ...] = (),
-    grid: Grid | None = None,
 ) -> None:
-    """Write a whole file: header, keys, then tensor after tensor."""
+    """Write a whole file: header, keys, then tensor after tensor. A ``Checkpoint``'s matrices become fp16."""
     import gguf
 
     for weight in plan:
-        kind = tensor_type(weight, recipe)
+        kind = tensor_type(weight, kind_of(weight, source))
         shape = gguf.quant_shape_to_byte_shape(weight.shape, kind)
         size = int(np.prod(shape))
         writer.add_tensor_info(weight.name, shape, np.dtype(np.uint8), size, raw_dtype=kind)
@@ -154,7 +136,7 @@ def write_file(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for weight in plan:
-        writer.write_tensor_data(encode(weight, recipe, checkpoint, grid))
+        writer.write_tensor_data(encode(weight, source))
     if rope_factors:
         writer.write_tensor_data(factors)
     writer.close()

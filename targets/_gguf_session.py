@@ -229,10 +229,11 @@ class GgufSession:
     def _last_logits(self) -> np.ndarray:
         pointer = self._lib.llama_get_logits_ith(self._context, -1)
         address = ctypes.addressof(pointer.contents)
-        if address != self._logits_address:  # making the view costs more than the copy, and llama.cpp rarely moves it
+        if address != self._logits_address:  # making a view costs microseconds, and llama.cpp rarely moves the logits
             self._logits_address = address
             self._logits = np.ctypeslib.as_array(pointer, (self._vocab_size,))
-        return self._logits.copy()
+            self._logits.flags.writeable = False
+        return self._logits
 
     def _all_logits(self, ids: Sequence[int]) -> np.ndarray:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)

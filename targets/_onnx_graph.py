@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ..quant.recipe import GROUP, Kind
 from ._decoder import Architecture
 
 if TYPE_CHECKING:
@@ -28,10 +29,9 @@ HIDDEN = "hidden"
 EMBEDDING = "model.embed_tokens.weight"
 MS = "com.microsoft"
 _PAGE = 4096
-BLOCK = 32
+BLOCK = GROUP
 """Weights that share a scale; of int8 rows too, for the kernels round activations to int8 in such blocks, and wide ones
 cost quality (KL to the unrounded model 2.3e-4 with blocks of 32, 4.1e-4 with 256)."""
-Kind = Literal["int4", "int8", "plain"]
 Activations = Literal["float32", "float16"]
 
 
@@ -61,8 +61,6 @@ class Settings:
     """How each parameter is stored."""
     tied: bool
     activations: Activations
-    plain: Activations
-    """dtype of matrices that are not quantized."""
     context_length: int
     accuracy_level: int = 4
     """What ``MatMulNBits`` may round activations to: 4 is int8, the fast kernels; 0 leaves them as they are."""
@@ -144,8 +142,8 @@ def _matmul(graph: _Graph, x: str, name: str, sources: tuple[str, ...], shape: t
             "MatMulNBits", inputs, domain=MS, N=shape[0], K=shape[1], bits=_bits(kind),
             block_size=BLOCK, accuracy_level=settings.accuracy_level,
         )  # fmt: skip
-    weight = graph.store(Stored(name, settings.plain, shape[::-1], "transposed", sources, kind))
-    y = graph.node("MatMul", [x, graph.cast(weight, settings.plain, settings.activations)])
+    weight = graph.store(Stored(name, "float16", shape[::-1], "transposed", sources, kind))
+    y = graph.node("MatMul", [x, graph.cast(weight, "float16", settings.activations)])
     return graph.node("Add", [y, bias]) if bias else y
 
 
@@ -155,8 +153,8 @@ def _embedding(graph: _Graph, ids: str) -> str:
     shape = (arch.vocab_size, arch.hidden)
     kind = settings.kinds[name]
     if kind == "plain":
-        table = graph.store(Stored(name, settings.plain, shape, "value", (name,), kind))
-        return graph.cast(graph.node("Gather", [table, ids]), settings.plain, settings.activations)
+        table = graph.store(Stored(name, "float16", shape, "value", (name,), kind))
+        return graph.cast(graph.node("Gather", [table, ids]), "float16", settings.activations)
     bits, blocks = _bits(kind), -(-arch.hidden // BLOCK)
     # Where the width is whole blocks, these are the bytes of the tied head's MatMulNBits, in another shape.
     q = graph.store(Stored(f"{name}.rows", "uint8", (shape[0], shape[1] * bits // 8), "q", (name,), kind))
@@ -176,8 +174,8 @@ def _head(graph: _Graph, hidden: str) -> None:
     elif settings.kinds[EMBEDDING] != "plain":
         _matmul(graph, hidden, EMBEDDING, (EMBEDDING,), shape)
     else:
-        table = graph.store(Stored(EMBEDDING, settings.plain, shape, "value", (EMBEDDING,), "plain"))
-        table = graph.cast(table, settings.plain, settings.activations)
+        table = graph.store(Stored(EMBEDDING, "float16", shape, "value", (EMBEDDING,), "plain"))
+        table = graph.cast(table, "float16", settings.activations)
         graph.node("MatMul", [hidden, graph.node("Transpose", [table], perm=[1, 0])])
     graph.nodes[-1].output[0] = "logits"
 

@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp: F16, Q8_0 and the portable grid as Q4_0 packed here; K-quants by llama.cpp's own quantizer."""
+"""GGUF for llama.cpp: fp16 and the portable grid (Q8_0, Q4_0) packed here; native types by its own quantizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ..errors import EdgekdError, MissingExtra, SpecError, Unsupported
+from ..errors import EdgekdError, MissingExtra, Unsupported
 from ..manifest import Artifact
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
@@ -19,13 +19,16 @@ from . import _gguf_vocab as vocab_
 from ._common import build_artifact
 from ._decoder import check_context
 from ._gguf_session import GgufSession, load_model, runtime, said, tokenize
+from ._recipes import load_recipe
 
 if TYPE_CHECKING:
+    import numpy as np
     from gguf import GGUFWriter
 
-PACKED = {"f16": 1, "q8_0": 7, "q4_0": 2}  # recipe → llama.cpp's file type
-K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
-RECIPES = (*PACKED, *K_QUANTS)
+    from ..quant.folder import Grid
+    from ..quant.recipe import Recipe
+
+FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.h: llama_ftype
 MAIN_FILE = "model.gguf"
 
 
@@ -38,8 +41,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
         MissingExtra: gguf or llama-cpp-python is not installed.
     """
     for recipe in spec.recipes:
-        if recipe not in RECIPES:
-            raise SpecError(f"targets: gguf has no recipe {recipe!r}; there are: {', '.join(RECIPES)}.")
+        load_recipe(recipe, "gguf")
     arch = arch_.read_config(config)
     check_context(spec, arch)
     vocab_.check_tokenizer(tokenizer_folder)
@@ -51,20 +53,29 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
 
 
 def export(
-    student: Path, spec: TargetSpec, recipe: str, out_dir: Path, *, name: str, grid: Path | None = None
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out_dir: Path,
+    *,
+    name: str,
+    grid: Path | None = None,
+    moments: Path | None = None,
 ) -> Artifact:
     """Write ``model.gguf``, the tokenizer and the manifest; see ``targets.export``.
 
-    The tokenizer's ids are proved against llama.cpp before any weight is written. ``grid`` concerns ``q4_0`` alone.
+    The tokenizer's ids are proved against llama.cpp before any weight is written.
     """
     checkpoint = Checkpoint(student)
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+    chosen = load_recipe(recipe, "gguf")
 
-    def fill(folder: Path) -> dict[str, Any]:
-        fields = _write(checkpoint, spec, recipe, folder, name, grid if recipe == "q4_0" else None)
-        return {"name": name, "target": "gguf", "recipe": recipe, "main_file": MAIN_FILE} | fields
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+        return _write(checkpoint, source, spec, chosen, folder, name, moments)
 
-    return build_artifact(out_dir, fill)
+    return build_artifact(
+        out_dir, checkpoint, chosen, grid, write, name=name, target="gguf", runtime="llama.cpp", main_file=MAIN_FILE
+    )
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> GgufSession:
@@ -79,17 +90,19 @@ def open(artifact: Artifact, *, threads: int | None = None) -> GgufSession:
 
 
 def _write(
-    checkpoint: Checkpoint, spec: TargetSpec, recipe: str, folder: Path, name: str, grid_folder: Path | None
+    checkpoint: Checkpoint,
+    source: Checkpoint | Grid,
+    spec: TargetSpec,
+    recipe: Recipe,
+    folder: Path,
+    name: str,
+    moments: Path | None,
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
-    from ..quant.folder import open_grid
     from ._gguf_pack import write_file
 
     arch = arch_.read_config(checkpoint.config)
-    plan = arch_.weights(arch, checkpoint)
-    grid = open_grid(grid_folder) if grid_folder is not None else None
-    if grid is not None and grid.student_digest != checkpoint.digest:
-        raise EdgekdError(f"{grid_folder} was quantized from another student.", "Quantize this one.")
+    plan = arch_.weights(arch, source)
     tokenizer = load_tokenizer(checkpoint.folder)
     vocabulary = vocab_.read_tokenizer(tokenizer, checkpoint.folder, arch.vocab_size)
     context_length = spec.context or arch.context_length
@@ -99,21 +112,15 @@ def _write(
 
     pre = _prove(writer, vocabulary, tokenizer, folder / "vocabulary.gguf")
     main_file = folder / MAIN_FILE
-    if recipe in PACKED:
-        write_file(
-            writer(pre, PACKED[recipe]), main_file, plan, recipe, checkpoint, rope_factors=arch.rope_factors, grid=grid
-        )
-    else:
-        half = folder / "f16.gguf"
-        write_file(writer(pre, PACKED["f16"]), half, plan, "f16", checkpoint, rope_factors=arch.rope_factors)
-        _quantize(half, main_file, K_QUANTS[recipe])
-        half.unlink()
+    packed = folder / "f16.gguf" if recipe.native else main_file
+    file_type = "q4_0" if recipe.has_int4 else "q8_0" if recipe.on_grid else "f16"
+    write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, source, rope_factors=arch.rope_factors)
+    if recipe.native:
+        importance = _importance(plan, checkpoint, moments) if recipe.native.importance_matrix else {}
+        _quantize(packed, main_file, FILE_TYPES[recipe.native.type], importance)
+        packed.unlink()
     tokenizer.save_pretrained(folder)
     return {
-        "runtime": "llama.cpp",
-        "student_digest": checkpoint.digest,
-        "grid_digest": grid.digest if grid is not None else None,
-        "parameters": checkpoint.parameters,
         "bits_per_weight": round(8 * _tensor_bytes(main_file) / checkpoint.parameters, 4),
         "contract": vocab_.contract(vocabulary, context_length),
         "versions": {package: version(package) for package in ("edgekd", "llama-cpp-python", "gguf")},
@@ -165,13 +172,47 @@ def _prove(writer: Any, vocabulary: vocab_.Vocabulary, tokenizer: Any, path: Pat
         path.unlink()
 
 
-def _quantize(source: Path, target: Path, file_type: int) -> None:
+def _importance(plan: list[arch_.Weight], checkpoint: Checkpoint, moments: Path | None) -> dict[str, np.ndarray]:
+    """llama.cpp's importance matrix: the mean square of every input, float32 ``(in,)``, by GGUF tensor name.
+
+    Raises:
+        EdgekdError: no moments, or those of another student.
+    """
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    if moments is None:
+        raise EdgekdError("this recipe needs the activations' second moments.", "Give calibration text.")
+    found = load_file(moments)
+    importance = {}
+    for weight in plan:
+        if weight.source not in found:
+            continue
+        # llama.cpp refuses zeros: an input that never moved matters least, not nothing.
+        values = np.maximum(found[weight.source], np.finfo(np.float32).tiny)
+        if values.shape != (weight.shape[-1],):
+            raise EdgekdError(
+                f"{moments}: {weight.source!r} has {values.size} moments for {weight.shape[-1]} inputs.",
+                f"Calibrate {checkpoint.folder} itself.",
+            )
+        importance[weight.name] = values
+    return importance
+
+
+def _quantize(source: Path, target: Path, file_type: int, importance: Mapping[str, np.ndarray]) -> None:
     lib = runtime()
     params = lib.llama_model_quantize_default_params()
     params.ftype = file_type
     params.nthread = psutil.cpu_count(logical=False) or 1
+    entries = (lib.llama_model_imatrix_data * (len(importance) + 1))()  # the last, empty one ends the list
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        entry.name = name.encode()
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = values.size
+    if importance:
+        params.imatrix = entries
     if lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
-        raise Unsupported(f"llama.cpp cannot quantize this student: {said()}.", "Use the recipe q4_0 or q8_0.")
+        raise Unsupported(f"llama.cpp cannot quantize this student: {said()}.", "Use portable-int4 or int8.")
 
 
 def _tensor_bytes(path: Path) -> int:

@@ -1,8 +1,7 @@
-"""ONNX for onnxruntime: fp16 and fp32 from the student, the portable grid from the quantized student as it is."""
+"""ONNX for onnxruntime: fp16 from the student, the portable grid from the quantized student as it is."""
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -18,17 +17,18 @@ from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _onnx_graph as graph_
 from ._common import build_artifact
-from ._decoder import Architecture, check_context, check_weights, read_config, weight_shapes
+from ._decoder import Architecture, check_context, check_weights, read_config
 from ._onnx_session import PROVIDERS, OnnxSession, genai_tokenizer, load, runtime
+from ._recipes import load_recipe
 from ._tokenizer import PROBES, contract_of, marked_texts, special_tokens
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from transformers import PreTrainedTokenizerFast
 
-FLOAT = ("fp16", "fp32")
-GRID = ("int8", "portable-int4", "portable-int4-head4")
-RECIPES = (*FLOAT, *GRID)
+    from ..quant.folder import Grid
+    from ..quant.recipe import Kind
+
 MAIN_FILE = "model.onnx"
 TESTED = ("cpu",)
 _NO_KERNEL = "has no kernel for MatMulNBits and GroupQueryAttention; onnxruntime-genai's builder makes no graph for it"
@@ -50,8 +50,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
         MissingExtra: a package of the extra is not installed.
     """
     for recipe in spec.recipes:
-        if recipe not in RECIPES:
-            raise SpecError(f"targets: onnx has no recipe {recipe!r}; there are: {', '.join(RECIPES)}.")
+        load_recipe(recipe, "onnx")
     _check_providers(spec.providers)
     check_context(spec, read_config(config, "ONNX"))
     if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -75,28 +74,29 @@ def _check_providers(providers: list[str]) -> None:
 
 
 def export(
-    student: Path, spec: TargetSpec, recipe: str, out_dir: Path, *, name: str, grid: Path | None = None
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out_dir: Path,
+    *,
+    name: str,
+    grid: Path | None = None,
+    moments: Path | None = None,  # of native recipes: onnxruntime has none
 ) -> Artifact:
     """Write ``model.onnx``, its data, ``genai_config.json``, the tokenizer and the manifest; see ``targets.export``.
 
-    Needs memory for a tensor, not for the model. ``grid`` is needed by every recipe but fp16 and fp32.
+    Needs memory for a tensor, not for the model.
     """
-    from ..quant.folder import write_grid
-
     checkpoint = Checkpoint(student)
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
-    if recipe in GRID and recipe != "portable-int4" and grid is None:
-        raise EdgekdError(f"recipe {recipe!r} packs a quantized student, and none is given.", "Run: edgekd quantize")
 
-    def fill(folder: Path) -> dict[str, Any]:
-        scratch = folder / "grid"
-        if recipe in GRID and grid is None:
-            write_grid(student, scratch)
-        fields = _write(checkpoint, spec, folder, recipe, (grid or scratch) if recipe in GRID else None)
-        shutil.rmtree(scratch, ignore_errors=True)
-        return {"name": name, "target": "onnx", "recipe": recipe, "main_file": MAIN_FILE} | fields
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+        return _write(checkpoint, source, spec, folder)
 
-    return build_artifact(out_dir, fill)
+    return build_artifact(
+        out_dir, checkpoint, load_recipe(recipe, "onnx"), grid, write, name=name, target="onnx", runtime="onnxruntime",
+        main_file=MAIN_FILE,
+    )  # fmt: skip
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> Session:
@@ -114,29 +114,15 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     return OnnxSession(artifact.main_file, artifact.manifest.contract, details, cores)
 
 
-def _write(
-    checkpoint: Checkpoint, spec: TargetSpec, folder: Path, recipe: str, grid_folder: Path | None
-) -> dict[str, Any]:
+def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
-    from ..quant.folder import open_grid
     from ._onnx_pack import write_data
 
     arch = read_config(checkpoint.config, "ONNX")
-    grid = open_grid(grid_folder) if grid_folder is not None else None
-    if grid is not None and grid.student_digest != checkpoint.digest:
-        raise EdgekdError(f"{grid_folder} was quantized from another student.", "Quantize this one.")
-    weights = grid or checkpoint
-    tied = checkpoint.tied
-    check_weights(
-        arch, {n: weights.shape(n) for n in (grid.names() if grid else checkpoint)}, tied, weights.folder, "ONNX"
-    )
-    kinds: dict[str, graph_.Kind] = dict.fromkeys(weight_shapes(arch, tied), "plain")
-    if grid is not None:
-        kinds |= {n: "int8" if kind == "int8_embedding" else kind for n, kind in grid.kinds.items()}
+    check_weights(arch, source, "ONNX")
+    kinds: dict[str, Kind] = dict.fromkeys(source, "plain") if isinstance(source, Checkpoint) else source.kinds
     activations: graph_.Activations = "float16" if set(spec.providers) - {"cpu"} else "float32"
-    settings = graph_.Settings(
-        kinds, tied, activations, "float32" if recipe == "fp32" else "float16", spec.context or arch.context_length
-    )
+    settings = graph_.Settings(kinds, source.tied, activations, spec.context or arch.context_length)
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
     tokenizer.save_pretrained(folder)
@@ -146,15 +132,11 @@ def _write(
     models = graph_.build(arch, settings)
     (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
     (folder / graph_.HEAD_FILE).write_bytes(models.head.SerializeToString())
-    write_data(folder / graph_.DATA_FILE, models.stored, weights, arch, settings.context_length)
+    write_data(folder / graph_.DATA_FILE, models.stored, source, arch, settings.context_length)
     _prove(folder)
     places = graph_.offsets(models.stored)
     weight_bytes = sum({places[item.name]: item.size_bytes for item in models.stored if item.sources}.values())
     return {
-        "runtime": "onnxruntime",
-        "student_digest": checkpoint.digest,
-        "grid_digest": grid.digest if grid is not None else None,
-        "parameters": checkpoint.parameters,
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
         "versions": {package: version(package) for package in ("edgekd", "onnxruntime", "onnxruntime-genai", "onnx")},

@@ -19,7 +19,7 @@ teacher: {{model: {teacher}}}
 student: {{init: cut, layers: 2}}
 data: {{source: text, paths: [text/*.txt], context: 32, validation_share: 0.2, test_share: 0.2}}
 distill: {{steps: 4}}
-targets: [{{target: gguf, recipes: [f16]}}]
+targets: [{{target: gguf, recipes: [fp16]}}]
 verify: {{context: 32}}
 bench: {{prompt_tokens: [8], decode_tokens: 8}}
 """
@@ -197,8 +197,8 @@ def test_an_unknown_target_and_recipe(project):
     text = BASE.format(teacher="teacher")
     (project / "spec.yaml").write_text(text.replace("target: gguf", "target: ggml"))
     refused(edgekd("run", "spec.yaml", cwd=project), "ggml", "gguf")
-    (project / "spec.yaml").write_text(text.replace("f16", "q4_9"))
-    refused(edgekd("run", "spec.yaml", cwd=project), "q4_9", "q4_0")
+    (project / "spec.yaml").write_text(text.replace("fp16", "q4_9"))
+    refused(edgekd("run", "spec.yaml", cwd=project), "q4_9", "portable-int4")
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,40 @@ def test_what_would_fail_after_the_long_work_is_refused_before(project, old, new
 def test_a_missing_extra_is_named(project, package, extra):
     with mock.patch.dict(sys.modules, {package: None}):
         refused(edgekd("run", "spec.yaml", cwd=project), f"{package} is not installed", f'"edgekd[{extra}]"')
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--recipe", "portable-int5"], "did you mean 'portable-int4'?"),
+        (["--recipe", "fp16"], "'fp16' quantizes nothing on the portable grid"),
+        (["--method", "gptq2"], "'gptq2' is not one of"),
+        (["--text", "short.txt"], "tokens, a window needs 256. Give more text."),
+        (["--text", "none.txt"], "--text none.txt: not readable as UTF-8 text"),
+    ],
+)
+def test_quantize_refuses_before_the_work(project, options, said):
+    (project / "short.txt").write_text("def f(): pass\n")
+    result = edgekd("quantize", "teacher", "out", *options, cwd=project)
+    assert result.returncode == 2 and said in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+    assert not (project / "out").exists()
+
+
+def test_quantize_and_export_by_hand(project):
+    (project / "notes.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(200)))
+    calibration = ["--text", "notes.txt", "--context", "32", "--windows", "8"]
+    result = edgekd("quantize", "teacher", "grid", *calibration, "--json", cwd=project)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["method"] == "gptq" and figures["tensors"]["int4"] == 21
+    result = edgekd("export", "teacher", "made", "--grid", "grid", "--json", cwd=project)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["grid_digest"] == figures["digest"]
+    path = project / "grid" / "grid.json"
+    path.write_text(path.read_text().replace(figures["digest"], "0" * 64))
+    refused(edgekd("export", "teacher", "again", "--grid", "grid", cwd=project), "grid_digest does not match")
+    assert not (project / "again").exists()
 
 
 def test_export_refuses_a_folder_that_exists(project):

@@ -18,8 +18,13 @@ teacher: {{model: {teacher}}}
 student: {{init: cut, layers: 2}}
 data: {{source: text, paths: [text/*.txt], context: 32, validation_share: 0.2, test_share: 0.2}}
 distill: {{steps: {steps}, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
-targets: [{{target: gguf, recipes: [f16, q4_0]}}]
-verify: {{windows: 2, context: 32, greedy_tokens: 4, thresholds: {{f16: {{kl_mean_max: {gate}}}}}}}
+quantize:
+  method: qad
+  compare: [rtn, gptq]
+  calibration_windows: 8
+  qad: {{steps: 20, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
+targets: [{{target: gguf, recipes: [fp16, portable-int4]}}]
+verify: {{windows: 2, context: 32, greedy_tokens: 4, thresholds: {{fp16: {{kl_mean_max: {gate}}}}}}}
 bench: {{prompt_tokens: [8], decode_tokens: 4, runs: 1}}
 """
 
@@ -50,10 +55,9 @@ def finish(process):
 
 
 def weights(run):
-    return {
-        name: hashlib.sha256((run / name / "model.safetensors").read_bytes()).hexdigest()
-        for name in ("student", "baseline")
-    }
+    files = {name: run / name / "model.safetensors" for name in ("student", "baseline")}
+    files["qad"] = run / "quantized" / "portable-int4-qad" / "grid.json"
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def whole(project):
 def test_a_run_leaves_verified_artifacts_and_a_report(whole):
     run, results, _ = whole
     assert (run / "report.html").stat().st_size > 10_000
-    assert {a["manifest"]["recipe"] for a in results["artifacts"]} == {"f16", "q4_0"}
+    assert {a["manifest"]["recipe"] for a in results["artifacts"]} == {"fp16", "portable-int4"}
     for artifact in results["artifacts"]:
         manifest = artifact["manifest"]
         assert manifest["parity"]["failures"] == []
@@ -77,7 +81,16 @@ def test_a_run_leaves_verified_artifacts_and_a_report(whole):
         assert [point["step"] for point in results["training"][name]] == [10, 20, 30]
         assert all(point["validation_perplexity"] > 1 for point in results["training"][name])
     hops = [(row["from"], row["to"]) for row in results["ledger"]]
-    assert hops == [("teacher", "student"), ("student", "gguf-f16"), ("student", "gguf-q4_0")]
+    assert hops == [
+        ("teacher", "student"),
+        ("student", "portable-int4 rtn"),
+        ("student", "portable-int4 gptq"),
+        ("student", "portable-int4 qad"),
+        ("student", "gguf-fp16"),
+        ("portable-int4 qad", "gguf-portable-int4"),
+    ]
+    for row in results["ledger"][1:]:
+        assert row["kl_ci95"][0] <= row["kl_mean"] <= row["kl_ci95"][1]
     assert results["quality"]["student"]["tokens"] == results["quality"]["baseline"]["tokens"] > 0
 
 
@@ -100,9 +113,17 @@ def test_a_change_redoes_only_what_hangs_on_it(project, whole, tiny_teacher):
     write_spec(project, tiny_teacher)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-@pytest.mark.parametrize("where", ["student", "baseline"])
-def test_an_interrupted_run_ends_with_the_same_student(project, whole, how, where):
+@pytest.mark.parametrize(
+    ("where", "folder", "how"),
+    [
+        ("student", "student", signal.SIGKILL),
+        ("student", "student", signal.SIGINT),
+        ("baseline", "baseline", signal.SIGINT),
+        ("qad", "quantized/portable-int4-qad", signal.SIGKILL),
+        ("qad", "quantized/portable-int4-qad", signal.SIGINT),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_student(project, whole, where, folder, how):
     out = project / f"{where}-{how.name}"
     process = start(project, "--out", out.name)
     deadline = time.monotonic() + 300
@@ -112,7 +133,7 @@ def test_an_interrupted_run_ends_with_the_same_student(project, whole, how, wher
     process.send_signal(how)
     code, _, err = finish(process)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL), err
-    assert not (out / where).exists(), "nothing half-written"
+    assert not (out / folder).exists(), "nothing half-written"
     code, _, err = finish(start(project, "--out", out.name))
     assert code == 0, err
     assert weights(out) == weights(whole[0])
@@ -135,7 +156,7 @@ def test_a_missed_gate_fails_the_run_but_not_with_report_only(project, whole, ti
     write_spec(project, tiny_teacher, gate=-1.0)
     code, _, err = finish(start(project, "--out", "whole"))
     assert code == 1
-    assert "gguf-f16: " in err and "exceeds -1" in err and "Traceback" not in err
+    assert "gguf-fp16: " in err and "exceeds -1" in err and "Traceback" not in err
     assert "report.html" in err
     code, out, err = finish(start(project, "--out", "whole", "--report-only"))
     assert code == 0, err

@@ -41,7 +41,7 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     for artifact in by_recipe.values():
         assert artifact["manifest"]["parity"]["failures"] == []
     sizes = {recipe: artifact["size_bytes"] for recipe, artifact in by_recipe.items()}
-    assert sizes["q4_0"] < sizes["q8_0"] < sizes["f16"]
+    assert sizes["portable-int4"] < sizes["int8"] < sizes["fp16"]
     divergence = {recipe: a["manifest"]["parity"]["kl_mean"] for recipe, a in by_recipe.items()}
-    assert divergence["f16"] < divergence["q8_0"] < divergence["q4_0"]
+    assert divergence["fp16"] < divergence["int8"] < divergence["portable-int4"]
     assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()

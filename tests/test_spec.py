@@ -14,7 +14,7 @@ name: q
 teacher: {model: x}
 student: {init: cut, layers: 4}
 data: {source: stdlib}
-targets: [{target: gguf, recipes: [f16]}]
+targets: [{target: gguf, recipes: [fp16]}]
 """
 
 
@@ -41,7 +41,7 @@ def test_yaml_12_floats_are_numbers(tmp_path):
         (BASE + "zzz: 1", "unknown key 'zzz'; valid keys: name, seed, teacher"),
         (BASE.replace("layers: 4", "layrs: 4"), "unknown key 'student.layrs'; did you mean 'layers'?"),
         (BASE.replace("recipes", "recipe"), "unknown key 'targets.0.recipe'; did you mean 'recipes'?"),
-        (BASE + "verify: {thresholds: {q4_0: {top1: 3}}}", "'verify.thresholds.q4_0.top1'; did you mean 'top1_min'?"),
+        (BASE + "verify: {thresholds: {int8: {top1: 3}}}", "'verify.thresholds.int8.top1'; did you mean 'top1_min'?"),
         (BASE + "distill: {steps: '3'}", "key 'distill.steps': input should be a valid integer (given: '3')"),
         (BASE + "distill: {steps: 0}", "key 'distill.steps': input should be greater than 0"),
         (BASE + "distill: {loss: {kl: 1}}", "key 'distill.loss.kl': input should be 'forward_kl'"),

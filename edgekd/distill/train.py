@@ -32,9 +32,8 @@ from .signals import TeacherSignal
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
-    from transformers import PreTrainedModel
 
-    from ..spec import DistillSpec
+    from ..spec import TrainingSpec
 
 VALIDATION_TOKENS = 16_384
 """Read at each validation while training: evenly spaced windows, the same every time."""
@@ -44,10 +43,10 @@ _CHUNK_ELEMENTS = 1 << 18
 
 
 def train(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     windows: Windows,
     validation: Windows,
-    spec: DistillSpec,
+    spec: TrainingSpec,
     *,
     signal: TeacherSignal | None,
     seed: int,
@@ -129,7 +128,7 @@ def train(
 
 @torch.no_grad()  # not inference_mode: some rotary embeddings renew a buffer that training then needs
 def evaluate(
-    model: PreTrainedModel, windows: Windows, *, teacher: TeacherSignal | None = None, batch_size: int = 8
+    model: torch.nn.Module, windows: Windows, *, teacher: TeacherSignal | None = None, batch_size: int = 8
 ) -> dict[str, float]:
     """How well ``model`` predicts the tokens that ``windows`` masks in, in float32.
 
@@ -190,7 +189,7 @@ def _permutation(seed: int, epoch: int, windows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
-def learning_rate(spec: DistillSpec, step: int) -> float:
+def learning_rate(spec: TrainingSpec, step: int) -> float:
     """The rate of step ``step`` (from 0): linear warm-up to ``spec.learning_rate``, then a cosine to zero."""
     if step < spec.warmup_steps:
         return spec.learning_rate * (step + 1) / spec.warmup_steps
@@ -203,10 +202,10 @@ class _Run:
     """What stays the same from step to step."""
 
     accelerator: Accelerator
-    model: PreTrainedModel
+    model: torch.nn.Module
     optimizer: AcceleratedOptimizer
     windows: Windows
-    spec: DistillSpec
+    spec: TrainingSpec
     weights: dict[str, float]
     signal: TeacherSignal | None
     seed: int
@@ -312,7 +311,7 @@ def _wants_bf16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def _adamw(model: PreTrainedModel, spec: DistillSpec) -> torch.optim.AdamW:
+def _adamw(model: torch.nn.Module, spec: TrainingSpec) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); norms and biases do not decay."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -321,9 +320,9 @@ def _adamw(model: PreTrainedModel, spec: DistillSpec) -> torch.optim.AdamW:
 
 
 def _run_key(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     windows: Windows,
-    spec: DistillSpec,
+    spec: TrainingSpec,
     weights: dict[str, float],
     vocab_size: int | None,
     seed: int,

@@ -27,7 +27,10 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--target", required=True, help="gguf or onnx.")
         parser.add_argument("--recipe", required=True, help="One of the target's, such as fp16 or portable-int4.")
         parser.add_argument("--context", type=int, help="Context length. Default: the model's.")
-        parser.add_argument("--grid", type=Path, help="A quantized student whose integers to pack.")
+        parser.add_argument("--grid", type=Path, help="A quantized student whose integers to pack. Default: round.")
+        parser.add_argument(
+            "--moments", type=Path, help="Second moments from a run's calibration, where a recipe asks."
+        )
 
     def run(self) -> None:
         """Export; what a user can mend is one sentence on stderr and exit code 2."""
@@ -42,7 +45,9 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
                 raise EdgekdError(f"--context {args.context}: not a length.", "Give a positive number.")
             folder = resolve_model(args.model)
             spec = TargetSpec(target=args.target, recipes=[args.recipe], context=args.context)
-            artifact = export(folder, spec, args.recipe, args.out, name=folder.resolve().name, grid=args.grid)
+            artifact = export(
+                folder, spec, args.recipe, args.out, name=folder.resolve().name, grid=args.grid, moments=args.moments
+            )
         except EdgekdError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)

@@ -8,13 +8,13 @@ For a module ``M`` with weight ``(O, I)``:
 
 - int4: ``M.weight_packed`` int32 ``(O, I/8)`` (``pack_int4``'s bytes), ``M.weight_scale`` fp16 ``(O, I/32)``,
   ``M.weight_shape`` int64 ``(2,)``.
-- int8 (untied heads, and linear layers whose input width is not divisible by 32): the same with four integers + 128 in
-  an int32 and ``weight_scale`` ``(O, 1)``.
-- The embedding is int8 too, but compressed-tensors defines packed embeddings while transformers 5.23 fails to load them
+- int8: the same with four integers + 128 in an int32 and ``weight_scale`` ``(O, 1)``.
+- An embedding, int4 or int8: compressed-tensors defines packed embeddings, but transformers 5.23 fails to load them
   and vLLM reads them for no model in general. So it lies there dequantized to fp16, which every reader takes, and
-  ``grid.safetensors`` beside it holds the rows' scales. fp16 is off by at most 127 * 2**-11 < 0.07 of a step, so
-  dividing by the scale and rounding gives back the very integers. A tied head is this same tensor, stored once.
-- Everything else (norms, biases) is as in the student, bit for bit.
+  ``grid.safetensors`` beside it holds the scales. fp16 holds ``scale * q`` of int4 exactly, and of int8 up to
+  127 * 2**-11 < 0.07 of a step, so dividing by the scale and rounding gives back the very integers. A tied head is this
+  same tensor, stored once.
+- Everything else (norms, biases) is as in the student, or as quantization-aware distillation left it.
 
 ``grid.json`` holds the kind of every tensor and the digests. The index names the weight files, so that other readers
 pass over ``grid.safetensors``.
@@ -25,31 +25,26 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 
 from ..errors import DoesNotFit, EdgekdError
-from ..manifest import write_json
+from ..manifest import first_complaint, write_json
 from ..student import Checkpoint
-from .grid import (
-    GROUP,
-    check_finite,
-    dequantize_int4,
-    dequantize_int8,
-    pack_int4,
-    quantize_int4,
-    quantize_int8_rows,
-    unpack_int4,
-)
+from .grid import GROUP, check_finite, dequantize_int4, dequantize_int8, pack_int4, unpack_int4
+from .recipe import Kind, Recipe
 
-Kind = Literal["int4", "int8", "int8_embedding", "plain"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Block = tuple[torch.Tensor, torch.Tensor]
 """Some rows of a matrix: q int8 ``(rows, I)`` and scale float32, ``(rows, G)`` for int4 and ``(rows,)`` for int8."""
 
@@ -84,6 +79,7 @@ class _GridFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1]
+    recipe: str
     method: str
     group_size: Literal[32]
     student_digest: str
@@ -93,13 +89,9 @@ class _GridFile(BaseModel):
     tensors: dict[str, Kind]
 
 
-def kind_of(name: str, shape: tuple[int, ...]) -> Kind:
-    """How a parameter of that HF name is stored."""
-    if not name.endswith(".weight") or len(shape) != 2:
-        return "plain"
-    if name.endswith("embed_tokens.weight"):
-        return "int8_embedding"
-    return "int8" if name == "lm_head.weight" or shape[1] % GROUP else "int4"
+def is_embedding(name: str) -> bool:
+    """Whether a parameter is looked up rather than multiplied."""
+    return name.endswith("embed_tokens.weight")
 
 
 def grid_digest(tensors: Iterable[tuple[str, Iterable[Block]]]) -> str:
@@ -131,6 +123,7 @@ class Grid:
     """A quantized student, read lazily: one tensor in memory at a time. Names are HF parameter names."""
 
     folder: Path
+    recipe: str
     method: str
     digest: str
     student_digest: str
@@ -147,30 +140,43 @@ class Grid:
         """Every parameter, sorted; a tied head is not among them."""
         return sorted(self.kinds)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return "lm_head.weight" not in self.kinds
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter, without reading it."""
-        module = name.removesuffix(".weight")
-        if self.kinds[name] in ("int4", "int8"):
-            rows, width = self._files.tensor(f"{module}.weight_shape").tolist()
-            return rows, width
-        return self._files.shape(name)
+        if self.kinds[name] == "plain" or is_embedding(name):
+            return self._files.shape(name)
+        rows, width = self._files.tensor(f"{name.removesuffix('.weight')}.weight_shape").tolist()
+        return rows, width
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of weights; a tied head counts once."""
+        return sum(torch.Size(self.shape(name)).numel() for name in self.kinds)
 
     def blocks(self, name: str) -> Iterator[Block]:
         """The integers and scales of a quantized matrix, a few rows at a time."""
         kind, module = self.kinds[name], name.removesuffix(".weight")
         width = self.shape(name)[1]
-        stored = name if kind == "int8_embedding" else f"{module}.weight_packed"
+        stored = name if is_embedding(name) else f"{module}.weight_packed"
         scales = self._files.tensor(f"{module}.weight_scale").float()
         start = 0
         for rows in _row_blocks(self._files.files[stored], stored, width):
             scale = scales[start : start + rows.shape[0]]
             start += rows.shape[0]
-            if kind == "int4":
-                yield unpack_int4(rows.view(torch.uint8)), scale
-            elif kind == "int8":
-                yield (rows.view(torch.uint8)[:, :width] ^ 0x80).view(torch.int8), scale[:, 0]
+            if is_embedding(name):
+                q = torch.round(rows.float().view(*scale.shape, -1) / scale.unsqueeze(-1)).to(torch.int8).flatten(1)
+            elif kind == "int4":
+                q = unpack_int4(rows.view(torch.uint8))
             else:
-                yield torch.round(rows.float() / scale).to(torch.int8), scale[:, 0]
+                q = (rows.view(torch.uint8)[:, :width] ^ 0x80).view(torch.int8)
+            yield q, scale if kind == "int4" else scale[:, 0]
 
     def _whole(self, name: str) -> Block:
         q, scale = zip(*self.blocks(name), strict=True)
@@ -182,7 +188,7 @@ class Grid:
 
     def int8(self, name: str) -> Block | None:
         """q int8 ``(O, I)`` in [-127, 127] and scale float32 ``(O,)``, or None where the tensor is not int8."""
-        return self._whole(name) if self.kinds[name] in ("int8", "int8_embedding") else None
+        return self._whole(name) if self.kinds[name] == "int8" else None
 
     def plain(self, name: str) -> torch.Tensor | None:
         """A tensor that is not quantized, in the student's dtype, or None where it is."""
@@ -190,11 +196,26 @@ class Grid:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Any parameter as the grid holds it, float32."""
-        kind = self.kinds[name]
-        if kind == "plain":
+        if self.kinds[name] == "plain":
             return self._files.tensor(name).float()
-        q, scale = self._whole(name)
-        return dequantize_int4(q, scale) if kind == "int4" else dequantize_int8(q, scale)
+        return dequantize(*self._whole(name))
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``scale * q`` of int4 or int8, float32 ``(O, I)``."""
+    return dequantize_int4(q, scale) if scale.ndim == 2 else dequantize_int8(q, scale)
+
+
+def load_dequantized(grid: Grid) -> PreTrainedModel:
+    """The Hugging Face model whose weights are the grid's, float32, in evaluation mode."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[grid.config["model_type"]].from_dict(grid.config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(grid.tensor(name))
+    return model.eval()
 
 
 def _row_blocks(path: Path, name: str, width: int) -> Iterator[torch.Tensor]:
@@ -219,17 +240,15 @@ def open_grid(folder: Path) -> Grid:
     try:
         recorded = _GridFile.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "(top level)"
-        raise EdgekdError(f"{path}: key {key!r}: {first['msg']}.", "Quantize the student again.") from error
+        raise EdgekdError(f"{path}: {first_complaint(error)}.", "Quantize the student again.") from error
     files = Checkpoint(folder)
     for name, kind in recorded.tensors.items():
         stored = [name] if kind == "plain" else [s.name for s in _storage(name, kind, (1, GROUP))]
         if missing := [key for key in stored if key not in files.files]:
             raise EdgekdError(f"{folder}: tensor {missing[0]!r} is missing.", "Quantize the student again.")
     grid = Grid(
-        folder, recorded.method, recorded.grid_digest, recorded.student_digest, recorded.bits_per_weight,
-        recorded.tensors, files,
+        folder, recorded.recipe, recorded.method, recorded.grid_digest, recorded.student_digest,
+        recorded.bits_per_weight, recorded.tensors, files,
     )  # fmt: skip
     for key, expected, actual in (
         ("grid_digest", recorded.grid_digest, _digest(grid)),
@@ -258,18 +277,19 @@ def _plain_digest(grid: Grid) -> str:
 def _storage(name: str, kind: Kind, shape: tuple[int, ...]) -> list[_Stored]:
     """The tensors that hold a quantized matrix."""
     module, (rows, width) = name.removesuffix(".weight"), shape
-    if kind == "int8_embedding":
-        return [_Stored(name, torch.float16, shape), _Stored(f"{module}.weight_scale", torch.float16, (rows, 1))]
     words, groups = (width // 8, width // GROUP) if kind == "int4" else (-(-width // 4), 1)
+    scale = _Stored(f"{module}.weight_scale", torch.float16, (rows, groups))
+    if is_embedding(name):
+        return [_Stored(name, torch.float16, shape), scale]
     return [
         _Stored(f"{module}.weight_packed", torch.int32, (rows, words)),
-        _Stored(f"{module}.weight_scale", torch.float16, (rows, groups)),
+        scale,
         _Stored(f"{module}.weight_shape", torch.int64, (2,)),
     ]
 
 
-class _Writer:
-    """A safetensors file whose tensors are filled in place, so that none need be whole in memory.
+class _File:
+    """A safetensors file whose tensors are filled in place, in any order, so that none need be whole in memory.
 
     The format is a length, a JSON header and the bytes; the header needs only names, dtypes and shapes.
     """
@@ -292,6 +312,7 @@ class _Writer:
         base = self._file.tell()
         self._file.truncate(base + offset)
         self._at = {name: base + at for name, at in self._at.items()}
+        self._left = {t.name: t.size_bytes for t in tensors}
 
     def append(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next rows of a tensor."""
@@ -299,52 +320,183 @@ class _Writer:
         self._file.seek(self._at[name])
         self._file.write(data)
         self._at[name] += len(data)
+        self._left[name] -= len(data)
 
     def close(self) -> None:
         self._file.close()
 
+    def unfilled(self) -> list[str]:
+        """Tensors that were given too few rows, or too many."""
+        return [name for name, left in self._left.items() if left]
 
-def _fill(writer: _Writer, scales: _Writer | None, name: str, kind: Kind, w: torch.Tensor) -> None:
-    """Quantize some rows ``(rows, I)`` and write them."""
-    module = name.removesuffix(".weight")
-    if kind == "int4":
-        q, scale = quantize_int4(w)
-        writer.append(f"{module}.weight_packed", pack_int4(q))
-        writer.append(f"{module}.weight_scale", scale.half())
-        return
-    q, scale = quantize_int8_rows(w)
-    if kind == "int8":
-        unsigned = q.view(torch.uint8) ^ 0x80
-        writer.append(f"{module}.weight_packed", torch.nn.functional.pad(unsigned, (0, -q.shape[1] % 4)))
-        writer.append(f"{module}.weight_scale", scale.half())
-        return
-    half = dequantize_int8(q, scale).half()
-    if half.isinf().any():
-        raise EdgekdError("holds weights beyond fp16's range (65504).", "Train or save the model again.")
-    assert scales is not None
-    writer.append(name, half)
-    scales.append(f"{module}.weight_scale", scale.half())
+
+class GridWriter:
+    """A quantized student being written; ``new_grid`` makes one. Tensors come in any order, rows in theirs."""
+
+    def __init__(self, source: Checkpoint, folder: Path, recipe: Recipe) -> None:
+        self._source, self._folder = source, folder
+        self.kinds, shards, self._stored = _plan(source, recipe)
+        self._of: dict[str, _File] = {}
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            parts = [s for n in names for s in (self._stored[n][:1] if is_embedding(n) else self._stored[n])]
+            weight_map |= {part.name: file for part in parts}
+            self._of |= dict.fromkeys((part.name for part in parts), _File(folder / file, parts))
+        scales = [
+            s for n, kind in self.kinds.items() if is_embedding(n) and kind != "plain" for s in self._stored[n][1:]
+        ]
+        if scales:
+            self._of |= dict.fromkeys((s.name for s in scales), _File(folder / SCALES_FILE, scales))
+        size = sum(s.size_bytes for parts in self._stored.values() for s in parts if s.name in weight_map)
+        write_json(folder / INDEX_JSON, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """The student's matrix, a few rows at a time, in the dtype of its file."""
+        return _row_blocks(self._source.files[name], name, self._source.shape(name)[1])
+
+    def student_tensor(self, name: str) -> torch.Tensor:
+        """One of the student's tensors whole, in the dtype of its file."""
+        return self._source.tensor(name)
+
+    def put(self, name: str, q: torch.Tensor, scale: torch.Tensor) -> None:
+        """The next rows of a quantized matrix: q int8 ``(rows, I)``, scale float32 ``(rows, G)`` or ``(rows,)``.
+
+        Raises:
+            EdgekdError: an embedding beyond fp16's range.
+        """
+        module = name.removesuffix(".weight")
+        self._append(f"{module}.weight_scale", scale.half())
+        if is_embedding(name):
+            half = dequantize(q, scale).half()
+            if half.isinf().any():
+                with self.naming(name):
+                    raise EdgekdError("holds weights beyond fp16's range (65504).", "Train or save the model again.")
+            self._append(name, half)
+        elif self.kinds[name] == "int4":
+            self._append(f"{module}.weight_packed", pack_int4(q))
+        else:
+            unsigned = q.view(torch.uint8) ^ 0x80
+            self._append(f"{module}.weight_packed", torch.nn.functional.pad(unsigned, (0, -q.shape[1] % 4)))
+
+    def put_plain(self, name: str, value: torch.Tensor) -> None:
+        """A tensor that is not quantized, whole; it is stored in the student's dtype."""
+        with self.naming(name):
+            check_finite(value)
+        self._append(name, value.to(self._stored[name][0].dtype))
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Put the tensor before an error that lacks its subject."""
+        try:
+            yield
+        except EdgekdError as error:
+            raise EdgekdError(f"{self._source.files[name]}: tensor {name!r} {error.cause}", error.remedy) from error
+
+    def _append(self, name: str, tensor: torch.Tensor) -> None:
+        self._of[name].append(name, tensor)
+
+    def _finish(self, recipe: Recipe, method: str) -> _GridFile:
+        """Write what is beside the weights. The digests are taken from what was written: it has been read back once."""
+        for name, kind in self.kinds.items():
+            if kind != "plain" and not is_embedding(name):
+                self._append(f"{name.removesuffix('.weight')}.weight_shape", torch.tensor(self._source.shape(name)))
+        self._close()
+        if unfilled := [name for file in set(self._of.values()) for name in file.unfilled()]:
+            raise AssertionError(f"rows are missing or too many: {unfilled}")
+        _copy_rest(self._source, self._folder, self.kinds)
+        bits = _bits_per_weight(self._source, self.kinds, self._stored)
+        written = Grid(
+            self._folder, recipe.name, method, "", self._source.digest, bits, self.kinds, Checkpoint(self._folder)
+        )
+        recorded = _GridFile(
+            schema_version=1, recipe=recipe.name, method=method, group_size=32, student_digest=self._source.digest,
+            grid_digest=_digest(written), plain_digest=_plain_digest(written), bits_per_weight=bits,
+            tensors=self.kinds,
+        )  # fmt: skip
+        write_json(self._folder / GRID_JSON, recorded.model_dump())
+        return recorded
+
+    def _close(self) -> None:
+        for file in set(self._of.values()):
+            file.close()
+
+
+@contextmanager
+def new_grid(student: Path, out: Path, recipe: Recipe, method: str) -> Iterator[GridWriter]:
+    """Write a quantized student; ``out`` appears when the block ends without an error, and then is whole.
+
+    Args:
+        student: a model folder.
+        out: the folder to make; it must not exist.
+        method: how the integers are chosen, for the record.
+
+    Raises:
+        EdgekdError: ``out`` exists, the recipe is not on the grid, or the student is quantized already.
+        DoesNotFit: not enough disk space.
+    """
+    source = Checkpoint(student)
+    _check(source, out, recipe)
+    _, _, stored = _plan(source, recipe)
+    needed, free = sum(s.size_bytes for parts in stored.values() for s in parts), shutil.disk_usage(_existing(out)).free
+    if needed > free:
+        raise DoesNotFit(f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.", "Free some disk space.")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = None
+    try:
+        writer = GridWriter(source, partial, recipe)
+        yield writer
+        writer._finish(recipe, method)
+        partial.rename(out)
+    except BaseException:
+        if writer is not None:
+            writer._close()
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a quantized student is: ``digest``, ``recipe``, ``method``, ``bits_per_weight``, ``tensors`` (count by kind)
+    and ``int8_by_width`` (matrices that are int8 because their input width is not divisible by 32)."""
+    recorded = _GridFile.model_validate_json((folder / GRID_JSON).read_bytes())
+    kinds = recorded.tensors
+    grid = Grid(folder, "", "", "", "", 0.0, kinds, Checkpoint(folder))
+    return {
+        "digest": recorded.grid_digest,
+        "recipe": recorded.recipe,
+        "method": recorded.method,
+        "bits_per_weight": recorded.bits_per_weight,
+        "tensors": {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))},
+        "int8_by_width": sorted(n for n, kind in kinds.items() if kind == "int8" and grid.shape(n)[1] % GROUP),
+    }
 
 
 def _quantization_config(kinds: dict[str, Kind], tied: bool) -> dict[str, Any]:
     """The ``quantization_config`` that compressed-tensors reads."""
     common = {"type": "int", "symmetric": True, "dynamic": False}
     groups: dict[str, Any] = {}
-    if int8 := sorted(name.removesuffix(".weight") for name, kind in kinds.items() if kind == "int8"):
+
+    def modules(kind: Kind) -> list[str]:
+        return sorted(n.removesuffix(".weight") for n, k in kinds.items() if k == kind and not is_embedding(n))
+
+    if int8 := modules("int8"):
         groups["int8"] = {"targets": int8, "weights": {**common, "num_bits": 8, "strategy": "channel"}}
-    if "int4" in kinds.values():
+    if modules("int4"):
         int4 = {**common, "num_bits": 4, "strategy": "group", "group_size": GROUP}
         groups["int4"] = {"targets": ["Linear"], "weights": int4}
+    matrices = [n for n, k in kinds.items() if k == "plain" and n.endswith("_proj.weight")]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"] if tied else [],
+        "ignore": [*(["lm_head"] if tied else []), *sorted(n.removesuffix(".weight") for n in matrices)],
     }
 
 
-def _plan(source: Checkpoint) -> tuple[dict[str, Kind], list[list[str]], dict[str, list[_Stored]]]:
+def _plan(source: Checkpoint, recipe: Recipe) -> tuple[dict[str, Kind], list[list[str]], dict[str, list[_Stored]]]:
     """The kind of every parameter, the parameters of every shard, and the tensors that hold each parameter."""
     kinds: dict[str, Kind] = {}
     stored: dict[str, list[_Stored]] = {}
@@ -354,7 +506,7 @@ def _plan(source: Checkpoint) -> tuple[dict[str, Kind], list[list[str]], dict[st
         if name == "lm_head.weight" and source.tied:
             continue
         shape = source.shape(name)
-        kinds[name] = kind_of(name, shape)
+        kinds[name] = recipe.kind_of(name, shape)
         if kinds[name] == "plain":
             stored[name] = [_Stored(name, source.tensor(name).dtype, shape)]
         else:
@@ -382,53 +534,6 @@ def _bits_per_weight(source: Checkpoint, kinds: dict[str, Kind], stored: dict[st
     return bits / weights
 
 
-def write_grid(
-    student: Path, out: Path, *, method: str = "rtn", on_progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
-    """Quantize a student and write it as a folder, row block by row block.
-
-    Peak memory is a few blocks of ``BLOCK_WEIGHTS`` weights, whatever the model's size.
-
-    Args:
-        student: a model folder.
-        out: the folder to make; it must not exist.
-        method: ``rtn``, round to nearest.
-        on_progress: called with the weights done and the weights in all.
-
-    Returns:
-        ``digest``, ``bits_per_weight``, ``tensors`` (count by kind) and ``int8_by_width`` (linear layers that are
-        int8 because their input width is not divisible by 32).
-
-    Raises:
-        EdgekdError: ``out`` exists, an unknown method, a student that is quantized already, or non-finite weights.
-        DoesNotFit: not enough disk space.
-    """
-    source = Checkpoint(student)
-    _check(source, out, method)
-    kinds, shards, stored = _plan(source)
-    needed, free = sum(s.size_bytes for parts in stored.values() for s in parts), shutil.disk_usage(_existing(out)).free
-    if needed > free:
-        raise DoesNotFit(f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.", "Free some disk space.")
-
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_weights(source, partial, kinds, shards, stored, on_progress)
-        _copy_rest(source, partial, kinds)
-        recorded = _record(source, partial, kinds, method, _bits_per_weight(source, kinds, stored))
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return {
-        "digest": recorded.grid_digest,
-        "bits_per_weight": recorded.bits_per_weight,
-        "tensors": {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))},
-        "int8_by_width": sorted(n for n, kind in kinds.items() if kind == "int8" and n != "lm_head.weight"),
-    }
-
-
 def _copy_rest(source: Checkpoint, folder: Path, kinds: dict[str, Kind]) -> None:
     """The configuration with its quantization, and the tokenizer's files."""
     quantization = _quantization_config(kinds, source.tied)
@@ -438,74 +543,16 @@ def _copy_rest(source: Checkpoint, folder: Path, kinds: dict[str, Kind]) -> None
             shutil.copyfile(path, folder / path.name)
 
 
-def _record(source: Checkpoint, folder: Path, kinds: dict[str, Kind], method: str, bits: float) -> _GridFile:
-    """Write ``grid.json``. The digests are taken from what was written: it has been read back once."""
-    written = Grid(folder, method, "", source.digest, bits, kinds, Checkpoint(folder))
-    recorded = _GridFile(
-        schema_version=1, method=method, group_size=32, student_digest=source.digest, grid_digest=_digest(written),
-        plain_digest=_plain_digest(written), bits_per_weight=bits, tensors=kinds,
-    )  # fmt: skip
-    write_json(folder / GRID_JSON, recorded.model_dump())
-    return recorded
-
-
 def _existing(path: Path) -> Path:
     """The nearest folder above ``path`` that exists."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def _check(source: Checkpoint, out: Path, method: str) -> None:
-    if method != "rtn":
-        raise EdgekdError(f"quantize.method: {method!r} is unknown.", "There is: rtn.")
+def _check(source: Checkpoint, out: Path, recipe: Recipe) -> None:
+    if not recipe.on_grid:
+        raise EdgekdError(f"recipe {recipe.name!r} quantizes nothing on the portable grid.", "Take portable-int4.")
     if out.exists():
         raise EdgekdError(f"{out} exists already.", "Remove it or name another folder.")
     if "quantization_config" in source.config:
         raise EdgekdError(f"{source.folder}/config.json: the model is quantized already.", "Give the student itself.")
     _ = source.files  # names a truncated file
-
-
-def _write_weights(
-    source: Checkpoint,
-    folder: Path,
-    kinds: dict[str, Kind],
-    shards: list[list[str]],
-    stored: dict[str, list[_Stored]],
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    """Write the shards, their index, and the embedding's scales."""
-    counts = {name: torch.Size(source.shape(name)).numel() for name in kinds}
-    done, total = 0, sum(counts.values())
-    embeddings = [name for name, kind in kinds.items() if kind == "int8_embedding"]
-    scales = _Writer(folder / SCALES_FILE, [stored[name][1] for name in embeddings]) if embeddings else None
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        parts = [s for n in names for s in (stored[n][:1] if n in embeddings else stored[n])]
-        weight_map |= {part.name: file for part in parts}
-        writer = _Writer(folder / file, parts)
-        for name in names:
-            _write_parameter(source, writer, scales, name, kinds[name])
-            done += counts[name]
-            if on_progress:
-                on_progress(done, total)
-        writer.close()
-    if scales:
-        scales.close()
-    size = sum(s.size_bytes for n in kinds for s in stored[n] if s.name in weight_map)
-    write_json(folder / INDEX_JSON, {"metadata": {"total_size": size}, "weight_map": weight_map})
-
-
-def _write_parameter(source: Checkpoint, writer: _Writer, scales: _Writer | None, name: str, kind: Kind) -> None:
-    shape = source.shape(name)
-    try:
-        if kind == "plain":
-            tensor = source.tensor(name)
-            check_finite(tensor)
-            writer.append(name, tensor)
-            return
-        for rows in _row_blocks(source.files[name], name, shape[1]):
-            _fill(writer, scales, name, kind, rows)
-    except EdgekdError as error:
-        raise EdgekdError(f"{source.files[name]}: tensor {name!r} {error.cause}", error.remedy) from error
-    if kind != "int8_embedding":
-        writer.append(f"{name.removesuffix('.weight')}.weight_shape", torch.tensor(shape))

@@ -14,11 +14,13 @@ float32, in which ``scale * q`` is exact too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..errors import EdgekdError
+from .recipe import GROUP
 
-GROUP = 32
 INT4_MIN, INT4_MAX = -8, 7
 INT8_MAX = 127
 SCALE_MIN = 2.0**-14
@@ -97,6 +99,12 @@ def quantize_int4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _round_int4(groups, scale).to(torch.int8).reshape(w.shape), scale
 
 
+def round_int4(w: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round ``w`` ``(O, I)`` to nearest with given scales ``(O, G)``: q int8 ``(O, I)``, and the scales snapped."""
+    legal = snap_scale(scale)
+    return _round_int4(w.float().reshape(*legal.shape, GROUP), legal).to(torch.int8).reshape(w.shape), legal
+
+
 def _round_int4(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.round(groups / scale.unsqueeze(-1)).clamp_(INT4_MIN, INT4_MAX)
 
@@ -137,24 +145,54 @@ def dequantize_int8(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return q.float() * scale.float().unsqueeze(-1)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The grid's value forward, the identity backward (Bengio et al. 2013).
+class _LearnedScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+        scale = snap_scale(log_scale.exp())
+        steps = w.float().reshape(*scale.shape, GROUP) / scale.unsqueeze(-1)
+        q = torch.round(steps).clamp_(INT4_MIN, INT4_MAX)
+        ctx.save_for_backward(steps, q, scale)
+        return (q * scale.unsqueeze(-1)).reshape(w.shape).to(w.dtype)
 
-    Not ``w + (grid(w) - w).detach()``: that sum rounds, and the student would train beside the grid, not on it.
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        steps, q, scale = ctx.saved_tensors
+        slope = grads[0].float().reshape(steps.shape)
+        inside = (steps >= INT4_MIN - 0.5) & (steps <= INT4_MAX + 0.5)
+        of_scale = (slope * torch.where(inside, q - steps, q)).sum(-1)
+        return (slope * inside).reshape(grads[0].shape).to(grads[0].dtype), of_scale * scale
+
+
+def fake_quant_int4(w: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """``w`` as the int4 grid holds it, with scales that learn (LSQ, Esser et al. 2020).
+
+    Forward is the grid's very value, not ``w + (grid(w) - w).detach()``: that sum rounds, and the student would train
+    beside the grid. Backward passes the gradient straight through to what is not clipped (Bengio et al. 2013), and to
+    ``log_scale`` that of ``scale * q`` as if ``scale`` were not snapped and rounding were the identity.
+
+    Args:
+        w: ``(O, I)``.
+        log_scale: natural logarithm of the scales ``(O, G)``, float32.
+
+    Returns:
+        ``(O, I)`` in w's dtype, exact in float32: ``dequantize_int4(*round_int4(w, log_scale.exp()))``.
     """
+    return _LearnedScale.apply(w, log_scale)
+
+
+class _StraightThrough8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor) -> torch.Tensor:
+        return dequantize_int8(*quantize_int8_rows(w)).to(w.dtype)
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, w: torch.Tensor) -> torch.Tensor:
-        return dequantize_int4(*quantize_int4(w)).to(w.dtype)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         return grads[0]
 
 
-def fake_quant_int4(w: torch.Tensor) -> torch.Tensor:
-    """``w`` as the int4 grid holds it, ``(O, I)``, in w's dtype (exact in float32), with gradient one to ``w``."""
-    return _StraightThrough.apply(w)
+def fake_quant_int8_rows(w: torch.Tensor) -> torch.Tensor:
+    """``w`` ``(O, I)`` as the int8 grid holds it, rounded to nearest, with gradient one to ``w``."""
+    return _StraightThrough8.apply(w)
 
 
 def pack_int4(q: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The ledger of quality: what each hop, from teacher to student to artifact, cost."""
+"""The ledger of quality: what each hop, from teacher to student to grid to artifact, cost."""
 
 from __future__ import annotations
 
@@ -6,55 +6,44 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def hop(
-    name_from: str,
-    name_to: str,
-    *,
-    kl_mean: float | None,
-    kl_ci95: Sequence[float] | None = None,
-    top1: float | None,
-    perplexity_from: float | None,
-    perplexity_to: float | None,
-) -> dict[str, Any]:
-    """One row. KL(from || to) in nats per token; what was not measured is None."""
+def hop(name_from: str, name_to: str, figures: Mapping[str, Any], bits_per_weight: float | None) -> dict[str, Any]:
+    """One row: KL(from || to) in nats per token, with 95 % intervals; what was not measured is None.
+
+    Args:
+        figures: of :func:`edgekd.verify.parity.compare`.
+        bits_per_weight: of what stands at the end.
+    """
     return {
         "from": name_from,
         "to": name_to,
-        "kl_mean": kl_mean,
-        "kl_ci95": None if kl_ci95 is None else list(kl_ci95),
-        "top1": top1,
-        "perplexity_from": perplexity_from,
-        "perplexity_to": perplexity_to,
+        "bits_per_weight": bits_per_weight,
+        "kl_mean": figures["kl_mean"],
+        "kl_ci95": figures["kl_mean_ci95"],
+        "top1": figures["top1_agreement"],
+        "top1_ci95": figures["top1_agreement_ci95"],
+        "perplexity_from": figures["perplexity_reference"],
+        "perplexity_to": figures["perplexity_artifact"],
+        "perplexity_to_ci95": figures["perplexity_artifact_ci95"],
     }
 
 
 def ledger(
-    teacher: Mapping[str, Any], student: Mapping[str, Any], parities: Mapping[str, Mapping[str, Any]]
+    student: Mapping[str, Any] | None, grids: Sequence[Mapping[str, Any]], manifests: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Every hop of a run.
+    """Every hop of a run: teacher → student → grid, by each method → runtime; and student → what is not on the grid.
 
     Args:
-        teacher: the teacher's evaluation, with ``perplexity``.
-        student: the student's, with ``perplexity``, ``kl_to_teacher`` and ``top1_agreement_with_teacher``.
-        parities: figures of :func:`edgekd.verify.parity.measure` by the artifact's name.
+        student: the figures of the first hop.
+        grids: ``recipe``, ``method``, ``bits_per_weight`` and the figures of each hop to the grid.
+        manifests: of the artifacts, by name; those without parity figures are left out.
     """
-    first = hop(
-        "teacher",
-        "student",
-        kl_mean=student.get("kl_to_teacher"),
-        top1=student.get("top1_agreement_with_teacher"),
-        perplexity_from=teacher.get("perplexity"),
-        perplexity_to=student.get("perplexity"),
-    )
-    return [first] + [
-        hop(
-            "student",
-            name,
-            kl_mean=parity["kl_mean"],
-            kl_ci95=parity["kl_mean_ci95"],
-            top1=parity["top1_agreement"],
-            perplexity_from=parity["perplexity_reference"],
-            perplexity_to=parity["perplexity_artifact"],
-        )
-        for name, parity in parities.items()
-    ]
+    rows = [hop("teacher", "student", student, None)] if student else []
+    for grid in grids:
+        rows.append(hop("student", f"{grid['recipe']} {grid['method']}", grid, grid["bits_per_weight"]))
+    for name, manifest in manifests.items():
+        parity, bits = manifest.get("parity"), manifest.get("bits_per_weight")
+        if parity and parity.get("runtime"):
+            rows.append(hop(f"{manifest['recipe']} {manifest['method']}", name, parity["runtime"], bits))
+        elif parity:
+            rows.append(hop("student", name, parity, bits))
+    return rows

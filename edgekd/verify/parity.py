@@ -16,7 +16,7 @@ from ..errors import EdgekdError
 from ..session import Session
 from ..spec import Thresholds
 
-Reference = Callable[[np.ndarray], np.ndarray]
+Logits = Callable[[np.ndarray], np.ndarray]
 """Ids ``(T,)`` to logits float32 ``(T, V)``."""
 
 _BLOCK_BYTES = 8 * 2**20
@@ -107,11 +107,9 @@ def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(a == b, 0.0, np.abs(a.astype(np.float64) - b))
 
 
-def _measure_window(session: Session, reference: Reference, ids: np.ndarray, number: int) -> _Window:
+def _measure_window(candidate: Logits, reference: Logits, ids: np.ndarray, number: int) -> _Window:
     """Statistics of window ``number``; the logits are freed on return."""
-    expected = np.asarray(reference(ids))
-    session.reset()
-    got = session.prefill(ids.tolist(), all_logits=True)
+    expected, got = np.asarray(reference(ids)), np.asarray(candidate(ids))
     if expected.shape != got.shape:
         raise EdgekdError(
             f"the reference's logits are {expected.shape}, the artifact's {got.shape}.",
@@ -122,7 +120,29 @@ def _measure_window(session: Session, reference: Reference, ids: np.ndarray, num
     return _compare(ids, expected, got)
 
 
-def _first_divergence(session: Session, reference: Reference, prompt: np.ndarray, tokens: int) -> int | None:
+def session_logits(session: Session) -> Logits:
+    """An artifact's logits of a whole window, fed at once."""
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        session.reset()
+        return session.prefill(ids.tolist(), all_logits=True)
+
+    return logits
+
+
+def compare(reference: Logits, candidate: Logits, windows: np.ndarray) -> dict[str, Any]:
+    """How far a model's logits are from another's on held-out windows; the first part of :func:`measure`.
+
+    Args:
+        windows: int ``(N, T)``.
+
+    Returns:
+        JSON-serialisable figures; KL(reference || candidate) in nats per token, with a bootstrap interval.
+    """
+    return _summary([_measure_window(candidate, reference, ids, number) for number, ids in enumerate(windows)])
+
+
+def _first_divergence(session: Session, reference: Logits, prompt: np.ndarray, tokens: int) -> int | None:
     """Index of the first greedy token that differs, or None.
 
     The reference need not generate: up to the first difference both have read the same tokens, so one pass over what
@@ -196,7 +216,7 @@ def _check_input(session: Session, windows: np.ndarray, greedy_tokens: int, chun
 
 def measure(
     session: Session,
-    reference: Reference,
+    reference: Logits,
     windows: np.ndarray,
     *,
     greedy_tokens: int,
@@ -222,10 +242,10 @@ def measure(
         EdgekdError: windows do not fit the artifact, or the vocabularies differ.
     """
     _check_input(session, windows, greedy_tokens, chunk_sizes)
-    results = [_measure_window(session, reference, ids, number) for number, ids in enumerate(windows)]
+    figures = compare(reference, session_logits(session), windows)
     half = max(1, min(windows.shape[1] // 2, session.context_length - greedy_tokens))
     firsts = [_first_divergence(session, reference, ids[:half], greedy_tokens) for ids in windows[:_GREEDY_PROMPTS]]
-    return _summary(results) | {
+    return figures | {
         "greedy_tokens": greedy_tokens,
         "greedy_prompts": len(firsts),
         "first_diverging_token": min((first for first in firsts if first is not None), default=None),
@@ -244,9 +264,12 @@ def _summary(results: list[_Window]) -> dict[str, Any]:
         "unusable_positions": int((~usable).sum()),
         "kl_mean": None, "kl_mean_ci95": None, "kl_p50": None, "kl_p99": None, "kl_max": None, "kl_max_at": None,
         "perplexity_reference": float(np.exp(np.mean([window.nll_reference for window in results]))),
-        "perplexity_artifact": None, "perplexity_ratio": None,
+        "perplexity_artifact": None, "perplexity_artifact_ci95": None, "perplexity_ratio": None,
     }  # fmt: skip
-    figures["top1_agreement"] = float(np.mean([window.same_top1 for window in results]))
+    every = np.ones(len(results))
+    same = np.array([window.same_top1.mean() for window in results])
+    figures["top1_agreement"] = float(same.mean())
+    figures["top1_agreement_ci95"] = bootstrap_ci95(same, every)
     figures["logit_max_abs_difference"] = max(window.max_difference for window in results)
     figures["logit_mean_abs_difference"] = float(np.mean([window.mean_difference for window in results]))
     if usable.any():
@@ -262,9 +285,12 @@ def _summary(results: list[_Window]) -> dict[str, Any]:
             "kl_max": float(kl[worst]),
             "kl_max_at": {"window": int(worst[0]), "token": int(worst[1])},
         }
-    perplexity = float(np.exp(np.mean([window.nll_artifact for window in results])))
+    nll = np.array([window.nll_artifact.mean() for window in results])
+    perplexity = float(np.exp(nll.mean()))
     if np.isfinite(perplexity):
         figures["perplexity_artifact"] = perplexity
+        edges = bootstrap_ci95(nll, every)
+        figures["perplexity_artifact_ci95"] = edges and [float(np.exp(edge)) for edge in edges]
         figures["perplexity_ratio"] = perplexity / figures["perplexity_reference"]
     return figures
 

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from edgekd.errors import DoesNotFit, EdgekdError
 from edgekd.quant import folder as folder_module
-from edgekd.quant.folder import grid_digest, open_grid, write_grid
+from edgekd.quant.folder import grid_digest, load_dequantized, new_grid, open_grid
 from edgekd.quant.grid import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8_rows
+from edgekd.quant.quantize import quantize
+from edgekd.targets import load_recipe
 
 VOCAB = 160
+
+
+def write_grid(student: Path, out: Path, recipe: str = "portable-int4", **options: Any) -> dict[str, Any]:
+    return quantize(student, out, load_recipe(recipe), **options)
 
 
 def make_student(path: Path, kind: str, *, tied: bool, hidden: int = 64, dtype: torch.dtype = torch.float32) -> Path:
@@ -30,11 +37,12 @@ def make_student(path: Path, kind: str, *, tied: bool, hidden: int = 64, dtype: 
     return path
 
 
-def expected(name: str, w: torch.Tensor) -> torch.Tensor:
+def expected(name: str, w: torch.Tensor, recipe: str = "portable-int4") -> torch.Tensor:
     """The grid's value of a student's tensor, without the folder."""
     if w.ndim != 2:
         return w.float()
-    if "embed_tokens" in name or "lm_head" in name or w.shape[1] % 32:
+    head = "embed_tokens" in name or "lm_head" in name
+    if recipe == "int8" or (recipe == "portable-int4" and head) or w.shape[1] % 32:
         return dequantize_int8(*quantize_int8_rows(w))
     return dequantize_int4(*quantize_int4(w))
 
@@ -50,8 +58,8 @@ def test_round_trip(tmp_path: Path, kind: str, tied: bool, dtype: torch.dtype, m
     monkeypatch.setattr(folder_module, "BLOCK_WEIGHTS", 500)  # several blocks a matrix
     monkeypatch.setattr(folder_module, "SHARD_BYTES", 10_000)  # several shards
     student = make_student(tmp_path / "student", kind, tied=tied, dtype=dtype)
-    steps: list[tuple[int, int]] = []
-    figures = write_grid(student, tmp_path / "grid", on_progress=lambda done, total: steps.append((done, total)))
+    steps: list[float] = []
+    figures = write_grid(student, tmp_path / "grid", on_progress=lambda done, note: steps.append(done))
     grid = open_grid(tmp_path / "grid")
 
     original = student_tensors(student)
@@ -72,10 +80,38 @@ def test_round_trip(tmp_path: Path, kind: str, tied: bool, dtype: torch.dtype, m
     assert grid.config == json.loads((student / "config.json").read_text())
     assert (tmp_path / "grid" / "tokenizer.json").read_text() == (student / "tokenizer.json").read_text()
     assert not list(tmp_path.glob("*.partial"))
-    weights = sum(w.numel() for w in original.values())
-    assert steps[-1] == (weights, weights) and steps == sorted(steps)
+    assert steps[-1] == 1 and steps == sorted(steps)
+    assert grid.parameters == sum(w.numel() for w in original.values())
     assert figures["digest"] == grid.digest and figures["tensors"]["int4"] == 14
     assert len(list((tmp_path / "grid").glob("model-*.safetensors"))) > 3
+
+
+@pytest.mark.parametrize("recipe", ["int8", "portable-int4-head4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_other_recipes_hold_their_own_kinds(tmp_path: Path, recipe: str, tied: bool, monkeypatch) -> None:
+    monkeypatch.setattr(folder_module, "BLOCK_WEIGHTS", 500)
+    student = make_student(tmp_path / "student", "qwen3", tied=tied)
+    write_grid(student, tmp_path / "grid", recipe)
+    grid = open_grid(tmp_path / "grid")
+    assert set(grid.kinds.values()) == {"plain", "int8" if recipe == "int8" else "int4"}
+    for name, w in student_tensors(student).items():
+        assert torch.equal(grid.tensor(name), expected(name, w, recipe)), name
+
+
+def test_a_writer_that_is_not_given_every_row_leaves_nothing(tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student", "llama", tied=True)
+    with (
+        pytest.raises(AssertionError, match="rows are missing"),
+        new_grid(student, tmp_path / "grid", load_recipe("portable-int4"), "rtn"),
+    ):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student"]
+
+
+def test_recipes_not_on_the_grid_are_refused(tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student", "llama", tied=True)
+    with pytest.raises(EdgekdError, match="'fp16' quantizes nothing"):
+        write_grid(student, tmp_path / "grid", "fp16")
 
 
 def test_the_digest_is_of_the_integers_not_of_the_files(tmp_path: Path, monkeypatch) -> None:
@@ -101,6 +137,7 @@ def test_widths_off_the_grid_become_int8(tmp_path: Path) -> None:
     student = make_student(tmp_path / "student", "llama", tied=True, hidden=50)
     figures = write_grid(student, tmp_path / "grid")
     grid = open_grid(tmp_path / "grid")
+    assert "model.embed_tokens.weight" in figures["int8_by_width"]  # width 50, though the recipe says int8 anyway
     assert "model.layers.0.mlp.up_proj.weight" in figures["int8_by_width"]  # input width 50
     assert grid.int4("model.layers.0.mlp.down_proj.weight") is not None  # input width 96
     for name, w in student_tensors(student).items():
@@ -202,11 +239,14 @@ MEMORY_PROBE = """
 import sys
 from pathlib import Path
 import torch
-from edgekd.quant.folder import open_grid, write_grid
+from edgekd.quant.folder import open_grid
+from edgekd.quant.quantize import quantize
+from edgekd.targets import load_recipe
+recipe = load_recipe("portable-int4")
 peak = lambda: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
 torch.randn(64, 64) @ torch.randn(64, 64)
 before = peak()
-write_grid(Path(sys.argv[1]), Path(sys.argv[2]))
+quantize(Path(sys.argv[1]), Path(sys.argv[2]), recipe)
 written = peak()
 open_grid(Path(sys.argv[2]))
 print(written - before, peak() - before)
@@ -234,29 +274,28 @@ def test_memory_is_one_tensor_and_some_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_loads_the_folder(tmp_path: Path, kind: str, tied: bool) -> None:
+@pytest.mark.parametrize("recipe", ["int8", "portable-int4", "portable-int4-head4"])
+def test_transformers_loads_the_folder(tmp_path: Path, kind: str, tied: bool, recipe: str) -> None:
     pytest.importorskip("compressed_tensors")
-    check_with_transformers(tmp_path, kind, tied, hidden=64)
+    check_with_transformers(tmp_path, kind, tied, hidden=64, recipe=recipe)
 
 
 def test_transformers_loads_widths_off_the_grid(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    check_with_transformers(tmp_path, "llama", True, hidden=50)
+    check_with_transformers(tmp_path, "llama", True, hidden=50, recipe="portable-int4")
 
 
-def check_with_transformers(tmp_path: Path, kind: str, tied: bool, hidden: int) -> None:
+def check_with_transformers(tmp_path: Path, kind: str, tied: bool, hidden: int, recipe: str) -> None:
     """The folder as transformers loads it has the logits of the dequantized model, and says nothing of other keys."""
     student = make_student(tmp_path / "student", kind, tied=tied, hidden=hidden)
-    write_grid(student, tmp_path / "grid")
-    grid = open_grid(tmp_path / "grid")
-    reference = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    state = {name: grid.tensor(name) for name in grid.names()}
-    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].half().float()
-    reference.load_state_dict(state, strict=not tied)
+    write_grid(student, tmp_path / "grid", recipe)
+    reference = load_dequantized(open_grid(tmp_path / "grid"))
+    embedding = reference.get_input_embeddings().weight
+    embedding.data = embedding.half().float()
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "grid", dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ids = torch.arange(64).view(2, 32)
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(ids).logits, reference.eval()(ids).logits)
+        assert torch.equal(loaded.eval()(ids).logits, reference(ids).logits)

@@ -15,9 +15,11 @@ from edgekd.quant.grid import (
     dequantize_int4,
     dequantize_int8,
     fake_quant_int4,
+    fake_quant_int8_rows,
     pack_int4,
     quantize_int4,
     quantize_int8_rows,
+    round_int4,
     snap_scale,
     unpack_int4,
 )
@@ -145,7 +147,7 @@ def test_an_all_zero_group_has_the_smallest_scale() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("quantize", [quantize_int4, quantize_int8_rows, fake_quant_int4])
+@pytest.mark.parametrize("quantize", [quantize_int4, quantize_int8_rows])
 def test_non_finite_weights_are_refused(quantize, bad: float) -> None:
     w = torch.zeros(2, GROUP)
     w[1, 3] = bad
@@ -161,10 +163,34 @@ def test_shapes_off_the_grid_are_refused(shape: tuple[int, ...]) -> None:
 
 @settings(max_examples=25)
 @given(weights)
-def test_fake_quant_is_the_grid_forward_and_the_identity_backward(w: torch.Tensor) -> None:
-    w = w.clone().requires_grad_()
-    out = fake_quant_int4(w)
-    assert torch.equal(out, dequantize_int4(*quantize_int4(w.detach())))
-    gradient = torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
-    out.backward(gradient)
+def test_fake_quant_is_the_grid(w: torch.Tensor) -> None:
+    q, scale = quantize_int4(w)
+    assert torch.equal(fake_quant_int4(w, scale.log()), dequantize_int4(q, scale))
+    again, legal = round_int4(w, scale.log().exp())
+    assert torch.equal(again, q) and torch.equal(legal, scale)
+    assert torch.equal(fake_quant_int8_rows(w), dequantize_int8(*quantize_int8_rows(w)))
+
+
+def test_fake_quant_passes_gradients_to_weights_and_scales() -> None:
+    """Against autograd on the formula, rounding as the identity and clipping as a constant; in log scale."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(3, 2 * GROUP, generator=generator).requires_grad_()
+    log_scale = torch.full((3, 2), 0.25).log().requires_grad_()  # about one weight in twenty is clipped
+    gradient = torch.randn(w.shape, generator=generator)
+    fake_quant_int4(w, log_scale).backward(gradient)
+
+    v, s = w.detach().clone().requires_grad_(), log_scale.detach().clone().requires_grad_()
+    scale = s.exp().repeat_interleave(GROUP, 1)
+    steps = v / scale
+    clipped = (steps > 7.5) | (steps < -8.5)
+    assert 0 < clipped.sum() < w.numel() / 4
+    rounded = steps + (steps.round() - steps).detach()
+    (scale * torch.where(clipped, steps.detach().sign() * 7.5 - 0.5, rounded)).backward(gradient)
+    assert torch.allclose(w.grad, v.grad) and (w.grad[clipped] == 0).all()
+    assert torch.allclose(log_scale.grad, s.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_fake_quant_passes_the_gradient_straight_through() -> None:
+    w = torch.randn(3, 5).requires_grad_()
+    fake_quant_int8_rows(w).backward(gradient := torch.randn(3, 5))
     assert torch.equal(w.grad, gradient)

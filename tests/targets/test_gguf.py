@@ -20,11 +20,14 @@ from transformers import AutoModelForCausalLM
 from edgekd import targets
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.manifest import Artifact, file_sha256, load_artifact
-from edgekd.quant.folder import open_grid, write_grid
+from edgekd.quant.calibrate import second_moments
+from edgekd.quant.folder import open_grid
 from edgekd.quant.grid import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8_rows
+from edgekd.quant.quantize import quantize
 from edgekd.session import Session
 from edgekd.spec import TargetSpec
 from edgekd.student import Checkpoint, load_model
+from edgekd.targets import load_recipe
 
 IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
 LLAMA3_ROPE = {
@@ -44,7 +47,7 @@ ARCHITECTURES = {
 
 
 def spec(*recipes: str, context: int | None = None) -> TargetSpec:
-    return TargetSpec(target="gguf", recipes=list(recipes) or ["f16"], context=context)
+    return TargetSpec(target="gguf", recipes=list(recipes) or ["fp16"], context=context)
 
 
 def export(student: Path, recipe: str, out: Path, **options: Any) -> Artifact:
@@ -74,7 +77,7 @@ def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
 def test_f16_agrees_with_transformers(name: str, tmp_path: Path, student_factory: Any) -> None:
     kind, settings = ARCHITECTURES[name]
     student = student_factory(tmp_path / "student", kind, **settings)
-    artifact = export(student, "f16", tmp_path / "out")
+    artifact = export(student, "fp16", tmp_path / "out")
     expected, actual = reference(student, IDS), logits(artifact, IDS)
     difference = np.abs(expected - actual).max()
     best = np.sort(expected, axis=-1)
@@ -90,7 +93,7 @@ def test_f16_agrees_with_transformers(name: str, tmp_path: Path, student_factory
 def test_transformers_reads_the_same_weights_back(name: str, tmp_path: Path, student_factory: Any) -> None:
     kind, settings = ARCHITECTURES[name]
     student = student_factory(tmp_path / "student", kind, **settings)
-    artifact = export(student, "f16", tmp_path / "out")
+    artifact = export(student, "fp16", tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(artifact.folder, gguf_file="model.gguf", dtype=torch.float32)
     state = again.state_dict()
     for name, weight in load_file(student / "model.safetensors").items():
@@ -98,13 +101,13 @@ def test_transformers_reads_the_same_weights_back(name: str, tmp_path: Path, stu
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_q4_0_holds_the_grid_bit_for_bit(kind: str, tmp_path: Path, student_factory: Any) -> None:
+def test_the_file_holds_the_grid_bit_for_bit(kind: str, tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", kind, intermediate_size=80, tie_word_embeddings=kind == "qwen3")
-    write_grid(student, tmp_path / "grid")
+    quantize(student, tmp_path / "grid", load_recipe("portable-int4"))
     grid = open_grid(tmp_path / "grid")
-    given = export(student, "q4_0", tmp_path / "given", grid=tmp_path / "grid")
-    computed = export(student, "q4_0", tmp_path / "computed")
-    assert given.manifest.grid_digest == grid.digest and computed.manifest.grid_digest is None
+    given = export(student, "portable-int4", tmp_path / "given", grid=tmp_path / "grid")
+    computed = export(student, "portable-int4", tmp_path / "computed")
+    assert given.manifest.grid_digest == grid.digest and computed.manifest.grid_digest == grid.digest
     assert file_sha256(given.main_file) == file_sha256(computed.main_file)
 
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(given.main_file).tensors}
@@ -135,11 +138,11 @@ def test_q4_0_holds_the_grid_bit_for_bit(kind: str, tmp_path: Path, student_fact
     assert seen == {"Q4_0", "Q8_0", "F32"}  # F32: norms, and down_proj, 80 wide: no blocks of 32
 
 
-def test_q4_0_and_q8_0_run_as_their_dequantized_weights(tmp_path: Path, student_factory: Any) -> None:
+def test_the_grid_runs_as_its_dequantized_weights(tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "qwen3")
     weights = load_file(student / "model.safetensors")
     expected = {}
-    for recipe in ("q4_0", "q8_0"):
+    for recipe in ("portable-int4", "int8"):
         folder = tmp_path / f"{recipe}-reference"
         folder.mkdir()
         (folder / "config.json").write_bytes((student / "config.json").read_bytes())
@@ -147,16 +150,13 @@ def test_q4_0_and_q8_0_run_as_their_dequantized_weights(tmp_path: Path, student_
         for name, weight in weights.items():
             if weight.ndim == 1:
                 changed[name] = weight
-            elif recipe == "q8_0":
-                blocks = gguf.quants.quantize(weight.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
-                changed[name] = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
-            elif "embed" in name:
+            elif recipe == "int8" or "embed" in name:
                 changed[name] = dequantize_int8(*quantize_int8_rows(weight))
             else:
                 changed[name] = dequantize_int4(*quantize_int4(weight))
         save_file({name: value.contiguous().float() for name, value in changed.items()}, folder / "model.safetensors")
         expected[recipe] = reference(folder, IDS)
-    for recipe, other in (("q4_0", "q8_0"), ("q8_0", "q4_0")):
+    for recipe, other in (("portable-int4", "int8"), ("int8", "portable-int4")):
         actual = logits(export(student, recipe, tmp_path / recipe), IDS)
         # llama.cpp rounds activations to int8 on the way, so the match is close, not exact.
         assert mean_kl(expected[recipe], actual) < 0.05 < 0.2 < mean_kl(expected[other], actual)
@@ -165,9 +165,11 @@ def test_q4_0_and_q8_0_run_as_their_dequantized_weights(tmp_path: Path, student_
 def test_k_quants_shrink_and_stay_near(tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "qwen3", hidden_size=256, intermediate_size=256, head_dim=64)
     expected = reference(student, IDS)
+    moments = tmp_path / "moments.safetensors"
+    save_file(second_moments(student, torch.tensor([IDS])), moments)
     bits, kl = [], []
-    for recipe in ("f16", "q6_k", "q5_k_m", "q4_k_m"):
-        artifact = export(student, recipe, tmp_path / recipe)
+    for recipe in ("fp16", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m"):
+        artifact = export(student, recipe, tmp_path / recipe, moments=moments)
         assert sorted(path.name for path in artifact.folder.iterdir()) == [
             "chat_template.jinja", "manifest.json", "model.gguf", "tokenizer.json", "tokenizer_config.json",
         ]  # fmt: skip
@@ -178,10 +180,10 @@ def test_k_quants_shrink_and_stay_near(tmp_path: Path, student_factory: Any) -> 
 
 
 def test_the_artifact_tells_what_it_is(tmp_path: Path, tiny_student: Path) -> None:
-    artifact = targets.export(tiny_student, spec("q8_0", context=64), "q8_0", tmp_path / "out", name="tiny")
+    artifact = targets.export(tiny_student, spec("int8", context=64), "int8", tmp_path / "out", name="tiny")
     assert load_artifact(artifact.folder) == artifact
     manifest, checkpoint = artifact.manifest, Checkpoint(tiny_student)
-    assert (manifest.target, manifest.recipe, manifest.main_file) == ("gguf", "q8_0", "model.gguf")
+    assert (manifest.target, manifest.recipe, manifest.main_file) == ("gguf", "int8", "model.gguf")
     assert manifest.student_digest == checkpoint.digest and manifest.parameters == checkpoint.parameters
     assert 8.5 <= manifest.bits_per_weight < 8.7  # 34 bytes a block of 32, and the norms in fp32
     assert set(manifest.versions) == {"edgekd", "llama-cpp-python", "gguf"}
@@ -194,7 +196,7 @@ def test_the_artifact_tells_what_it_is(tmp_path: Path, tiny_student: Path) -> No
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory, student_factory: Any) -> Artifact:
     folder = tmp_path_factory.mktemp("long")
-    return export(student_factory(folder / "student", max_position_embeddings=1100), "f16", folder / "out")
+    return export(student_factory(folder / "student", max_position_embeddings=1100), "fp16", folder / "out")
 
 
 @pytest.fixture
@@ -245,7 +247,7 @@ def test_a_stream_ends_before_the_end_token(tmp_path: Path, student_factory: Any
     weights["lm_head.weight"][:] = 0
     weights["model.norm.weight"][:] = 0  # all logits equal: greedy takes id 0, the end of text
     save_file(weights, student / "model.safetensors", {"format": "pt"})
-    session = targets.open_artifact(export(student, "f16", tmp_path / "out"), threads=1)
+    session = targets.open_artifact(export(student, "fp16", tmp_path / "out"), threads=1)
     assert list(session.generate([5, 6], 10)) == []
     session.close()
 
@@ -285,7 +287,7 @@ def test_opening_loads_neither_torch_nor_transformers(artifact: Artifact) -> Non
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, tiny_student: Path) -> None:
-    artifact = export(tiny_student, "q4_0", tmp_path / "out")
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out")
     data = artifact.main_file.read_bytes()
     rng = np.random.default_rng(0)
     for size in [0, 3, 4, 20, len(data) - 1, *rng.integers(24, len(data), 20).tolist()]:
@@ -315,7 +317,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, tiny_student: Path) -> None:
 )
 def test_what_gguf_cannot_hold_is_refused(change: dict[str, Any], cause: str, tiny_student: Path) -> None:
     config = Checkpoint(tiny_student).config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    targets.check(config, tiny_student, spec("f16", "q4_0", "q4_k_m"))
+    targets.check(config, tiny_student, spec("fp16", "portable-int4", "gguf-q4_k_m"))
     with pytest.raises(Unsupported, match=cause):
         targets.check(config | change, tiny_student, spec())
 
@@ -337,9 +339,9 @@ def test_llama3_rope_is_read_from_either_generation_of_config(tiny_student: Path
 def test_wrong_specs_are_refused(tiny_student: Path) -> None:
     config = Checkpoint(tiny_student).config
     with pytest.raises(SpecError, match="did you mean 'gguf'"):
-        targets.check(config, tiny_student, TargetSpec(target="ggfu", recipes=["f16"]))
+        targets.check(config, tiny_student, TargetSpec(target="ggfu", recipes=["fp16"]))
     with pytest.raises(SpecError, match="no recipe 'q3_k'"):
-        targets.check(config, tiny_student, spec("f16", "q3_k"))
+        targets.check(config, tiny_student, spec("fp16", "q3_k"))
     with pytest.raises(SpecError, match="context 512 is longer than the student's 256"):
         targets.check(config, tiny_student, spec(context=512))
 
@@ -360,7 +362,7 @@ def test_a_student_that_does_not_fit_leaves_nothing_behind(damage: str, tmp_path
     save_file(weights, student / "model.safetensors")
     out = tmp_path / "out"
     with pytest.raises(EdgekdError, match="sinks" if damage == "extra" else name):
-        export(student, "f16", out)
+        export(student, "fp16", out)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -368,18 +370,24 @@ def test_an_existing_folder_is_kept_and_a_killed_export_is_swept(tmp_path: Path,
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(EdgekdError, match="exists already"):
-        export(tiny_student, "f16", out)
+        export(tiny_student, "fp16", out)
     out.rmdir()
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "model.gguf").write_bytes(b"half")
-    export(tiny_student, "f16", out)
+    export(tiny_student, "fp16", out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_grid_of_another_student_is_refused(tmp_path: Path, tiny_student: Path, student_factory: Any) -> None:
-    write_grid(student_factory(tmp_path / "other", num_hidden_layers=1), tmp_path / "grid")
+    quantize(student_factory(tmp_path / "other", num_hidden_layers=1), tmp_path / "grid", load_recipe("portable-int4"))
     with pytest.raises(EdgekdError, match="another student"):
-        export(tiny_student, "q4_0", tmp_path / "out", grid=tmp_path / "grid")
+        export(tiny_student, "portable-int4", tmp_path / "out", grid=tmp_path / "grid")
+    quantize(tiny_student, tmp_path / "own", load_recipe("portable-int4-head4"))
+    with pytest.raises(EdgekdError, match="for the recipe portable-int4-head4, not portable-int4"):
+        export(tiny_student, "portable-int4", tmp_path / "out", grid=tmp_path / "own")
+    with pytest.raises(EdgekdError, match="second moments"):
+        export(tiny_student, "gguf-q4_k_m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_installed_plug_in_is_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +404,7 @@ def test_an_installed_plug_in_is_a_target(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_keys_of_the_file(tmp_path: Path, tiny_student: Path) -> None:
-    fields = gguf.GGUFReader(export(tiny_student, "q4_0", tmp_path / "out").main_file).fields
+    fields = gguf.GGUFReader(export(tiny_student, "portable-int4", tmp_path / "out").main_file).fields
     config = json.loads((tiny_student / "config.json").read_text())
     values = {key: fields[key].contents() for key in fields}
     assert values["general.architecture"] == "qwen3" and values["general.name"] == "tiny"

@@ -20,7 +20,7 @@ from edgekd.session import Session
 from edgekd.spec import TargetSpec
 from edgekd.targets._gguf_vocab import PRE_TOKENIZERS, check_tokenizer
 
-SPEC = TargetSpec(target="gguf", recipes=["f16"])
+SPEC = TargetSpec(target="gguf", recipes=["fp16"])
 REGEXES = {name: steps for steps, name in PRE_TOKENIZERS.items()}
 TEXTS = [
     "", " ", "def f(x):\n\treturn x  # naïve\n\n\n", "<|im_start|>user\nHi <|im_end|>\n", "a\u0301 \u212b ﬁ",
@@ -31,7 +31,7 @@ TEXTS = [
 
 def export(factory: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, folder: Path, kind: str = "qwen3") -> Any:
     student = factory(folder / "student", kind, tokenizer, vocab_size=len(tokenizer) + 3, num_hidden_layers=1)
-    return targets.export(student, SPEC, "f16", folder / "out", name="t")
+    return targets.export(student, SPEC, "fp16", folder / "out", name="t")
 
 
 def written(artifact: Any, key: str) -> Any:

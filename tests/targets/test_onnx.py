@@ -24,10 +24,13 @@ from onnx import numpy_helper  # noqa: E402
 from edgekd import targets  # noqa: E402
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported  # noqa: E402
 from edgekd.manifest import Artifact, load_artifact  # noqa: E402
-from edgekd.quant.folder import open_grid, write_grid  # noqa: E402
+from edgekd.quant.folder import Grid, load_dequantized, new_grid, open_grid  # noqa: E402
+from edgekd.quant.grid import quantize_int4, quantize_int8_rows  # noqa: E402
+from edgekd.quant.quantize import quantize  # noqa: E402
 from edgekd.session import Session  # noqa: E402
 from edgekd.spec import TargetSpec  # noqa: E402
 from edgekd.student import Checkpoint, load_model  # noqa: E402
+from edgekd.targets import load_recipe  # noqa: E402
 
 IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
 LLAMA3_ROPE = {
@@ -43,16 +46,22 @@ ARCHITECTURES = {
     "qwen3": ("qwen3", {"head_dim": 128}),
     "qwen3 untied": ("qwen3", {"tie_word_embeddings": False}),
 }
+GRID_RECIPES = ("portable-int4", "portable-int4-head4", "int8")
 ODD_WIDTH = {"intermediate_size": 80, "hidden_size": 72, "head_dim": 32}
 """No whole blocks of 32: such matrices are int8 and padded; the tied embedding cannot share the head's bytes."""
 
 
 def spec(*recipes: str, **options: Any) -> TargetSpec:
-    return TargetSpec(target="onnx", recipes=list(recipes) or ["fp32"], **options)
+    return TargetSpec(target="onnx", recipes=list(recipes) or ["fp16"], **options)
 
 
 def export(student: Path, recipe: str, out: Path, grid: Path | None = None, **options: Any) -> Artifact:
     return targets.export(student, spec(recipe, **options), recipe, out, name="tiny", grid=grid)
+
+
+def quantized(student: Path, out: Path, recipe: str = "portable-int4") -> Path:
+    quantize(student, out, load_recipe(recipe))
+    return out
 
 
 def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
@@ -66,11 +75,7 @@ def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
 @torch.no_grad()
 def reference(folder: Path, ids: list[int], grid: Path | None = None) -> np.ndarray:
     """Logits of transformers, of the student or with the grid's weights."""
-    model = load_model(folder)
-    if grid is not None:
-        opened = open_grid(grid)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(opened.tensor(name))
+    model = load_model(folder) if grid is None else load_dequantized(open_grid(grid))
     return model(input_ids=torch.tensor([ids])).logits[0].numpy()
 
 
@@ -99,11 +104,9 @@ def test_float_agrees_with_transformers(name: str, tmp_path: Path, student_facto
     kind, settings = ARCHITECTURES[name]
     student = student_factory(tmp_path / "student", kind, **settings)  # weights are exact in fp16
     expected = reference(student, IDS)
-    for recipe in ("fp32", "fp16"):
-        actual = logits(export(student, recipe, tmp_path / recipe), IDS)
-        assert actual.shape == (200, 700) and actual.dtype == np.float32
-        # The embedding is fp16 in both, so are the norms' weights exact: the two differ in the order of sums alone.
-        assert np.abs(expected - actual).max() < 2e-4, recipe
+    actual = logits(export(student, "fp16", tmp_path / "out"), IDS)
+    assert actual.shape == (200, 700) and actual.dtype == np.float32
+    assert np.abs(expected - actual).max() < 2e-4  # the order of sums alone differs
     if "rope" in name:  # without the scaling the logits would be others altogether
         plain = student_factory(tmp_path / "plain", kind)
         assert np.abs(reference(plain, IDS) - expected).max() > 1
@@ -111,35 +114,38 @@ def test_float_agrees_with_transformers(name: str, tmp_path: Path, student_facto
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "odd width", "odd width untied"])
 @pytest.mark.usefixtures("exact_kernels")
-def test_int4_runs_as_its_dequantized_weights(name: str, tmp_path: Path, student_factory: Any) -> None:
+def test_the_grid_runs_as_its_dequantized_weights(name: str, tmp_path: Path, student_factory: Any) -> None:
     kind, settings = ARCHITECTURES.get(name, ("qwen3", ODD_WIDTH | {"tie_word_embeddings": "untied" not in name}))
     student = student_factory(tmp_path / "student", kind, **settings)
-    write_grid(student, tmp_path / "grid")
-    expected = reference(student, IDS, tmp_path / "grid")
-    actual = logits(export(student, "portable-int4", tmp_path / "out", tmp_path / "grid"), IDS)
-    assert np.abs(expected - actual).max() < 2e-4
-    assert mean_kl(reference(student, IDS), actual) > 1e-3  # the grid itself is another model
+    kl = []
+    for recipe in GRID_RECIPES:
+        grid = quantized(student, tmp_path / f"{recipe}-grid", recipe)
+        actual = logits(export(student, recipe, tmp_path / recipe, grid), IDS)
+        assert np.abs(reference(student, IDS, grid) - actual).max() < 2e-4, recipe
+        kl.append(mean_kl(reference(student, IDS), actual))
+    assert kl[0] > 1e-3 and kl[2] < kl[0] / 10  # each grid is another model
 
 
 def test_int8_activations_stay_near(tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "qwen3")
-    write_grid(student, tmp_path / "grid")
-    artifact = export(student, "portable-int4", tmp_path / "out", tmp_path / "grid")
+    grids = {recipe: quantized(student, tmp_path / f"{recipe}-grid", recipe) for recipe in GRID_RECIPES}
+    made = {recipe: export(student, recipe, tmp_path / recipe, grid) for recipe, grid in grids.items()}
     levels = {
         attribute.i
+        for artifact in made.values()
         for node in onnx.load(artifact.main_file, load_external_data=False).graph.node
         for attribute in node.attribute
         if attribute.name == "accuracy_level"
     }
     assert levels == {4}
-    assert 1e-6 < mean_kl(reference(student, IDS, tmp_path / "grid"), logits(artifact, IDS)) < 0.02
+    for recipe, artifact in made.items():
+        assert 1e-6 < mean_kl(reference(student, IDS, grids[recipe]), logits(artifact, IDS)) < 0.02, recipe
 
 
 @pytest.mark.parametrize("providers", [["cuda", "cpu"], ["webgpu", "cpu"]])
 def test_the_graph_for_gpus_runs_on_the_cpu_too(providers: list[str], tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "qwen2")
-    write_grid(student, tmp_path / "grid")
-    for recipe, grid in (("fp16", None), ("portable-int4", tmp_path / "grid")):
+    for recipe, grid in (("fp16", None), ("portable-int4", quantized(student, tmp_path / "grid"))):
         artifact = export(student, recipe, tmp_path / recipe, grid, providers=providers)
         assert artifact.manifest.details["providers"] == {providers[0]: "not run", "cpu": "tested"}
         assert artifact.manifest.details["activations"] == "float16"
@@ -158,38 +164,39 @@ def unpack(q: np.ndarray, bits: int, width: int) -> np.ndarray:
     return (np.stack([flat & 15, flat >> 4], -1).reshape(len(q), -1).astype(np.int8) - 8)[:, :width]
 
 
+@pytest.mark.parametrize("recipe", GRID_RECIPES)
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [("qwen3", {}), ("llama", {"tie_word_embeddings": False}), ("qwen2", ODD_WIDTH), ("qwen3", ODD_WIDTH)],
 )
 def test_the_file_holds_the_grid_bit_for_bit(
-    kind: str, settings: dict[str, Any], tmp_path: Path, student_factory: Any
+    kind: str, settings: dict[str, Any], recipe: str, tmp_path: Path, student_factory: Any
 ) -> None:
     student = student_factory(tmp_path / "student", kind, **settings)
-    write_grid(student, tmp_path / "grid")
-    grid = open_grid(tmp_path / "grid")
-    artifact = export(student, "portable-int4", tmp_path / "out", tmp_path / "grid")
-    assert artifact.manifest.grid_digest == grid.digest
+    grid = open_grid(quantized(student, tmp_path / "grid", recipe))
+    artifact = export(student, recipe, tmp_path / "out", tmp_path / "grid")
+    assert (artifact.manifest.grid_digest, artifact.manifest.method) == (grid.digest, "rtn")
+    odd = {name for name in grid.names() if name.endswith("weight") and grid.shape(name)[-1] % 32}
+    assert set(artifact.manifest.int8_by_width) == {name for name in odd if grid.kinds[name] == "int8"}
     found, seen = initialisers(artifact), set()
     stacks = {"qkv_proj.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
     for name in (n.removesuffix(".q") for n in found if n.endswith(".q")):
         last = name.split("self_attn.")[-1]
         sources = [name.replace(last, part) for part in stacks.get(last, (last,))]
-        wanted = [(grid.int4(source) or grid.int8(source)) for source in sources]
+        expected, scale = (np.concatenate(parts) for parts in zip(*(held(grid, s) for s in sources), strict=True))
         bits = 4 if grid.kinds[sources[0]] == "int4" else 8
-        expected = np.concatenate([q.numpy() for q, _ in wanted])
-        scale = np.concatenate([s.numpy().reshape(len(q), -1) for q, s in wanted])
         assert np.array_equal(unpack(found[f"{name}.q"], bits, expected.shape[1]), expected), name
-        assert np.array_equal(
-            found[f"{name}.scale"].astype(np.float32), np.broadcast_to(scale, found[f"{name}.scale"].shape)
-        )
+        assert (found[f"{name}.scale"].astype(np.float32) == scale).all()
         padding = found[f"{name}.q"].reshape(len(expected), -1)[:, expected.shape[1] * bits // 8 :]
         assert (padding == 0x80).all()
         seen |= set(sources)
-    q, scale = grid.int8("model.embed_tokens.weight")
-    assert np.array_equal(unpack(found["model.embed_tokens.weight.rows"], 8, q.shape[1]), q)
-    assert (found["model.embed_tokens.weight.scale"] == scale.half().numpy()[:, None]).all()
-    seen.add("model.embed_tokens.weight")
+    embedding = "model.embed_tokens.weight"
+    q, scale = held(grid, embedding)
+    bits = 4 if grid.kinds[embedding] == "int4" else 8
+    assert bits == (4 if recipe == "portable-int4-head4" and settings is not ODD_WIDTH else 8)
+    assert np.array_equal(unpack(found[f"{embedding}.rows"], bits, q.shape[1]), q)
+    assert (found[f"{embedding}.scale"].astype(np.float32) == scale).all()
+    seen.add(embedding)
     for name in set(grid.names()) - seen:
         source = grid.tensor(name).numpy()
         assert grid.kinds[name] == "plain"
@@ -201,56 +208,66 @@ def test_the_file_holds_the_grid_bit_for_bit(
             assert np.array_equal(found[name], source), name
 
 
-def test_gguf_holds_the_same_integers(tmp_path: Path, student_factory: Any) -> None:
+def held(grid: Grid, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The grid's integers ``(O, I)`` and scales ``(O, G)``, of int8 rows ``(O, 1)``."""
+    pair = grid.int4(name) or grid.int8(name)
+    assert pair is not None
+    q, scale = (part.numpy() for part in pair)
+    return q, scale.reshape(len(q), -1)
+
+
+def gguf_blocks(data: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Integers ``(O, I)`` and fp16 scales ``(O, I/32)`` of Q4_0 or Q8_0."""
+    blocks = data.reshape(len(data), -1, 18 if bits == 4 else 34)
+    scale, codes = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0], np.ascontiguousarray(blocks[..., 2:])
+    if bits == 8:
+        return codes.view(np.int8).reshape(len(data), -1), scale
+    return np.concatenate([codes & 15, codes >> 4], -1).reshape(len(data), -1).astype(np.int8) - 8, scale
+
+
+@pytest.mark.parametrize("recipe", GRID_RECIPES)
+def test_gguf_holds_the_same_integers(recipe: str, tmp_path: Path, student_factory: Any) -> None:
+    """Every matrix; of Qwen3, whose query and key rows llama.cpp leaves in their order."""
     gguf = pytest.importorskip("gguf")
     student = student_factory(tmp_path / "student", "qwen3", tie_word_embeddings=False)
-    write_grid(student, tmp_path / "grid")
-    found = initialisers(export(student, "portable-int4", tmp_path / "out", tmp_path / "grid"))
-    other = targets.export(
-        student, TargetSpec(target="gguf", recipes=["q4_0"]), "q4_0", tmp_path / "gguf", name="tiny",
-        grid=tmp_path / "grid",
-    )  # fmt: skip
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(other.main_file).tensors}
-    for layer in range(2):
-        for ours, theirs in (
-            ("self_attn.o_proj", "attn_output"),
-            ("mlp.gate_proj", "ffn_gate"),
-            ("mlp.down_proj", "ffn_down"),
-        ):
-            name, data = f"model.layers.{layer}.{ours}.weight", tensors[f"blk.{layer}.{theirs}.weight"].data
-            blocks = data.reshape(len(data), -1, 18)
-            q = (
-                np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1).reshape(len(data), -1).astype(np.int8)
-                - 8
-            )
-            assert np.array_equal(unpack(found[f"{name}.q"], 4, q.shape[1]), q)
-            assert np.array_equal(found[f"{name}.scale"], np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0])
-    for ours, theirs in (
-        ("lm_head.weight.q", "output.weight"),
-        ("model.embed_tokens.weight.rows", "token_embd.weight"),
-    ):
-        blocks = tensors[theirs].data.reshape(700, -1, 34)
-        q = np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(700, -1)
-        assert np.array_equal(unpack(found[ours], 8, q.shape[1]), q)
+    grid = quantized(student, tmp_path / "grid", recipe)
+    ours = export(student, recipe, tmp_path / "onnx", grid)
+    theirs = targets.export(
+        student, TargetSpec(target="gguf", recipes=[recipe]), recipe, tmp_path / "gguf", name="tiny", grid=grid
+    )
+    assert ours.manifest.grid_digest == theirs.manifest.grid_digest
+    found = initialisers(ours)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs.main_file).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
+    kinds = {name: kind for name, kind in open_grid(grid).kinds.items() if kind != "plain"}
+    assert len(kinds) == 2 * 7 + 2
+    for name, kind in kinds.items():
+        bits, module = (4 if kind == "int4" else 8), name.split(".")[-2]
+        q, scale = gguf_blocks(tensors[names.get_name(name, try_suffixes=(".weight",))].data, bits)
+        if module in ("q_proj", "k_proj", "v_proj"):
+            stack = name.replace(module, "qkv_proj")
+            rows = np.split(np.arange(256), [128, 192])["qkv".index(module[0])]
+            codes, scales = found[f"{stack}.q"][rows], found[f"{stack}.scale"][rows]
+        else:
+            codes, scales = found[f"{name}.rows" if "embed" in name else f"{name}.q"], found[f"{name}.scale"]
+        assert np.array_equal(unpack(codes, bits, q.shape[1]), q), name
+        assert np.array_equal(scales, scale), name
 
 
 def test_float_files_hold_the_student_bit_for_bit(tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "qwen2")
     weights = {name: value.numpy() for name, value in load_file(student / "model.safetensors").items()}
-    for recipe, dtype in (("fp16", np.float16), ("fp32", np.float32)):
-        found = initialisers(export(student, recipe, tmp_path / recipe))
-        assert np.array_equal(found["model.embed_tokens.weight"], weights["model.embed_tokens.weight"].astype(dtype))
-        for layer in range(2):
-            at = f"model.layers.{layer}."
-            qkv = np.concatenate([weights[f"{at}self_attn.{p}_proj.weight"] for p in "qkv"]).T
-            assert np.array_equal(found[f"{at}self_attn.qkv_proj.weight"], qkv.astype(dtype))
-            down = weights[f"{at}mlp.down_proj.weight"].T
-            assert np.array_equal(found[f"{at}mlp.down_proj.weight"], down.astype(dtype))
+    found = initialisers(export(student, "fp16", tmp_path / "out"))
+    assert np.array_equal(found["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+    for layer in range(2):
+        at = f"model.layers.{layer}."
+        qkv = np.concatenate([weights[f"{at}self_attn.{p}_proj.weight"] for p in "qkv"]).T
+        assert np.array_equal(found[f"{at}self_attn.qkv_proj.weight"], qkv)
+        assert np.array_equal(found[f"{at}mlp.down_proj.weight"], weights[f"{at}mlp.down_proj.weight"].T)
 
 
 def test_two_exports_are_the_same_bytes(tmp_path: Path, tiny_student: Path) -> None:
-    write_grid(tiny_student, tmp_path / "grid")
-    given = export(tiny_student, "portable-int4", tmp_path / "given", tmp_path / "grid")
+    given = export(tiny_student, "portable-int4", tmp_path / "given", quantized(tiny_student, tmp_path / "grid"))
     computed = export(tiny_student, "portable-int4", tmp_path / "computed")
     assert given.manifest.files == computed.manifest.files
     assert sorted(given.manifest.files) == [
@@ -299,7 +316,7 @@ def test_shared_bytes_are_stored_once(tmp_path: Path, tiny_student: Path) -> Non
 
 
 def test_genai_runs_the_same_files(tmp_path: Path, student_factory: Any) -> None:
-    artifact = export(student_factory(tmp_path / "student", "qwen3"), "fp32", tmp_path / "out")
+    artifact = export(student_factory(tmp_path / "student", "qwen3"), "fp16", tmp_path / "out")
     session = targets.open_artifact(artifact, threads=1)
     ours = list(session.generate(IDS[:50], 20))
     session.close()
@@ -317,7 +334,7 @@ def test_genai_runs_the_same_files(tmp_path: Path, student_factory: Any) -> None
 def artifact(tmp_path_factory: pytest.TempPathFactory, student_factory: Any) -> Artifact:
     folder = tmp_path_factory.mktemp("long")
     student = student_factory(folder / "student", max_position_embeddings=1100)
-    return export(student, "fp32", folder / "out")
+    return export(student, "fp16", folder / "out")
 
 
 @pytest.fixture
@@ -438,15 +455,15 @@ def test_a_provider_that_is_not_installed_is_named(tmp_path: Path, tiny_student:
 )
 def test_what_onnx_cannot_hold_is_refused(change: dict[str, Any], cause: str, tiny_student: Path) -> None:
     config = Checkpoint(tiny_student).config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    targets.check(config, tiny_student, spec("fp16", "fp32", "portable-int4"))
+    targets.check(config, tiny_student, spec("fp16", *GRID_RECIPES))
     with pytest.raises(Unsupported, match=cause):
         targets.check(config | change, tiny_student, spec())
 
 
 def test_wrong_specs_are_refused(tiny_student: Path, tmp_path: Path) -> None:
     config = Checkpoint(tiny_student).config
-    with pytest.raises(SpecError, match="no recipe 'q4_0'"):
-        targets.check(config, tiny_student, spec("q4_0"))
+    with pytest.raises(SpecError, match="onnx has no recipe 'gguf-q4_0'"):
+        targets.check(config, tiny_student, spec("gguf-q4_0"))
     with pytest.raises(SpecError, match="context 512 is longer than the student's 256"):
         targets.check(config, tiny_student, spec(context=512))
     with pytest.raises(SpecError, match="unknown execution provider 'tpu'"):
@@ -477,34 +494,30 @@ def test_a_student_that_does_not_fit_leaves_nothing_behind(damage: str, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_the_grid_of_another_student_is_refused(tmp_path: Path, tiny_student: Path, student_factory: Any) -> None:
-    write_grid(student_factory(tmp_path / "other", num_hidden_layers=1), tmp_path / "grid")
+def test_the_wrong_grid_is_refused(tmp_path: Path, tiny_student: Path, student_factory: Any) -> None:
+    other = quantized(student_factory(tmp_path / "other", num_hidden_layers=1), tmp_path / "grid")
     with pytest.raises(EdgekdError, match="another student"):
-        export(tiny_student, "portable-int4", tmp_path / "out", tmp_path / "grid")
+        export(tiny_student, "portable-int4", tmp_path / "out", other)
+    with pytest.raises(EdgekdError, match="for the recipe portable-int4, not int8"):
+        export(tiny_student, "int8", tmp_path / "out", quantized(tiny_student, tmp_path / "own"))
 
 
 def test_plain_tensors_are_the_grids_own(tmp_path: Path, tiny_student: Path) -> None:
     """Quantization-aware distillation changes norms too: nothing may come from the student."""
-    student = Checkpoint(tiny_student)
-    write_grid(tiny_student, tmp_path / "grid")
-    from edgekd.targets import onnx as target
-
-    opened = open_grid(tmp_path / "grid")
-
-    class Changed(type(opened)):
-        def tensor(self, name: str) -> torch.Tensor:
-            return super().tensor(name) + (1 if self.kinds[name] == "plain" else 0)
-
-    import edgekd.quant.folder as folder
-
-    changed = Changed(**{field: getattr(opened, field) for field in opened.__dataclass_fields__})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "open_grid", lambda _: changed)
-        artifact = target.export(
-            tiny_student, spec("portable-int4"), "portable-int4", tmp_path / "out", name="tiny", grid=tmp_path / "grid"
-        )
-    norm = student.tensor("model.norm.weight").float().numpy()
-    assert np.array_equal(initialisers(artifact)["model.norm.weight"], norm + 1)
+    with new_grid(tiny_student, tmp_path / "grid", load_recipe("portable-int4"), "qad") as writer:
+        for name, kind in writer.kinds.items():
+            if kind == "plain":
+                writer.put_plain(name, writer.student_tensor(name) + 1)
+                continue
+            for rows in writer.rows(name):
+                writer.put(name, *(quantize_int4(rows) if kind == "int4" else quantize_int8_rows(rows)))
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out", tmp_path / "grid")
+    assert artifact.manifest.method == "qad"
+    found, student = initialisers(artifact), Checkpoint(tiny_student)
+    norms = [name for name in student if student.shape(name)[1:] == ()]
+    assert len(norms) == 2 * 4 + 1
+    for name in norms:
+        assert np.array_equal(found[name], (student.tensor(name) + 1).float().numpy()), name
 
 
 def test_the_door_of_optimum(tmp_path: Path, tiny_student: Path) -> None:

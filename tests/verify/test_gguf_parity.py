@@ -53,7 +53,7 @@ def verified(student, tokenizer, recipe, out):
 
 
 def test_f16_passes_a_tight_gate(student, tokenizer, tmp_path):
-    figures, tokens = verified(student, tokenizer, "f16", tmp_path / "f16")
+    figures, tokens = verified(student, tokenizer, "fp16", tmp_path / "fp16")
     json.dumps([figures, tokens], allow_nan=False)
     assert judge(figures, tokens, Thresholds(kl_mean_max=1e-5, top1_min=0.98, perplexity_ratio_max=1.001)) == []
     assert tokens["strings"] == tokens["strings_identical"] >= 300
@@ -62,7 +62,7 @@ def test_f16_passes_a_tight_gate(student, tokenizer, tmp_path):
 
 
 def test_q4_0_costs_more_than_f16_and_misses_that_gate(student, tokenizer, tmp_path):
-    figures, tokens = verified(student, tokenizer, "q4_0", tmp_path / "q4_0")
+    figures, tokens = verified(student, tokenizer, "portable-int4", tmp_path / "portable-int4")
     assert 1e-5 < figures["kl_mean"] < 1
     assert tokens["strings"] == tokens["strings_identical"]
     assert [failure.split()[0] for failure in judge(figures, tokens, Thresholds(kl_mean_max=1e-5))] == ["kl_mean"]

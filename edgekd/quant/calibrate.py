@@ -1,0 +1,298 @@
+"""Walk a decoder over calibration text, one layer in memory at a time, and measure what its Linears see.
+
+Shapes: ``N`` windows of ``T`` tokens, ``B`` of them in a batch; ``H`` hidden channels; a Linear has ``I`` inputs.
+Hidden states are float32 ``(N, T, H)`` and stay in memory for all windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import EdgekdError
+from ..student import Checkpoint
+
+BATCH_TOKENS = 2048
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """Ends a layer's forward pass at the Linear whose input was wanted."""
+
+
+class _Catcher(nn.Module):
+    """Stands for a layer and keeps what the model passes to it beside the hidden states."""
+
+    call: _Call
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.call = (args, kwargs)
+        return hidden
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer in float32, with the hidden states that enter it."""
+
+    linears: dict[str, nn.Linear]
+    """By HF parameter name of the weight; those that the layer runs, in order of execution."""
+    groups: list[list[str]]
+    """Names of the Linears that share one input, in order of execution."""
+    _name: str
+    _module: nn.Module
+    _call: _Call
+    _hidden: torch.Tensor
+
+    def inputs(self, name: str) -> Iterator[torch.Tensor]:
+        """What enters a Linear, float32 ``(B * T, I)`` for each batch, as the layer's weights stand now."""
+        for windows in _batches(self._hidden):
+            yield self._input(name, self._hidden[windows])
+
+    def _input(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        caught: list[torch.Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            caught.append(args[0].flatten(0, -2))
+            raise _Reached
+
+        handle = self.linears[name].register_forward_pre_hook(catch)
+        try:
+            self._run(hidden)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self._call
+        with torch.no_grad():
+            return self._module(hidden, *args, **kwargs)
+
+    def _advance(self) -> None:
+        """Put the layer's outputs in place of the hidden states, which its hooks see pass."""
+        for windows in _batches(self._hidden):
+            out = self._run(self._hidden[windows])
+            if not torch.isfinite(out).all():
+                raise EdgekdError(
+                    f"{self._name}: its outputs on the calibration text are NaN or infinite.",
+                    "Train or save the student again.",
+                )
+            self._hidden[windows] = out
+
+
+class Walk:
+    """A decoder of the Llama family over ``ids``, which are int ``(N, T)``.
+
+    Raises:
+        EdgekdError: ids are no window or lie beyond the vocabulary, or the architecture cannot be walked.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: torch.Tensor,
+        embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """``embed`` changes the embedding's rows on their way in: ids ``(rows,)`` and float32 ``(rows, H)`` to the
+        latter's like."""
+        self._checkpoint = checkpoint
+        model, self._base, self.embedding_name, self.head_name = _skeleton(checkpoint)
+        _check_ids(ids, model.get_input_embeddings().num_embeddings)
+        self._names = {module: name for name, module in model.named_modules()}
+        self._calls = _calls(checkpoint, self._base, ids.shape[1])
+        # safetensors maps the file: only the rows that are gathered are read.
+        rows = _tensor(checkpoint, self.embedding_name)
+        self._hidden = torch.empty((*ids.shape, rows.shape[1]))
+        for windows in _batches(self._hidden):
+            index = ids[windows].flatten().long()
+            gathered = rows[index].float()
+            self._hidden[windows] = (embed(index, gathered) if embed else gathered).view(self._hidden[windows].shape)
+
+    def __len__(self) -> int:
+        """Number of decoder layers."""
+        return len(self._base.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        """The layers in order. When the loop goes on, the hidden states pass through the layer as it then stands.
+
+        Raises:
+            EdgekdError: a layer's outputs are not finite, or a weight is missing.
+        """
+        for module, call in zip(self._base.layers, self._calls, strict=True):
+            name = self._names[module]
+            _materialise(self._checkpoint, module, name)
+            groups = _groups(module, name, call, self._hidden[:1])
+            linears = {n: module.get_submodule(n[len(name) + 1 :].removesuffix(".weight")) for g in groups for n in g}
+            layer = Layer(linears, groups, name, module, call, self._hidden)  # type: ignore[arg-type]
+            yield layer
+            layer._advance()
+            module.to("meta")
+
+    def head_inputs(self) -> Iterator[torch.Tensor]:
+        """What enters the head, float32 ``(B * T, H)`` for each batch, once the layers have been walked."""
+        norm = self._base.norm
+        _materialise(self._checkpoint, norm, self._names[norm])
+        for windows in _batches(self._hidden):
+            with torch.no_grad():  # ends before the yield: the caller's code has its own
+                inputs = norm(self._hidden[windows]).flatten(0, -2)
+            yield inputs
+
+
+def second_moments(
+    folder: Path, ids: torch.Tensor, on_progress: Callable[[int, int], None] | None = None
+) -> dict[str, torch.Tensor]:
+    """Mean square of every input channel of every Linear, as llama.cpp's importance matrix defines it.
+
+    Args:
+        folder: a model folder.
+        ids: calibration windows, int ``(N, T)``.
+        on_progress: called with the layers done and their number.
+
+    Returns:
+        float32 ``(I,)`` by HF parameter name; the head's under ``lm_head.weight``, or under the embedding's name when
+        the head is tied.
+
+    Raises:
+        EdgekdError: no window, ids beyond the vocabulary, an architecture that cannot be walked, or activations that
+            are not finite.
+    """
+    walk = Walk(Checkpoint(folder), ids)
+    moments: dict[str, torch.Tensor] = {}
+    for done, layer in enumerate(walk):
+        if on_progress:
+            on_progress(done, len(walk))
+        for group in layer.groups:
+            sums = torch.zeros(layer.linears[group[0]].in_features, dtype=torch.float64)
+            layer.linears[group[0]].register_forward_pre_hook(_adder(sums))
+            moments |= dict.fromkeys(group, sums)
+    head = sum((x.square().sum(0, dtype=torch.float64) for x in walk.head_inputs()), torch.zeros(()))
+    if on_progress:
+        on_progress(len(walk), len(walk))
+    return {name: (sums / ids.numel()).float() for name, sums in (moments | {walk.head_name: head}).items()}
+
+
+def _adder(sums: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        sums.add_(args[0].flatten(0, -2).square().sum(0, dtype=torch.float64))
+
+    return add
+
+
+def _batches(hidden: torch.Tensor) -> list[slice]:
+    step = max(1, BATCH_TOKENS // hidden.shape[1])
+    return [slice(start, start + step) for start in range(0, hidden.shape[0], step)]
+
+
+def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    if ids.ndim != 2 or not ids.numel():
+        raise EdgekdError(
+            "quantize.calibration_windows: the calibration text is shorter than a window.",
+            "Give more text, or a smaller data.context.",
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise EdgekdError(
+            f"the calibration text has token id {low if low < 0 else high}, beyond the student's {vocab_size}.",
+            "Tokenize it with the student's own tokenizer.",
+        )
+
+
+def _skeleton(checkpoint: Checkpoint) -> tuple[Any, Any, str, str]:
+    """The whole model without weights, its decoder, and the names of embedding and head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _cannot_walk(checkpoint) from error
+    model.eval()
+    base = model.base_model
+    embedding = model.get_input_embeddings()
+    if not all(hasattr(base, part) for part in ("layers", "norm", "rotary_emb")) or type(embedding) is not nn.Embedding:
+        raise _cannot_walk(checkpoint)
+    # Its frequencies are no weights of the file.
+    base.rotary_emb = type(base.rotary_emb)(config=config)
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
+    return model, base, name, name if checkpoint.tied else "lm_head.weight"
+
+
+def _cannot_walk(checkpoint: Checkpoint) -> EdgekdError:
+    kind = checkpoint.config.get("model_type")
+    return EdgekdError(
+        f"{checkpoint.folder}: model_type {kind!r}: no decoder layers are found that calibration can walk.",
+        "Use Llama, Qwen2 or Qwen3, or quantize by round to nearest.",
+    )
+
+
+def _calls(checkpoint: Checkpoint, base: Any, context: int) -> list[_Call]:
+    """What the model passes to each layer beside hidden states: rotary embedding and mask, as transformers makes them.
+
+    The mask depends on the layer's type (full or sliding attention), so the model itself is asked.
+    """
+    layers, norm = base.layers, base.norm
+    catchers = [_Catcher() for _ in layers]
+    base.layers, base.norm = nn.ModuleList(catchers), nn.Identity()
+    ones = torch.ones((1, context, checkpoint.config["hidden_size"]))
+    try:
+        with torch.no_grad():
+            out = base(inputs_embeds=ones, use_cache=False).last_hidden_state
+        calls = [catcher.call for catcher in catchers]
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise _cannot_walk(checkpoint) from error
+    finally:
+        base.layers, base.norm = layers, norm
+    # Some architectures scale the embedding between it and the layers; nothing here would.
+    if not torch.equal(out, ones):
+        raise _cannot_walk(checkpoint)
+    return calls
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    if name not in checkpoint.files:
+        raise EdgekdError(f"{checkpoint.folder}: tensor {name!r} is missing.", "Save the student again.")
+    return checkpoint.tensor(name)
+
+
+def _materialise(checkpoint: Checkpoint, module: nn.Module, name: str) -> None:
+    """Give a module on the meta device its weights in float32."""
+    weights = {key: _tensor(checkpoint, f"{name}.{key}").float() for key in module.state_dict()}
+    try:
+        module.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise EdgekdError(f"{checkpoint.folder}: {name}: {reason}", "Check config.json against the weights.") from error
+    module.requires_grad_(False)
+
+
+def _groups(module: nn.Module, name: str, call: _Call, hidden: torch.Tensor) -> list[list[str]]:
+    """The Linears that a layer runs, by shared input, in order of execution."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []
+
+    def recorder(linear: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def record(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            for x, names in seen:
+                if x is args[0]:
+                    names.append(linear)
+                    return
+            seen.append((args[0], [linear]))
+
+        return record
+
+    handles = [
+        part.register_forward_pre_hook(recorder(f"{name}.{path}.weight"))
+        for path, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+    ]
+    with torch.no_grad():
+        module(hidden, *call[0], **call[1])
+    for handle in handles:
+        handle.remove()
+    return [names for _, names in seen]

@@ -1,0 +1,56 @@
+"""What an exporter reads its tensors from: the student itself, or the quantized student of a recipe on the grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EdgekdError
+from ..quant.recipe import Recipe
+from ..student import Checkpoint
+
+if TYPE_CHECKING:
+    from ..quant.folder import Grid
+
+
+def open_source(checkpoint: Checkpoint, recipe: Recipe, grid: Path | None, scratch: Path) -> Checkpoint | Grid:
+    """The student, or its quantized form.
+
+    Args:
+        grid: the quantized student's folder; None rounds the student to nearest.
+        scratch: a folder to make for that.
+
+    Raises:
+        EdgekdError: ``grid`` was made from another student or for another recipe.
+    """
+    if not recipe.on_grid:
+        return checkpoint
+    from ..quant.folder import open_grid
+    from ..quant.quantize import quantize
+
+    if grid is None:
+        quantize(checkpoint.folder, scratch, recipe)
+        return open_grid(scratch)
+    opened = open_grid(grid)
+    if opened.student_digest != checkpoint.digest:
+        raise EdgekdError(f"{grid} was quantized from another student.", "Quantize this one.")
+    kinds = {name: recipe.kind_of(name, opened.shape(name)) for name in opened.names()}
+    if kinds != opened.kinds:
+        raise EdgekdError(
+            f"{grid} was quantized for the recipe {opened.recipe}, not {recipe.name}.",
+            f"Take --recipe {opened.recipe}.",
+        )
+    return opened
+
+
+def source_fields(checkpoint: Checkpoint, source: Checkpoint | Grid) -> dict[str, Any]:
+    """The manifest's fields that say what was packed."""
+    fields = {"student_digest": checkpoint.digest, "parameters": checkpoint.parameters}
+    if isinstance(source, Checkpoint):
+        return fields
+    from ..quant.folder import describe
+
+    told = describe(source.folder)
+    return fields | {
+        "grid_digest": source.digest, "method": source.method, "int8_by_width": told["int8_by_width"],
+    }  # fmt: skip
