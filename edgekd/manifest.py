@@ -60,6 +60,8 @@ class Manifest(BaseModel):
     bits_per_weight: float
     contract: Contract
     versions: dict[str, str]
+    details: dict[str, Any] | None = None
+    """What one target alone has to say."""
     parity: dict[str, Any] | None = None
     benchmark: dict[str, Any] | None = None
 

@@ -301,7 +301,7 @@ def _artifact_stages(
         upstream.append(keys["calibrate"])
     export_key = digest(
         [
-            upstream, target.target, target.context, recipe.model_dump(),
+            upstream, target.target, target.context, target.providers, recipe.model_dump(),
             _code("targets", "manifest.py", "quant/folder.py"), _versions(),
         ]
     )  # fmt: skip
@@ -330,7 +330,16 @@ def _artifact_stages(
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("edgekd", "torch", "transformers", "gguf", "llama-cpp-python"):
+    for name in (
+        "edgekd",
+        "torch",
+        "transformers",
+        "gguf",
+        "llama-cpp-python",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-genai",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

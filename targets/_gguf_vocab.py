@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import EdgekdError, Unsupported
 from ..manifest import Contract
+from ._tokenizer import PROBES, added_ends, chat_template, eos_ids, marked_texts, turn_end_id
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -54,24 +55,6 @@ CANDIDATES = (
     "deepseek-llm", "deepseek-coder", "falcon", "qwen35", "glm4", "bailingmoe", "seed-coder", "grok-2", "superbpe",
     "viking", "poro-chat", "exaone-moe", "minicpm5", "youtu", "spark2_5", "jais-2", "ufakzeka", "default",
 )  # fmt: skip
-PROBES = (
-    "", " ", "  ", "\n", "\t\n \n\n   \n", "Hello, world!", " leading and trailing  ", "def f(x):\n    return x + 1\n",
-    "if a:\n\t\tb = {'k': [1, 2]}  # why?\n\n\n", "1 12 123 1234 12345 123456 3.14159 1,000,000 0x1F 1e-5 ١٢٣ ½",
-    "I've they'll we're it's I'D YOU'LL 'tis rock'n'roll don't", "camelCase snake_case SCREAMING_CASE HTMLParser",
-    "naïve café Größe ÀÉÎ ñandú Straße İstanbul", "Привет, мир! Ελληνικά καλημέρα",
-    "你好，世界。我想在apple工作1314天～ 日本語のテスト カタカナ",
-    "안녕하세요 세계", "مرحبا بالعالم، كيف الحال؟",
-    "नमस्ते दुनिया កាន់តែពិសេស ไทย", "🚀 😶‍🌫️ 👩‍👩‍👧‍👦 🇩🇪 ✅🦙🦙",
-    "e\u0301 a\u0308 \u212b \ufb01", "a\u00a0b\u2003c\u200bd\u2028e\u3000f", "\x00\x01\x1b[0m\x7f\x85",
-    "a\r\nb\r\r\nc\rd",
-    "...!!!???---=== <tag/> </s> &amp; $x^2$ `code` ~~s~~ @user #1 a/b\\c |||",
-    "http://a.b/c?d=e&f=g#h user@example.org",
-    "''''''```````\"\"\"\"......!!!!!!?????? (normal) (multiple)",
-    "x=1;y=2;z=x+y;print(f'{z:>10.2f}')", "ABCdefGHI aB Ab AB",
-    "a  b   c    d     e        f                g", "word\n\nword\n \nword \n  word", "/* c */ //x\n/// y\n/\n",
-    "x" * 300, "!" * 70, " " * 70, "\n" * 20, "9" * 40,
-)  # fmt: skip
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -173,14 +156,10 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) 
     model, normalizer = _kind(data, folder)
     tokens, types = _tokens(data, rows, model)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"]["merges"]]
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
-    turn_end = next((special[text] for text in _TURN_ENDS if text in special and text in (template or "")), None)
-    eos_ids = _eos_ids(tokenizer, folder, set(special.values()), turn_end)
-    bos_id, add_bos, add_eos = _added_ends(tokenizer, folder)
-    if add_eos and eos_ids[0] != tokenizer("a")["input_ids"][-1]:
+    template = chat_template(tokenizer)
+    ends = eos_ids(tokenizer, folder)
+    bos_id, add_bos, add_eos = added_ends(tokenizer, folder)
+    if add_eos and ends[0] != tokenizer("a")["input_ids"][-1]:
         raise Unsupported(f"{folder}: the tokenizer appends a token that is not its EOS.", "Change its post-processor.")
     return Vocabulary(
         model=model,
@@ -190,8 +169,8 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) 
         scores=_scores(data["model"], rows) if model == "llama" else None,
         merges=merges if model == "gpt2" else None,
         bos_id=bos_id,
-        eos_ids=eos_ids,
-        turn_end_id=turn_end,
+        eos_ids=ends,
+        turn_end_id=turn_end_id(tokenizer),
         unk_id=tokenizer.unk_token_id,
         pad_id=tokenizer.pad_token_id,
         add_bos=add_bos,
@@ -238,35 +217,6 @@ def _scores(model: Mapping[str, Any], rows: int) -> list[float]:
 def _adds_space_prefix(data: Mapping[str, Any]) -> bool:
     steps = _flatten(data.get("normalizer"), "normalizers") + _flatten(data.get("pre_tokenizer"), "pretokenizers")
     return any(step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
-
-
-def _added_ends(tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[int | None, bool, bool]:
-    """The BOS id, and whether the tokenizer puts BOS before and EOS after a text: seen, not read from its settings."""
-    ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    for before, after in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        if ids[before : len(ids) - after] == bare:
-            return ids[0] if before else tokenizer.bos_token_id, bool(before), bool(after)
-    raise Unsupported(
-        f"{folder}: the tokenizer wraps texts as {ids} around {bare}; llama.cpp adds one BOS and one EOS at most.",
-        "Change its post-processor.",
-    )
-
-
-def _eos_ids(tokenizer: PreTrainedTokenizerFast, folder: Path, special: set[int], turn_end: int | None) -> list[int]:
-    """Ids that end generation, the tokenizer's own EOS first."""
-    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
-        # An ordinary token there is a library's default that was never set for this vocabulary.
-        ids += [i for i in (value if isinstance(value, list) else [value]) if i in special]
-    ids += [] if turn_end is None else [turn_end]
-    if not ids:
-        raise Unsupported(
-            f"{folder}: no end-of-sequence token; llama.cpp would take an ordinary one for it.",
-            "Set eos_token in tokenizer_config.json.",
-        )
-    return list(dict.fromkeys(ids))
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str) -> None:
@@ -316,7 +266,7 @@ def probe_texts(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast) -> l
         for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
         if kind in (_CONTROL, _USER_DEFINED)
     ]
-    texts = [*PROBES, *(f"a{text}b {text} c\n{text}\n {text}{text}" for text in marked[:64]), "x".join(marked)]
+    texts = [*PROBES, *marked_texts(marked)]
     normal = [i for i, kind in enumerate(vocabulary.types) if kind == _NORMAL]
     drawn = random.Random(0).sample(normal, min(1000, len(normal)))
     if vocabulary.model == "gpt2":

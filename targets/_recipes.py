@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -46,7 +47,7 @@ def _takes(target: str, recipe: Recipe) -> bool:
     return recipe.native is None or recipe.native.target == target
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, Any]:
     raw = yaml.safe_load(path.read_text("utf-8"))
     # Rules are an immutable tuple; YAML knows lists.
     return raw | {"rules": tuple(raw["rules"])} if "rules" in raw else raw

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ..errors import EdgekdError, MissingExtra, SpecError, Unsupported
-from ..manifest import Artifact, write_artifact
+from ..errors import EdgekdError, MissingExtra, Unsupported
+from ..manifest import Artifact
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _gguf_arch as arch_
 from . import _gguf_vocab as vocab_
+from ._common import build_artifact
+from ._decoder import check_context
 from ._gguf_session import GgufSession, load_model, runtime, said, tokenize
 from ._recipes import load_recipe
-from ._source import open_source, source_fields
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,12 +43,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
     for recipe in spec.recipes:
         load_recipe(recipe, "gguf")
     arch = arch_.read_config(config)
-    if spec.context and spec.context > arch.context_length:
-        raise SpecError(
-            f"targets: context {spec.context} is longer than the student's {arch.context_length} "
-            "(config.json: max_position_embeddings).",
-            "Ask for a shorter one.",
-        )
+    check_context(spec, arch)
     vocab_.check_tokenizer(tokenizer_folder)
     try:
         import gguf  # noqa: F401
@@ -71,25 +66,16 @@ def export(
 
     The tokenizer's ids are proved against llama.cpp before any weight is written.
     """
-    if out_dir.exists():
-        raise EdgekdError(f"{out_dir} exists already.", "Remove it, or choose another folder.")
     checkpoint = Checkpoint(student)
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
     chosen = load_recipe(recipe, "gguf")
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
-        opened = open_source(checkpoint, chosen, grid, partial / "grid")
-        fields = _write(checkpoint, opened, spec, chosen, partial, name, moments)
-        shutil.rmtree(partial / "grid", ignore_errors=True)
-        artifact = write_artifact(partial, name=name, target="gguf", recipe=recipe, main_file=MAIN_FILE, **fields)
-        partial.rename(out_dir)
-    except OSError as error:
-        raise EdgekdError(f"{out_dir}: cannot be written: {error}.", "Free disk space, or check the folder.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Artifact(out_dir, artifact.manifest)
+
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+        return _write(checkpoint, source, spec, chosen, folder, name, moments)
+
+    return build_artifact(
+        out_dir, checkpoint, chosen, grid, write, name=name, target="gguf", runtime="llama.cpp", main_file=MAIN_FILE
+    )
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> GgufSession:
@@ -135,8 +121,6 @@ def _write(
         packed.unlink()
     tokenizer.save_pretrained(folder)
     return {
-        "runtime": "llama.cpp",
-        **source_fields(checkpoint, source),
         "bits_per_weight": round(8 * _tensor_bytes(main_file) / checkpoint.parameters, 4),
         "contract": vocab_.contract(vocabulary, context_length),
         "versions": {package: version(package) for package in ("edgekd", "llama-cpp-python", "gguf")},

@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgekd.benchmarks"}
 LAYERS = [
-    {"errors", "llama_flags", "selftest"},
+    {"errors", "llama_flags"},
     {"spec"},
     {"student", "manifest", "plan", "session"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
+    {"selftest"},
     {"pipeline", "doctor", "teachers", "peers"},
     {"console"},
-    {"cli"},
+    {"cli", "optimum"},
 ]
 # Modules of one layer that may know each other; distill, targets, verify and benchmarks never do.
 SIBLINGS = {2}

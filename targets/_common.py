@@ -1,0 +1,55 @@
+"""What the exporters share that concerns the artifact's folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EdgekdError
+from ..manifest import Artifact, write_artifact
+from ..quant.recipe import Recipe
+from ..student import Checkpoint
+from ._source import open_source, source_fields
+
+if TYPE_CHECKING:
+    from ..quant.folder import Grid
+
+
+def build_artifact(
+    out_dir: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    grid: Path | None,
+    write: Callable[[Checkpoint | Grid, Path], dict[str, Any]],
+    **fields: Any,
+) -> Artifact:
+    """Make an artifact that appears only when whole.
+
+    Args:
+        out_dir: its folder, which must not exist.
+        grid: the quantized student's folder, for a recipe on the grid; None rounds the student to nearest.
+        write: writes every file but the manifest into a folder, its tensors from the student or its quantized form,
+            and returns fields of the manifest.
+        fields: further fields of the manifest.
+
+    Raises:
+        EdgekdError: ``out_dir`` exists, or cannot be written; ``grid`` is of another student or recipe.
+    """
+    if out_dir.exists():
+        raise EdgekdError(f"{out_dir} exists already.", "Remove it, or choose another folder.")
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        partial.mkdir(parents=True)
+        source = open_source(checkpoint, recipe, grid, partial / "grid")
+        fields |= {"recipe": recipe.name, **source_fields(checkpoint, source), **write(source, partial)}
+        shutil.rmtree(partial / "grid", ignore_errors=True)
+        artifact = write_artifact(partial, **fields)
+        partial.rename(out_dir)
+    except OSError as error:
+        raise EdgekdError(f"{out_dir}: cannot be written: {error}.", "Free disk space, or check the folder.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Artifact(out_dir, artifact.manifest)

@@ -1,0 +1,201 @@
+"""What every target knows of a decoder: its hyperparameters, read from ``config.json`` and checked, and the shape of
+every weight.
+
+Shapes follow ``torch.nn.Linear``: weights are ``(out, in)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EdgekdError, SpecError, Unsupported
+from ..spec import TargetSpec
+from ..student import Checkpoint
+
+if TYPE_CHECKING:
+    from ..quant.folder import Grid
+
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The hyperparameters that a file states."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    rms_eps: float
+    rope_theta: float
+    rope_factors: tuple[float, ...]
+    """Divisors of the ``head_dim / 2`` rotary frequencies (Llama 3.1); empty: no scaling."""
+
+
+def read_config(config: Mapping[str, Any], form: str) -> Architecture:
+    """Check a ``config.json`` and read it.
+
+    Args:
+        form: the file format, for messages.
+
+    Raises:
+        Unsupported: an architecture or a setting that the exporters do not write.
+    """
+    model_type = str(config.get("model_type"))
+    classes = config.get("architectures") or [_CLASSES.get(model_type)]
+    if model_type not in _CLASSES or classes != [_CLASSES[model_type]]:
+        raise Unsupported(
+            f"config.json: {', '.join(map(str, classes))} (model_type {model_type!r}) has no {form} export here.",
+            "Use a student of the Llama, Qwen2 or Qwen3 architecture.",
+        )
+    _refuse_odd_settings(config, model_type, form)
+    try:
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        head_dim = int(config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads))
+        theta, factors = _rope(config, model_type, head_dim, form)
+        return Architecture(
+            name=model_type,
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            intermediate=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=head_dim,
+            vocab_size=int(config["vocab_size"]),
+            context_length=int(config["max_position_embeddings"]),
+            rms_eps=float(config["rms_norm_eps"]),
+            rope_theta=theta,
+            rope_factors=factors,
+        )
+    except KeyError as error:
+        raise EdgekdError(f"config.json: key {error} is missing.", "Save the model again.") from error
+
+
+def check_context(spec: TargetSpec, arch: Architecture) -> None:
+    """Refuse a context longer than the student's.
+
+    Raises:
+        SpecError: it is.
+    """
+    if spec.context and spec.context > arch.context_length:
+        raise SpecError(
+            f"targets: context {spec.context} is longer than the student's {arch.context_length} "
+            "(config.json: max_position_embeddings).",
+            "Ask for a shorter one.",
+        )
+
+
+def _refuse_odd_settings(config: Mapping[str, Any], model_type: str, form: str) -> None:
+    layer_types = config.get("layer_types") or []
+    odd = {
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "attention_bias": model_type != "qwen2" and bool(config.get("attention_bias")),
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "use_sliding_window": bool(config.get("use_sliding_window")),
+        "layer_types": any(kind != "full_attention" for kind in layer_types),
+        "quantization_config": bool(config.get("quantization_config")),
+    }
+    for key in (key for key, is_odd in odd.items() if is_odd):
+        raise Unsupported(
+            f"config.json: {key}: {config[key]!r:.80} has no {form} export for {model_type}.",
+            "Train a student without it, or export another target.",
+        )
+
+
+def _rope(config: Mapping[str, Any], model_type: str, head_dim: int, form: str) -> tuple[float, tuple[float, ...]]:
+    """Base of the rotary embedding and its scaling factors."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if kind == "default" and partial == 1.0 and not any(isinstance(value, dict) for value in parameters.values()):
+        return theta, ()
+    if kind == "llama3" and model_type == "llama" and partial == 1.0:
+        return theta, _llama3_factors(parameters, theta, head_dim)
+    raise Unsupported(
+        f"config.json: rope_parameters: {dict(parameters)!r:.120} has no {form} export for {model_type}.",
+        "Supported: rope_type default, and llama3 for the Llama architecture.",
+    )
+
+
+def _llama3_factors(parameters: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
+    """Frequency divisors of Llama 3.1's rotary scaling (Llama 3 Herd of Models, 2024, and its reference code)."""
+    factor, original = float(parameters["factor"]), float(parameters["original_max_position_embeddings"])
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / head_dim)
+        if wavelength < original / high:
+            factors.append(1.0)
+        elif wavelength > original / low:
+            factors.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(factors)
+
+
+def weight_shapes(arch: Architecture, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, by its HF name."""
+    hidden, wide = arch.hidden, arch.intermediate
+    query, key = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    block: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (query, hidden),
+        "self_attn.k_proj.weight": (key, hidden),
+        "self_attn.v_proj.weight": (key, hidden),
+        "self_attn.o_proj.weight": (hidden, query),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (wide, hidden),
+        "mlp.up_proj.weight": (wide, hidden),
+        "mlp.down_proj.weight": (hidden, wide),
+    }
+    if arch.name == "qwen2":
+        block |= {f"self_attn.{p}_proj.bias": (size,) for p, size in (("q", query), ("k", key), ("v", key))}
+    if arch.name == "qwen3":
+        block |= {f"self_attn.{p}_norm.weight": (arch.head_dim,) for p in ("q", "k")}
+    whole: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    for layer in range(arch.layers):
+        whole |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    whole["model.norm.weight"] = (hidden,)
+    if not tied:
+        whole["lm_head.weight"] = (arch.vocab_size, hidden)
+    return whole
+
+
+def check_weights(arch: Architecture, source: Checkpoint | Grid, form: str) -> None:
+    """Compare a model folder's tensors with what its configuration says.
+
+    Args:
+        form: the file format, for messages.
+
+    Raises:
+        EdgekdError: a tensor is missing or has another shape.
+        Unsupported: a tensor that has no place in the architecture.
+    """
+    expected = weight_shapes(arch, source.tied)
+    shapes, folder = {name: source.shape(name) for name in source}, source.folder
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise EdgekdError(f"{folder}: tensor {name!r} is missing.", "Save the model again.")
+        if shapes[name] != shape:
+            raise EdgekdError(
+                f"{folder}: tensor {name!r} has shape {shapes[name]}, by config.json {shape}.",
+                "Check config.json against the weights.",
+            )
+    known = expected.keys() | ({"lm_head.weight"} if source.tied else set())
+    extra = [name for name in shapes if name not in known and not name.endswith(IGNORED_SUFFIX)]
+    if extra:
+        raise Unsupported(
+            f"{folder}: tensor {extra[0]!r} has no place in {form}'s {arch.name} ({len(extra)} such).",
+            "Export a plain Llama, Qwen2 or Qwen3 model.",
+        )

@@ -1,0 +1,170 @@
+"""What every target must know of a Hugging Face tokenizer: how texts begin and end, strings that tell tokenizers apart,
+and the tokenizer at work from its ``tokenizer.json`` alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadArtifact, MissingExtra, Unsupported
+from ..manifest import Contract
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROBES = (
+    "", " ", "  ", "\n", "\t\n \n\n   \n", "Hello, world!", " leading and trailing  ", "def f(x):\n    return x + 1\n",
+    "if a:\n\t\tb = {'k': [1, 2]}  # why?\n\n\n", "1 12 123 1234 12345 123456 3.14159 1,000,000 0x1F 1e-5 ١٢٣ ½",
+    "I've they'll we're it's I'D YOU'LL 'tis rock'n'roll don't", "camelCase snake_case SCREAMING_CASE HTMLParser",
+    "naïve café Größe ÀÉÎ ñandú Straße İstanbul", "Привет, мир! Ελληνικά καλημέρα",
+    "你好，世界。我想在apple工作1314天～ 日本語のテスト カタカナ",
+    "안녕하세요 세계", "مرحبا بالعالم، كيف الحال؟",
+    "नमस्ते दुनिया កាន់តែពិសេស ไทย", "🚀 😶‍🌫️ 👩‍👩‍👧‍👦 🇩🇪 ✅🦙🦙",
+    "e\u0301 a\u0308 \u212b \ufb01", "a\u00a0b\u2003c\u200bd\u2028e\u3000f", "\x00\x01\x1b[0m\x7f\x85",
+    "a\r\nb\r\r\nc\rd",
+    "...!!!???---=== <tag/> </s> &amp; $x^2$ `code` ~~s~~ @user #1 a/b\\c |||",
+    "http://a.b/c?d=e&f=g#h user@example.org",
+    "''''''```````\"\"\"\"......!!!!!!?????? (normal) (multiple)",
+    "x=1;y=2;z=x+y;print(f'{z:>10.2f}')", "ABCdefGHI aB Ab AB",
+    "a  b   c    d     e        f                g", "word\n\nword\n \nword \n  word", "/* c */ //x\n/// y\n/\n",
+    "x" * 300, "!" * 70, " " * 70, "\n" * 20, "9" * 40,
+)  # fmt: skip
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>")
+
+
+def contract_of(tokenizer: PreTrainedTokenizerFast, folder: Path, vocab_size: int, context_length: int) -> Contract:
+    """What the manifest says of a tokenizer whose own library runs it.
+
+    Raises:
+        Unsupported: no end-of-sequence token, or texts wrapped in more than a BOS and an EOS.
+    """
+    bos_id, add_bos, _ = added_ends(tokenizer, folder)
+    return Contract(
+        context_length=context_length, vocab_size=vocab_size, bos_id=bos_id, eos_ids=eos_ids(tokenizer, folder),
+        add_bos=add_bos, chat_template=chat_template(tokenizer),
+    )  # fmt: skip
+
+
+def chat_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The template, or the default of several."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Text → id of the tokens that render as nothing."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {token.content: index for index, token in added.items() if token.special}
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token with which the chat template ends a turn."""
+    special, template = special_tokens(tokenizer), chat_template(tokenizer) or ""
+    return next((special[text] for text in _TURN_ENDS if text in special and text in template), None)
+
+
+def marked_texts(marked: Sequence[str]) -> list[str]:
+    """Added tokens between text, each of the first 64 alone and all together."""
+    return [*(f"a{text}b {text} c\n{text}\n {text}{text}" for text in marked[:64]), "x".join(marked)]
+
+
+def added_ends(tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[int | None, bool, bool]:
+    """The BOS id, and whether the tokenizer puts BOS before and EOS after a text: seen, not read from its settings.
+
+    Raises:
+        Unsupported: it puts more than that.
+    """
+    ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for before, after in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        if ids[before : len(ids) - after] == bare:
+            return ids[0] if before else tokenizer.bos_token_id, bool(before), bool(after)
+    raise Unsupported(
+        f"{folder}: the tokenizer wraps texts as {ids} around {bare}; runtimes add one BOS and one EOS at most.",
+        "Change its post-processor.",
+    )
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[int]:
+    """Ids that end generation, the tokenizer's own EOS first.
+
+    Raises:
+        Unsupported: there is none.
+    """
+    special, turn_end = set(special_tokens(tokenizer).values()), turn_end_id(tokenizer)
+    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
+        # An ordinary token there is a library's default that was never set for this vocabulary.
+        ids += [i for i in (value if isinstance(value, list) else [value]) if i in special]
+    ids += [] if turn_end is None else [turn_end]
+    if not ids:
+        raise Unsupported(
+            f"{folder}: no end-of-sequence token; the runtime would take an ordinary one for it.",
+            "Set eos_token in tokenizer_config.json.",
+        )
+    return list(dict.fromkeys(ids))
+
+
+class JsonTokenizer:
+    """``tokenizer.json`` by the tokenizers package.
+
+    Raises:
+        MissingExtra: the package is not installed.
+        BadArtifact: the file is not a tokenizer.
+        Unsupported: tokens that stand for no bytes: neither byte-level nor with byte fallback.
+    """
+
+    def __init__(self, path: Path, extra: str) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError as error:
+            raise MissingExtra("tokenizers", extra) from error
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+            data = json.loads(path.read_text("utf-8"))
+        except Exception as error:  # tokenizers raises Exception itself
+            raise BadArtifact(f"{path}: not a readable tokenizer ({error}).", "Export the artifact again.") from error
+        self._level = _byte_level(data)
+        if not self._level and not data["model"].get("byte_fallback"):
+            raise Unsupported(
+                f"{path}: tokens of a {data['model']['type']} tokenizer without bytes cannot be streamed.",
+                "Use a byte-level BPE or a SentencePiece BPE tokenizer.",
+            )
+        self._added = {token["id"]: (token["content"], token["special"]) for token in data["added_tokens"]}
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, special tokens in it parsed, BOS and EOS added as the post-processor says."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; nothing for a special one and for an id without a token."""
+        if token in self._added:
+            text, special = self._added[token]
+            return b"" if special else text.encode()
+        text = self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""
+        if self._level:
+            return bytes(_BYTES[char] for char in text)
+        byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text)
+        return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
+
+
+def _byte_level(data: Any) -> bool:
+    """Whether the tokens are written in GPT-2's alphabet of bytes."""
+    steps = json.dumps([data.get("decoder"), data.get("pre_tokenizer")])
+    return '"ByteLevel"' in steps
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character → byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()

@@ -1,0 +1,224 @@
+"""ONNX for onnxruntime: fp16 from the student, the portable grid from the quantized student as it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from ..errors import BadArtifact, EdgekdError, MissingExtra, SpecError, Unsupported
+from ..manifest import Artifact, Contract, write_json
+from ..session import Session
+from ..spec import TargetSpec
+from ..student import Checkpoint, load_tokenizer
+from . import _onnx_graph as graph_
+from ._common import build_artifact
+from ._decoder import Architecture, check_context, check_weights, read_config
+from ._onnx_session import PROVIDERS, OnnxSession, genai_tokenizer, load, runtime
+from ._recipes import load_recipe
+from ._tokenizer import PROBES, contract_of, marked_texts, special_tokens
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from transformers import PreTrainedTokenizerFast
+
+    from ..quant.folder import Grid
+    from ..quant.recipe import Kind
+
+MAIN_FILE = "model.onnx"
+TESTED = ("cpu",)
+_NO_KERNEL = "has no kernel for MatMulNBits and GroupQueryAttention; onnxruntime-genai's builder makes no graph for it"
+_REFUSED = {
+    "dml": "wants the rotary embedding outside attention, and this graph has it inside",
+    "coreml": _NO_KERNEL,
+    "qnn": _NO_KERNEL,
+    "nnapi": _NO_KERNEL,
+}
+
+
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+    """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
+
+    Raises:
+        SpecError: an unknown recipe or execution provider, or a context longer than the student's.
+        Unsupported: an architecture or setting that the exporter does not write, or a provider without its kernels.
+        EdgekdError: no tokenizer.
+        MissingExtra: a package of the extra is not installed.
+    """
+    for recipe in spec.recipes:
+        load_recipe(recipe, "onnx")
+    _check_providers(spec.providers)
+    check_context(spec, read_config(config, "ONNX"))
+    if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise EdgekdError(f"{tokenizer_folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+    for package, module in (("onnx", "onnx"), ("onnxruntime-genai", "onnxruntime_genai"), ("tokenizers", "tokenizers")):
+        try:
+            __import__(module)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(package, "onnx") from error
+    runtime()
+
+
+def _check_providers(providers: list[str]) -> None:
+    for name in providers:
+        if name not in (*PROVIDERS, *_REFUSED):
+            raise SpecError(f"targets: unknown execution provider {name!r}; there are: {', '.join(PROVIDERS)}.")
+        if name in _REFUSED:
+            raise Unsupported(
+                f"targets: provider {name!r} {_REFUSED[name]}.", f"Choose from {', '.join(PROVIDERS)}; for phones, cpu."
+            )
+
+
+def export(
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out_dir: Path,
+    *,
+    name: str,
+    grid: Path | None = None,
+    moments: Path | None = None,  # of native recipes: onnxruntime has none
+) -> Artifact:
+    """Write ``model.onnx``, its data, ``genai_config.json``, the tokenizer and the manifest; see ``targets.export``.
+
+    Needs memory for a tensor, not for the model.
+    """
+    checkpoint = Checkpoint(student)
+    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+        return _write(checkpoint, source, spec, folder)
+
+    return build_artifact(
+        out_dir, checkpoint, load_recipe(recipe, "onnx"), grid, write, name=name, target="onnx", runtime="onnxruntime",
+        main_file=MAIN_FILE,
+    )  # fmt: skip
+
+
+def open(artifact: Artifact, *, threads: int | None = None) -> Session:
+    """The artifact in onnxruntime.
+
+    Raises:
+        BadArtifact: the data file is missing or truncated, or onnxruntime refuses the file.
+        EdgekdError: none of the artifact's execution providers is installed.
+        MissingExtra: onnxruntime is not installed.
+    """
+    cores = threads or psutil.cpu_count(logical=False) or 1
+    details = artifact.manifest.details
+    if not details:
+        raise BadArtifact(f"{artifact.folder}: the manifest has no details.", "Export the artifact again.")
+    return OnnxSession(artifact.main_file, artifact.manifest.contract, details, cores)
+
+
+def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path) -> dict[str, Any]:
+    """Write everything but the manifest, and return the manifest's fields."""
+    from ._onnx_pack import write_data
+
+    arch = read_config(checkpoint.config, "ONNX")
+    check_weights(arch, source, "ONNX")
+    kinds: dict[str, Kind] = dict.fromkeys(source, "plain") if isinstance(source, Checkpoint) else source.kinds
+    activations: graph_.Activations = "float16" if set(spec.providers) - {"cpu"} else "float32"
+    settings = graph_.Settings(kinds, source.tied, activations, spec.context or arch.context_length)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "genai_config.json", genai_config(arch, contract, tokenizer.pad_token_id, spec.providers))
+    told = _compare_tokenizers(tokenizer, folder)
+
+    models = graph_.build(arch, settings)
+    (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
+    (folder / graph_.HEAD_FILE).write_bytes(models.head.SerializeToString())
+    write_data(folder / graph_.DATA_FILE, models.stored, source, arch, settings.context_length)
+    _prove(folder)
+    places = graph_.offsets(models.stored)
+    weight_bytes = sum({places[item.name]: item.size_bytes for item in models.stored if item.sources}.values())
+    return {
+        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "contract": contract,
+        "versions": {package: version(package) for package in ("edgekd", "onnxruntime", "onnxruntime-genai", "onnx")},
+        "details": {
+            "providers": {name: "tested" if name in TESTED else "not run" for name in spec.providers},
+            "activations": activations,
+            "ops": _histogram(models.decoder),
+            "tokenizer": told,
+            "data_bytes": (folder / graph_.DATA_FILE).stat().st_size,
+        },
+    }
+
+
+def genai_config(arch: Architecture, contract: Contract, pad_id: int | None, providers: list[str]) -> dict[str, Any]:
+    """``genai_config.json``, with which onnxruntime-genai runs the same files."""
+    provider_options: list[dict[str, Any]] = [{name: {}} for name in providers[:1] if name != "cpu"]
+    past, present = "past_key_values.%d.", "present.%d."
+    return {
+        "model": {
+            "type": arch.name,
+            "bos_token_id": contract.eos_ids[0] if contract.bos_id is None else contract.bos_id,
+            "eos_token_id": contract.eos_ids,
+            "pad_token_id": contract.eos_ids[0] if pad_id is None else pad_id,
+            "context_length": contract.context_length,
+            "vocab_size": contract.vocab_size,
+            "decoder": {
+                # Level 3: onnxruntime warns that the default of logits_index can be overridden, which is its purpose.
+                "session_options": {"log_id": "edgekd", "log_severity_level": 3, "provider_options": provider_options},
+                "filename": MAIN_FILE,
+                "head_size": arch.head_dim,
+                "hidden_size": arch.hidden,
+                "num_attention_heads": arch.heads,
+                "num_hidden_layers": arch.layers,
+                "num_key_value_heads": arch.kv_heads,
+                "inputs": {
+                    "input_ids": "input_ids", "attention_mask": "attention_mask",
+                    "past_key_names": f"{past}key", "past_value_names": f"{past}value",
+                },
+                "outputs": {
+                    "logits": "logits", "present_key_names": f"{present}key", "present_value_names": f"{present}value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "max_length": contract.context_length, "past_present_share_buffer": True},
+    }  # fmt: skip
+
+
+def _compare_tokenizers(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
+    """Whether onnxruntime-genai gives the tokenizer's ids, id by id; where not, sessions use ``tokenizer.json``."""
+    texts = [*PROBES, *marked_texts(list(special_tokens(tokenizer)))]
+    told: dict[str, Any] = {"used": "onnxruntime-genai", "texts": len(texts), "differ": 0, "first": None}
+    try:
+        encode = genai_tokenizer(folder)
+    except EdgekdError as error:
+        return told | {"used": "tokenizers", "differ": len(texts), "first": error.cause}
+    for text in texts:
+        expected, actual = list(tokenizer(text)["input_ids"]), encode(text)
+        if actual != expected:
+            told["used"] = "tokenizers"
+            told["differ"] += 1
+            told["first"] = told["first"] or f"{text!r:.100}: {actual[:20]} instead of {expected[:20]}"
+    return told
+
+
+def _prove(folder: Path) -> None:
+    """Check the graphs against the standard, and that onnxruntime has a kernel for every node and agrees with its
+    types and shapes. Nothing is run: that would take the memory of the whole model.
+
+    Raises:
+        BadArtifact: the checker or onnxruntime refuses one.
+    """
+    import onnx
+
+    for path in (folder / graph_.HEAD_FILE, folder / MAIN_FILE):
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise BadArtifact(f"{path.name}: {error}.", "Report this student's config.json.") from error
+        load(path, "cpu", 1, light=True)
+
+
+def _histogram(model: ModelProto) -> dict[str, int]:
+    """How many nodes of each operator, those of other domains with their domain."""
+    names = (f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph.node)
+    return dict(sorted(Counter(names).items()))

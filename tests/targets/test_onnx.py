@@ -1,0 +1,557 @@
+"""The ONNX target against transformers in fp32, on two-layer random models, through onnxruntime itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+genai = pytest.importorskip("onnxruntime_genai")
+
+from onnx import numpy_helper  # noqa: E402
+
+from edgekd import targets  # noqa: E402
+from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported  # noqa: E402
+from edgekd.manifest import Artifact, load_artifact  # noqa: E402
+from edgekd.quant.folder import Grid, load_dequantized, new_grid, open_grid  # noqa: E402
+from edgekd.quant.grid import quantize_int4, quantize_int8_rows  # noqa: E402
+from edgekd.quant.quantize import quantize  # noqa: E402
+from edgekd.session import Session  # noqa: E402
+from edgekd.spec import TargetSpec  # noqa: E402
+from edgekd.student import Checkpoint, load_model  # noqa: E402
+from edgekd.targets import load_recipe  # noqa: E402
+
+IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+ARCHITECTURES = {
+    "llama tied": ("llama", {}),
+    "llama untied": ("llama", {"tie_word_embeddings": False, "head_dim": 16}),
+    "llama 3.1 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "qwen2": ("qwen2", {"head_dim": 16}),
+    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {"head_dim": 128}),
+    "qwen3 untied": ("qwen3", {"tie_word_embeddings": False}),
+}
+GRID_RECIPES = ("portable-int4", "portable-int4-head4", "int8")
+ODD_WIDTH = {"intermediate_size": 80, "hidden_size": 72, "head_dim": 32}
+"""No whole blocks of 32: such matrices are int8 and padded; the tied embedding cannot share the head's bytes."""
+
+
+def spec(*recipes: str, **options: Any) -> TargetSpec:
+    return TargetSpec(target="onnx", recipes=list(recipes) or ["fp16"], **options)
+
+
+def export(student: Path, recipe: str, out: Path, grid: Path | None = None, **options: Any) -> Artifact:
+    return targets.export(student, spec(recipe, **options), recipe, out, name="tiny", grid=grid)
+
+
+def quantized(student: Path, out: Path, recipe: str = "portable-int4") -> Path:
+    quantize(student, out, load_recipe(recipe))
+    return out
+
+
+def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
+    session = targets.open_artifact(artifact, threads=1)
+    try:
+        return session.prefill(ids, all_logits=True)
+    finally:
+        session.close()
+
+
+@torch.no_grad()
+def reference(folder: Path, ids: list[int], grid: Path | None = None) -> np.ndarray:
+    """Logits of transformers, of the student or with the grid's weights."""
+    model = load_model(folder) if grid is None else load_dequantized(open_grid(grid))
+    return model(input_ids=torch.tensor([ids])).logits[0].numpy()
+
+
+def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
+    """KL(p || q) of two arrays of logits ``(T, V)``, nats per token."""
+    log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (p, q))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def initialisers(artifact: Artifact, file: str = "model.onnx") -> dict[str, np.ndarray]:
+    model = onnx.load(artifact.folder / file)
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@pytest.fixture
+def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MatMulNBits that does not round activations."""
+    from edgekd.targets import _onnx_graph
+
+    build = _onnx_graph.build
+    monkeypatch.setattr(_onnx_graph, "build", lambda arch, settings: build(arch, replace(settings, accuracy_level=0)))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_float_agrees_with_transformers(name: str, tmp_path: Path, student_factory: Any) -> None:
+    kind, settings = ARCHITECTURES[name]
+    student = student_factory(tmp_path / "student", kind, **settings)  # weights are exact in fp16
+    expected = reference(student, IDS)
+    actual = logits(export(student, "fp16", tmp_path / "out"), IDS)
+    assert actual.shape == (200, 700) and actual.dtype == np.float32
+    assert np.abs(expected - actual).max() < 2e-4  # the order of sums alone differs
+    if "rope" in name:  # without the scaling the logits would be others altogether
+        plain = student_factory(tmp_path / "plain", kind)
+        assert np.abs(reference(plain, IDS) - expected).max() > 1
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "odd width", "odd width untied"])
+@pytest.mark.usefixtures("exact_kernels")
+def test_the_grid_runs_as_its_dequantized_weights(name: str, tmp_path: Path, student_factory: Any) -> None:
+    kind, settings = ARCHITECTURES.get(name, ("qwen3", ODD_WIDTH | {"tie_word_embeddings": "untied" not in name}))
+    student = student_factory(tmp_path / "student", kind, **settings)
+    kl = []
+    for recipe in GRID_RECIPES:
+        grid = quantized(student, tmp_path / f"{recipe}-grid", recipe)
+        actual = logits(export(student, recipe, tmp_path / recipe, grid), IDS)
+        assert np.abs(reference(student, IDS, grid) - actual).max() < 2e-4, recipe
+        kl.append(mean_kl(reference(student, IDS), actual))
+    assert kl[0] > 1e-3 and kl[2] < kl[0] / 10  # each grid is another model
+
+
+def test_int8_activations_stay_near(tmp_path: Path, student_factory: Any) -> None:
+    student = student_factory(tmp_path / "student", "qwen3")
+    grids = {recipe: quantized(student, tmp_path / f"{recipe}-grid", recipe) for recipe in GRID_RECIPES}
+    made = {recipe: export(student, recipe, tmp_path / recipe, grid) for recipe, grid in grids.items()}
+    levels = {
+        attribute.i
+        for artifact in made.values()
+        for node in onnx.load(artifact.main_file, load_external_data=False).graph.node
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    }
+    assert levels == {4}
+    for recipe, artifact in made.items():
+        assert 1e-6 < mean_kl(reference(student, IDS, grids[recipe]), logits(artifact, IDS)) < 0.02, recipe
+
+
+@pytest.mark.parametrize("providers", [["cuda", "cpu"], ["webgpu", "cpu"]])
+def test_the_graph_for_gpus_runs_on_the_cpu_too(providers: list[str], tmp_path: Path, student_factory: Any) -> None:
+    student = student_factory(tmp_path / "student", "qwen2")
+    for recipe, grid in (("fp16", None), ("portable-int4", quantized(student, tmp_path / "grid"))):
+        artifact = export(student, recipe, tmp_path / recipe, grid, providers=providers)
+        assert artifact.manifest.details["providers"] == {providers[0]: "not run", "cpu": "tested"}
+        assert artifact.manifest.details["activations"] == "float16"
+        (first,) = json.loads((artifact.folder / "genai_config.json").read_text())["model"]["decoder"][
+            "session_options"
+        ]["provider_options"]
+        assert list(first) == providers[:1]
+        assert mean_kl(reference(student, IDS, grid), logits(artifact, IDS)) < 0.02
+
+
+def unpack(q: np.ndarray, bits: int, width: int) -> np.ndarray:
+    """MatMulNBits' codes as signed integers ``(N, K)``."""
+    flat = q.reshape(len(q), -1)
+    if bits == 8:
+        return (flat.astype(np.int16) - 128).astype(np.int8)[:, :width]
+    return (np.stack([flat & 15, flat >> 4], -1).reshape(len(q), -1).astype(np.int8) - 8)[:, :width]
+
+
+@pytest.mark.parametrize("recipe", GRID_RECIPES)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("qwen3", {}), ("llama", {"tie_word_embeddings": False}), ("qwen2", ODD_WIDTH), ("qwen3", ODD_WIDTH)],
+)
+def test_the_file_holds_the_grid_bit_for_bit(
+    kind: str, settings: dict[str, Any], recipe: str, tmp_path: Path, student_factory: Any
+) -> None:
+    student = student_factory(tmp_path / "student", kind, **settings)
+    grid = open_grid(quantized(student, tmp_path / "grid", recipe))
+    artifact = export(student, recipe, tmp_path / "out", tmp_path / "grid")
+    assert (artifact.manifest.grid_digest, artifact.manifest.method) == (grid.digest, "rtn")
+    odd = {name for name in grid.names() if name.endswith("weight") and grid.shape(name)[-1] % 32}
+    assert set(artifact.manifest.int8_by_width) == {name for name in odd if grid.kinds[name] == "int8"}
+    found, seen = initialisers(artifact), set()
+    stacks = {"qkv_proj.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
+    for name in (n.removesuffix(".q") for n in found if n.endswith(".q")):
+        last = name.split("self_attn.")[-1]
+        sources = [name.replace(last, part) for part in stacks.get(last, (last,))]
+        expected, scale = (np.concatenate(parts) for parts in zip(*(held(grid, s) for s in sources), strict=True))
+        bits = 4 if grid.kinds[sources[0]] == "int4" else 8
+        assert np.array_equal(unpack(found[f"{name}.q"], bits, expected.shape[1]), expected), name
+        assert (found[f"{name}.scale"].astype(np.float32) == scale).all()
+        padding = found[f"{name}.q"].reshape(len(expected), -1)[:, expected.shape[1] * bits // 8 :]
+        assert (padding == 0x80).all()
+        seen |= set(sources)
+    embedding = "model.embed_tokens.weight"
+    q, scale = held(grid, embedding)
+    bits = 4 if grid.kinds[embedding] == "int4" else 8
+    assert bits == (4 if recipe == "portable-int4-head4" and settings is not ODD_WIDTH else 8)
+    assert np.array_equal(unpack(found[f"{embedding}.rows"], bits, q.shape[1]), q)
+    assert (found[f"{embedding}.scale"].astype(np.float32) == scale).all()
+    seen.add(embedding)
+    for name in set(grid.names()) - seen:
+        source = grid.tensor(name).numpy()
+        assert grid.kinds[name] == "plain"
+        if name.endswith("_proj.bias"):
+            at = name.rsplit(".", 2)[0]
+            whole = np.concatenate([grid.tensor(f"{at}.{p}_proj.bias").numpy() for p in "qkv"])
+            assert np.array_equal(found[f"{at}.qkv_proj.bias"], whole)
+        else:
+            assert np.array_equal(found[name], source), name
+
+
+def held(grid: Grid, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The grid's integers ``(O, I)`` and scales ``(O, G)``, of int8 rows ``(O, 1)``."""
+    pair = grid.int4(name) or grid.int8(name)
+    assert pair is not None
+    q, scale = (part.numpy() for part in pair)
+    return q, scale.reshape(len(q), -1)
+
+
+def gguf_blocks(data: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Integers ``(O, I)`` and fp16 scales ``(O, I/32)`` of Q4_0 or Q8_0."""
+    blocks = data.reshape(len(data), -1, 18 if bits == 4 else 34)
+    scale, codes = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0], np.ascontiguousarray(blocks[..., 2:])
+    if bits == 8:
+        return codes.view(np.int8).reshape(len(data), -1), scale
+    return np.concatenate([codes & 15, codes >> 4], -1).reshape(len(data), -1).astype(np.int8) - 8, scale
+
+
+@pytest.mark.parametrize("recipe", GRID_RECIPES)
+def test_gguf_holds_the_same_integers(recipe: str, tmp_path: Path, student_factory: Any) -> None:
+    """Every matrix; of Qwen3, whose query and key rows llama.cpp leaves in their order."""
+    gguf = pytest.importorskip("gguf")
+    student = student_factory(tmp_path / "student", "qwen3", tie_word_embeddings=False)
+    grid = quantized(student, tmp_path / "grid", recipe)
+    ours = export(student, recipe, tmp_path / "onnx", grid)
+    theirs = targets.export(
+        student, TargetSpec(target="gguf", recipes=[recipe]), recipe, tmp_path / "gguf", name="tiny", grid=grid
+    )
+    assert ours.manifest.grid_digest == theirs.manifest.grid_digest
+    found = initialisers(ours)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs.main_file).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
+    kinds = {name: kind for name, kind in open_grid(grid).kinds.items() if kind != "plain"}
+    assert len(kinds) == 2 * 7 + 2
+    for name, kind in kinds.items():
+        bits, module = (4 if kind == "int4" else 8), name.split(".")[-2]
+        q, scale = gguf_blocks(tensors[names.get_name(name, try_suffixes=(".weight",))].data, bits)
+        if module in ("q_proj", "k_proj", "v_proj"):
+            stack = name.replace(module, "qkv_proj")
+            rows = np.split(np.arange(256), [128, 192])["qkv".index(module[0])]
+            codes, scales = found[f"{stack}.q"][rows], found[f"{stack}.scale"][rows]
+        else:
+            codes, scales = found[f"{name}.rows" if "embed" in name else f"{name}.q"], found[f"{name}.scale"]
+        assert np.array_equal(unpack(codes, bits, q.shape[1]), q), name
+        assert np.array_equal(scales, scale), name
+
+
+def test_float_files_hold_the_student_bit_for_bit(tmp_path: Path, student_factory: Any) -> None:
+    student = student_factory(tmp_path / "student", "qwen2")
+    weights = {name: value.numpy() for name, value in load_file(student / "model.safetensors").items()}
+    found = initialisers(export(student, "fp16", tmp_path / "out"))
+    assert np.array_equal(found["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+    for layer in range(2):
+        at = f"model.layers.{layer}."
+        qkv = np.concatenate([weights[f"{at}self_attn.{p}_proj.weight"] for p in "qkv"]).T
+        assert np.array_equal(found[f"{at}self_attn.qkv_proj.weight"], qkv)
+        assert np.array_equal(found[f"{at}mlp.down_proj.weight"], weights[f"{at}mlp.down_proj.weight"].T)
+
+
+def test_two_exports_are_the_same_bytes(tmp_path: Path, tiny_student: Path) -> None:
+    given = export(tiny_student, "portable-int4", tmp_path / "given", quantized(tiny_student, tmp_path / "grid"))
+    computed = export(tiny_student, "portable-int4", tmp_path / "computed")
+    assert given.manifest.files == computed.manifest.files
+    assert sorted(given.manifest.files) == [
+        "chat_template.jinja", "genai_config.json", "head.onnx", "model.onnx", "model.onnx.data", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_the_artifact_tells_what_it_is(tmp_path: Path, tiny_student: Path) -> None:
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out", context=64)
+    assert load_artifact(artifact.folder) == artifact
+    manifest, details = artifact.manifest, artifact.manifest.details
+    assert (manifest.target, manifest.recipe, manifest.main_file) == ("onnx", "portable-int4", "model.onnx")
+    assert manifest.student_digest == Checkpoint(tiny_student).digest
+    assert 5 < manifest.bits_per_weight < 9  # the embedding, int8, is most of it; norms are fp32
+    assert set(manifest.versions) == {"edgekd", "onnx", "onnxruntime", "onnxruntime-genai"}
+    assert details["providers"] == {"cpu": "tested"}
+    nodes = onnx.load(artifact.main_file, load_external_data=False).graph.node
+    assert sum(details["ops"].values()) == len(nodes)
+    assert details["ops"]["com.microsoft.GroupQueryAttention"] == 2
+    assert details["ops"]["com.microsoft.MatMulNBits"] == 2 * 5 + 1
+    # genai's tokenizer stops at NUL, so that sessions use tokenizer.json; on no other string it differs.
+    assert details["tokenizer"]["used"] == "tokenizers" and details["tokenizer"]["differ"] == 1
+    assert "\\x00" in details["tokenizer"]["first"]
+    session = targets.open_artifact(artifact.folder, threads=1)
+    assert session.context_length == manifest.contract.context_length == 64
+    assert session.vocab_size == manifest.contract.vocab_size == 700
+    session.close()
+
+
+def test_shared_bytes_are_stored_once(tmp_path: Path, tiny_student: Path) -> None:
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out")
+    places = {}
+    for file in ("model.onnx", "head.onnx"):
+        for tensor in onnx.load(artifact.folder / file, load_external_data=False).graph.initializer:
+            if tensor.external_data:
+                places[file, tensor.name] = {entry.key: entry.value for entry in tensor.external_data}
+    embedding = "model.embed_tokens.weight"
+    assert (
+        places["model.onnx", f"{embedding}.rows"]
+        == places["model.onnx", f"{embedding}.q"]
+        == places["head.onnx", f"{embedding}.q"]
+    )
+    ends = [int(place["offset"]) + int(place["length"]) for place in places.values()]
+    assert max(ends) == (artifact.folder / "model.onnx.data").stat().st_size
+
+
+def test_genai_runs_the_same_files(tmp_path: Path, student_factory: Any) -> None:
+    artifact = export(student_factory(tmp_path / "student", "qwen3"), "fp16", tmp_path / "out")
+    session = targets.open_artifact(artifact, threads=1)
+    ours = list(session.generate(IDS[:50], 20))
+    session.close()
+    model = genai.Model(str(artifact.folder))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=70, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(np.array(IDS[:50]))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0))[50:] == ours and len(ours) == 20
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, student_factory: Any) -> Artifact:
+    folder = tmp_path_factory.mktemp("long")
+    student = student_factory(folder / "student", max_position_embeddings=1100)
+    return export(student, "fp16", folder / "out")
+
+
+@pytest.fixture
+def session(artifact: Artifact) -> Iterator[Session]:
+    session = targets.open_artifact(artifact, threads=1)
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize("size", [1, 7, 32])
+def test_chunked_prefill(session: Session, size: int) -> None:
+    whole = session.prefill(IDS, all_logits=True)
+    session.reset()
+    chunks = [session.prefill(IDS[i : i + size], all_logits=True) for i in range(0, len(IDS), size)]
+    assert np.abs(np.concatenate(chunks) - whole).max() < 2e-4
+    session.reset()
+    for i in range(0, len(IDS), size):
+        last = session.prefill(IDS[i : i + size])
+    assert last.shape == (700,) and last.dtype == np.float32 and np.abs(last - whole[-1]).max() < 2e-4
+
+
+def test_more_than_one_batch_equals_token_by_token(session: Session) -> None:
+    ids = (IDS * 6)[:1100]
+    whole = session.prefill(ids, all_logits=True)
+    assert whole.shape == (1100, 700)
+    session.reset()
+    assert np.abs(session.prefill(ids) - whole[-1]).max() < 2e-4
+    session.reset()
+    session.prefill(ids[:900])
+    kept = session.decode(ids[900])
+    again = kept.copy()
+    for position in range(901, 1100):
+        assert np.abs(session.decode(ids[position]) - whole[position]).max() < 2e-4
+    assert np.array_equal(kept, again)  # what was returned is the caller's own
+
+
+def test_generate(session: Session, artifact: Artifact) -> None:
+    greedy = list(session.generate(IDS[:50], 40))
+    assert len(greedy) == 40
+    expected = reference(artifact.folder.parent / "student", IDS[:50] + greedy)[49:-1]
+    assert (expected.max(-1) - expected[range(40), greedy] < 2e-4).all()
+    drawn = [list(session.generate(IDS[:50], 40, temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(list(session.generate((IDS * 6)[:1095], 40, temperature=1.0, seed=3))) <= 6
+
+
+def test_wrong_calls_are_refused(session: Session) -> None:
+    for ids, cause in (([], "no ids"), ([700], "outside"), ([-1], "outside"), ([3] * 1101, "exceed")):
+        with pytest.raises(ValueError, match=cause):
+            session.prefill(ids)
+    for call in (session.decode, session.token_bytes):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            call(700)
+    session.prefill([3] * 1100)
+    with pytest.raises(ValueError, match="exceed the context of 1100"):
+        session.decode(3)
+    session.close()
+    session.close()
+    for closed in (
+        lambda: session.tokenize("a"), lambda: session.token_bytes(3), session.reset, lambda: session.decode(3),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="closed"):
+            closed()
+
+
+def test_opening_loads_neither_torch_nor_transformers(artifact: Artifact) -> None:
+    code = (
+        "import sys; from pathlib import Path; from edgekd.targets import open_artifact\n"
+        "session = open_artifact(Path(sys.argv[1]), threads=1); session.prefill([3, 4]); session.decode(5)\n"
+        "session.prefill([3, 4], all_logits=True); session.tokenize('a'); session.close()\n"
+        "print([n for n in ('torch', 'transformers', 'onnx', 'onnxruntime_genai', 'safetensors') if n in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(artifact.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")  # onnxruntime is silent, too
+
+
+def test_a_damaged_artifact_is_refused(tmp_path: Path, tiny_student: Path) -> None:
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out")
+    data = artifact.folder / "model.onnx.data"
+    whole = data.read_bytes()
+    for size in (0, 100, len(whole) - 1):
+        data.write_bytes(whole[:size])
+        with pytest.raises(BadArtifact, match=rf"model\.onnx\.data has {size} bytes, not {len(whole)}"):
+            targets.open_artifact(artifact, threads=1)
+        with pytest.raises(BadArtifact, match="not the file its manifest names"):
+            targets.open_artifact(artifact.folder)
+    data.unlink()
+    with pytest.raises(BadArtifact, match=r"model\.onnx\.data is missing"):
+        targets.open_artifact(artifact, threads=1)
+    data.write_bytes(whole)
+    graph = artifact.main_file.read_bytes()
+    for size in (0, 3, 20, len(graph) // 2, len(graph) - 1):
+        artifact.main_file.write_bytes(graph[:size])
+        with pytest.raises(BadArtifact, match="onnxruntime does not load it"):
+            targets.open_artifact(artifact, threads=1)
+
+
+def test_a_provider_that_is_not_installed_is_named(tmp_path: Path, tiny_student: Path) -> None:
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out", providers=["cuda"])
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(EdgekdError, match=r"the artifact is for cuda; this onnxruntime has .*CPUExecutionProvider"):
+        targets.open_artifact(artifact, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.* no ONNX export"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+    ],
+)
+def test_what_onnx_cannot_hold_is_refused(change: dict[str, Any], cause: str, tiny_student: Path) -> None:
+    config = Checkpoint(tiny_student).config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    targets.check(config, tiny_student, spec("fp16", *GRID_RECIPES))
+    with pytest.raises(Unsupported, match=cause):
+        targets.check(config | change, tiny_student, spec())
+
+
+def test_wrong_specs_are_refused(tiny_student: Path, tmp_path: Path) -> None:
+    config = Checkpoint(tiny_student).config
+    with pytest.raises(SpecError, match="onnx has no recipe 'gguf-q4_0'"):
+        targets.check(config, tiny_student, spec("gguf-q4_0"))
+    with pytest.raises(SpecError, match="context 512 is longer than the student's 256"):
+        targets.check(config, tiny_student, spec(context=512))
+    with pytest.raises(SpecError, match="unknown execution provider 'tpu'"):
+        targets.check(config, tiny_student, spec(providers=["tpu"]))
+    for provider in ("dml", "coreml", "qnn", "nnapi"):
+        with pytest.raises(Unsupported, match=f"provider '{provider}'"):
+            targets.check(config, tiny_student, spec(providers=[provider, "cpu"]))
+    with pytest.raises(EdgekdError, match="no tokenizer"):
+        targets.check(config, tmp_path, spec())
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "nan", "overflow"])
+def test_a_student_that_does_not_fit_leaves_nothing_behind(damage: str, tmp_path: Path, student_factory: Any) -> None:
+    student = student_factory(tmp_path / "student", num_hidden_layers=1)
+    weights = {name: value.float() for name, value in load_file(student / "model.safetensors").items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    if damage == "missing":
+        del weights[name]
+    elif damage == "extra":
+        weights["model.layers.0.self_attn.sinks"] = torch.zeros(4)
+    elif damage == "shape":
+        weights[name] = weights[name][:-1].contiguous()
+    else:
+        weights[name][3, 5] = torch.nan if damage == "nan" else 1e6
+    save_file(weights, student / "model.safetensors")
+    with pytest.raises(EdgekdError, match="sinks" if damage == "extra" else name):
+        export(student, "fp16", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_the_wrong_grid_is_refused(tmp_path: Path, tiny_student: Path, student_factory: Any) -> None:
+    other = quantized(student_factory(tmp_path / "other", num_hidden_layers=1), tmp_path / "grid")
+    with pytest.raises(EdgekdError, match="another student"):
+        export(tiny_student, "portable-int4", tmp_path / "out", other)
+    with pytest.raises(EdgekdError, match="for the recipe portable-int4, not int8"):
+        export(tiny_student, "int8", tmp_path / "out", quantized(tiny_student, tmp_path / "own"))
+
+
+def test_plain_tensors_are_the_grids_own(tmp_path: Path, tiny_student: Path) -> None:
+    """Quantization-aware distillation changes norms too: nothing may come from the student."""
+    with new_grid(tiny_student, tmp_path / "grid", load_recipe("portable-int4"), "qad") as writer:
+        for name, kind in writer.kinds.items():
+            if kind == "plain":
+                writer.put_plain(name, writer.student_tensor(name) + 1)
+                continue
+            for rows in writer.rows(name):
+                writer.put(name, *(quantize_int4(rows) if kind == "int4" else quantize_int8_rows(rows)))
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out", tmp_path / "grid")
+    assert artifact.manifest.method == "qad"
+    found, student = initialisers(artifact), Checkpoint(tiny_student)
+    norms = [name for name in student if student.shape(name)[1:] == ()]
+    assert len(norms) == 2 * 4 + 1
+    for name in norms:
+        assert np.array_equal(found[name], (student.tensor(name) + 1).float().numpy()), name
+
+
+def test_the_door_of_optimum(tmp_path: Path, tiny_student: Path) -> None:
+    pytest.importorskip("optimum.commands")
+    command = [Path(sys.executable).with_name("optimum-cli"), "export", "edgekd"]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*command, tiny_student, out, "--target", "onnx", "--recipe", "portable-int4", "--context", "128"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "bits per weight" in done.stdout
+    same = export(tiny_student, "portable-int4", tmp_path / "same", context=128)
+    assert load_artifact(out).manifest.files == same.manifest.files
+    again = subprocess.run(
+        [*command, tiny_student, out, "--target", "onnx", "--recipe", "fp16"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_tokens_are_the_students(
+    kind: str, tmp_path: Path, student_factory: Any, request: pytest.FixtureRequest
+) -> None:
+    from edgekd.student import load_tokenizer
+    from edgekd.verify.tokens import check_tokens
+
+    factory = request.getfixturevalue("tokenizer_factory" if kind == "byte level" else "sentencepiece_factory")
+    tokenizer = factory(nfc=True) if kind == "byte level" else factory()
+    student = student_factory(tmp_path / "student", "llama", tokenizer)
+    artifact = export(student, "fp16", tmp_path / "out")
+    session = targets.open_artifact(artifact, threads=1)
+    result = check_tokens(session, load_tokenizer(student), artifact.manifest.contract)
+    session.close()
+    assert not result["differences"], result["differences"]
