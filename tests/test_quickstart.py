@@ -29,6 +29,8 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     spec["quantize"]["qad"] |= {"steps": 6, "warmup_steps": 1, "validate_every": 3, "checkpoint_every": 3}
     spec["data"]["max_test_tokens"] = 8192
     spec["verify"]["windows"] = 8
+    # Six steps and not 150 bring the int4 head less near.
+    spec["verify"]["thresholds"]["portable-int4-head4"]["top1_min"] = 0.85
     spec["bench"]["runs"] = 1
     (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(spec))
     command = [sys.executable, "-m", "edgekd.cli", "run", "quickstart.yaml", "--json"]
@@ -38,10 +40,13 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     quality = results["quality"]
     assert quality["teacher"]["next_token_accuracy"] > 0.4
     assert quality["student"]["perplexity"] < quality["baseline"]["perplexity"]
-    by_recipe = {a["manifest"]["recipe"]: a for a in results["artifacts"]}
-    assert list(by_recipe) == spec["targets"][0]["recipes"]
-    for artifact in by_recipe.values():
+    made = [(a["manifest"]["target"], a["manifest"]["recipe"]) for a in results["artifacts"]]
+    assert made == [(target["target"], recipe) for target in spec["targets"] for recipe in target["recipes"]]
+    for artifact in results["artifacts"]:
         assert artifact["manifest"]["parity"]["failures"] == []
+    by_recipe = {a["manifest"]["recipe"]: a for a in results["artifacts"] if a["manifest"]["target"] == "gguf"}
+    for manifest in (artifact["manifest"] for artifact in results["artifacts"]):
+        assert manifest["grid_digest"] == by_recipe[manifest["recipe"]]["manifest"]["grid_digest"], "one grid for all"
     sizes = {recipe: artifact["size_bytes"] for recipe, artifact in by_recipe.items()}
     assert sizes["portable-int4-head4"] < sizes["portable-int4"] < sizes["int8"] < sizes["fp16"]
     divergence = {recipe: a["manifest"]["parity"]["kl_mean"] for recipe, a in by_recipe.items()}
