@@ -57,7 +57,7 @@ class Bars:
 def watching() -> Iterator[Bars]:
     """Progress bars on stderr while the body runs; Ctrl-C ends it with a word on how to go on, exit code 130."""
     columns = (
-        TextColumn("{task.description:<18}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<35}"), BarColumn(bar_width=16), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )  # fmt: skip
     try:

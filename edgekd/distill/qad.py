@@ -2,7 +2,8 @@
 
 Every forward pass sees the weights as the grid holds them; the gradient goes to float32 weights behind them and to the
 int4 scales (LSQ, Esser et al. 2020; distilled as in LLM-QAT, Liu et al. 2023). What was trained is what is written:
-no rounding is left to do afterwards. Norms and biases learn along.
+no rounding is left to do afterwards, though under bf16 autocast the matrix products see the weights in bf16. Norms and
+biases learn along.
 
 Shapes: weights ``(O, I)``, scales ``(O, G)``.
 """
