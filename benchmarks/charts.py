@@ -201,43 +201,9 @@ def interval(value: Any) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-_PLOT_PX = (280, 340)
-"""A phone's plot area: labels that are clear of each other there are clear everywhere."""
-
-
-def _label_places(points: Sequence[tuple[float, float, float, str]]) -> list[str]:
-    """Where each label goes so that it hides neither another label nor a marker, as far as four places allow.
-
-    Args:
-        points: x and y as shares of the plot, the marker's diameter in pixels, the label.
-    """
-    boxes = [_box(x * _PLOT_PX[0], y * _PLOT_PX[1], d / 2, d / 2) for x, y, d, _ in points]
-    places = []
-    for i, (x, y, diameter, text) in enumerate(points):
-        cx, cy, half, away = x * _PLOT_PX[0], y * _PLOT_PX[1], 3.4 * len(text), diameter / 2 + 8
-        options = {
-            "top center": _box(cx, cy + away, half, 7),
-            "bottom center": _box(cx, cy - away, half, 7),
-            "middle right": _box(cx + away + half - 4, cy, half, 7),
-            "middle left": _box(cx - away - half + 4, cy, half, 7),
-        }
-        others = boxes[:i] + boxes[i + 1 :]
-        place = min(options, key=lambda name: sum(_overlap(options[name], box) for box in others))
-        places.append(place)
-        boxes.append(options[place])
-    return places
-
-
-def _box(x: float, y: float, half_width: float, half_height: float) -> tuple[float, float, float, float]:
-    return x - half_width, y - half_height, x + half_width, y + half_height
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
 def pareto(points: Sequence[Point]) -> Figure | None:
-    """Decode speed against KL, area by size; filled: on the front, open: beaten, red cross: failed its gate."""
+    """Decode speed against KL, area by size, numbered in the order of ``points``; filled: on the front, open: beaten,
+    red cross: failed its gate."""
     known = [
         (p, p.decode_tokens_per_s, p.kl)
         for p in points
@@ -248,28 +214,20 @@ def pareto(points: Sequence[Point]) -> Figure | None:
     x_axis = _axis("decode, tokens per second → faster", range=_padded([x for _, x, _ in known]))
     y_axis = _log_axis("← closer: mean KL, nats per token", [y for _, _, y in known], 0.15)
     largest = max(p.size_bytes or 0 for p, _, _ in known) or 1.0
-    diameters = [max(8.0, 40 * ((p.size_bytes or 0) / largest) ** 0.5) for p, _, _ in known]
-    one_target = len({p.name.partition(" ")[0] for p, _, _ in known}) == 1
-    names = [p.name.partition(" ")[2] if one_target else p.name for p, _, _ in known]
-    (x0, x1), (y0, y1) = x_axis["range"], y_axis["range"]
-    places = _label_places(
-        [
-            ((x - x0) / (x1 - x0), (math.log10(y) - y0) / (y1 - y0), d, name)
-            for (_, x, y), d, name in zip(known, diameters, names, strict=True)
-        ]
-    )
+    diameters = [max(18.0, 40 * ((p.size_bytes or 0) / largest) ** 0.5) for p, _, _ in known]
     data = []
-    for (p, x, y), diameter, name, place in zip(known, diameters, names, places, strict=True):
+    for (p, x, y), diameter in zip(known, diameters, strict=True):
         colour = "var(--bad)" if p.failed else "var(--student)" if p.on_front else "var(--teacher)"
         data.append(
             {
-                "type": "scatter", "mode": "markers+text", "x": [x], "y": [y], "text": [name], "textposition": place,
-                "cliponaxis": False,
+                "type": "scatter", "mode": "markers+text", "x": [x], "y": [y], "text": [str(points.index(p) + 1)],
+                "textposition": "middle center", "cliponaxis": False,
+                "textfont": {"color": "var(--inverse)" if p.on_front and not p.failed else "var(--text)"},
                 "marker": {
                     "size": diameter, "color": colour, "opacity": 0.85, "line": {"width": 2, "color": colour},
-                    "symbol": "x" if p.failed else "circle" if p.on_front else "circle-open",
+                    "symbol": "x-open" if p.failed else "circle" if p.on_front else "circle-open",
                 },
-                "hovertemplate": f"{show.size(p.size_bytes)}, {show.significant(x)} tok/s, "
+                "hovertemplate": f"{p.name}: {show.size(p.size_bytes)}, {show.significant(x)} tok/s, "
                 f"KL {show.significant(y)}<extra></extra>",
             }
         )  # fmt: skip
