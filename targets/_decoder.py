@@ -102,8 +102,12 @@ def _refuse_odd_settings(config: Mapping[str, Any], model_type: str, form: str) 
         "mlp_bias": bool(config.get("mlp_bias")),
         "use_sliding_window": bool(config.get("use_sliding_window")),
         "layer_types": any(kind != "full_attention" for kind in layer_types),
-        "quantization_config": bool(config.get("quantization_config")),
     }
+    if config.get("quantization_config"):
+        raise Unsupported(
+            "config.json: the model is quantized already (quantization_config).",
+            "Give the student it was made from; a quantized student of edgekd goes behind --grid.",
+        )
     for key in (key for key, is_odd in odd.items() if is_odd):
         raise Unsupported(
             f"config.json: {key}: {config[key]!r:.80} has no {form} export for {model_type}.",

@@ -385,6 +385,8 @@ def test_the_grid_of_another_student_is_refused(tmp_path: Path, tiny_student: Pa
     quantize(tiny_student, tmp_path / "own", load_recipe("portable-int4-head4"))
     with pytest.raises(EdgekdError, match="for the recipe portable-int4-head4, not portable-int4"):
         export(tiny_student, "portable-int4", tmp_path / "out", grid=tmp_path / "own")
+    with pytest.raises(EdgekdError, match="quantized already"):
+        export(tmp_path / "own", "portable-int4-head4", tmp_path / "out")
     with pytest.raises(EdgekdError, match="second moments"):
         export(tiny_student, "gguf-q4_k_m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
