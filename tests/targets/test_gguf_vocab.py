@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,4 +188,7 @@ def test_any_text_has_the_same_ids_and_comes_back(pair: tuple[Session, PreTraine
     text = text.replace("ſ", "s")
     ids = session.tokenize(text)
     assert ids == tokenizer(text)["input_ids"]
-    assert b"".join(map(session.token_bytes, ids)).decode() == text
+    # Special tokens render as nothing; hypothesis finds their texts in the source.
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    shown = re.sub("|".join(map(re.escape, special)), "", text)
+    assert b"".join(map(session.token_bytes, ids)).decode() == shown
