@@ -163,7 +163,7 @@ def quantize(
         raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
     chosen, folder = load_recipe(recipe), resolve_model(model)
     count = None if method == "qad" else windows
-    ids = None if method == "rtn" else _windows(folder, _training_text(text), count, context)
+    ids = None if method == "rtn" else _windows(folder, _documents(text, "train"), count, context)
     with watching() as watcher:
         watcher.begin("quantize")
         figures = quantize_model(
@@ -204,9 +204,8 @@ def export(
     folder = resolve_model(model)
     spec = TargetSpec(target=target, recipes=[recipe], context=context)
     check(Checkpoint(folder).config, folder, spec)
-    native = load_recipe(recipe, target).native
-    needs_text = native is not None and native.importance_matrix and moments is None
-    ids = _windows(folder, _training_text(text), 64, 256) if needs_text else None
+    needs_text = load_recipe(recipe, target).needs_moments and moments is None
+    ids = _windows(folder, _documents(text, "train"), 64, 256) if needs_text else None
     artifact = export_model(folder, spec, recipe, out, grid=grid, moments=moments, ids=ids)
     if as_json:
         return _print_json({"folder": str(out), "size_bytes": artifact.size_bytes, **artifact.manifest.model_dump()})
@@ -236,7 +235,7 @@ def verify(
     from .verify.parity import judge
 
     loaded, folder = load_artifact(artifact), resolve_model(reference)
-    ids = _windows(folder, _held_out_text(text), windows, context)
+    ids = _windows(folder, _documents(text, "test"), windows, context)
     spec = VerifySpec(windows=windows, context=context)
     with watching() as watcher:
         watcher.begin("verify")
@@ -252,23 +251,16 @@ def verify(
         raise GateFailed(f"{artifact}: " + "; ".join(figures["failures"]) + ".")
 
 
-def _documents(text: Path) -> list[str]:
+def _documents(text: Path | None, split: Literal["train", "test"]) -> list[str]:
+    """A text file, or a split of the standard library."""
+    if text is None:
+        from .distill.corpus import stdlib_corpus
+
+        return list(getattr(stdlib_corpus(), split))
     try:
         return [text.read_text("utf-8")]
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"--text {text}: not readable as UTF-8 text ({error}).", "Name a text file.") from error
-
-
-def _training_text(text: Path | None) -> list[str]:
-    from .distill.corpus import stdlib_corpus
-
-    return stdlib_corpus().train if text is None else _documents(text)
-
-
-def _held_out_text(text: Path | None) -> list[str]:
-    from .distill.corpus import stdlib_corpus
-
-    return stdlib_corpus().test if text is None else _documents(text)
 
 
 def _windows(model: Path, documents: list[str], windows: int | None, context: int) -> Any:

@@ -55,7 +55,7 @@ class Manifest(BaseModel):
     method: str | None = None
     """How the grid's integers were chosen."""
     int8_by_width: list[str] = []
-    """Matrices that the recipe would have in int4, but for an input width that is not divisible by 32."""
+    """int8 matrices of the grid whose input width is not divisible by 32."""
     parameters: int
     bits_per_weight: float
     contract: Contract

@@ -246,9 +246,9 @@ def _grids(run: Run) -> list[tuple[Recipe, Method, str]]:
     ]
 
 
-def _exported_grid(run: Run, recipe: Recipe) -> str:
-    """The folder of the quantized student that a recipe's artifacts pack."""
-    return [folder for of, _, folder in _grids(run) if of == recipe][-1]
+def _exported_grid(run: Run, recipe: Recipe) -> tuple[Method, str]:
+    """Method and folder of the quantized student that a recipe's artifacts pack."""
+    return [(method, folder) for of, method, folder in _grids(run) if of == recipe][-1]
 
 
 def _quantize_stages(run: Run, student_key: str, data_key: str, machine: plan.Machine) -> list[Stage]:
@@ -257,7 +257,7 @@ def _quantize_stages(run: Run, student_key: str, data_key: str, machine: plan.Ma
     calibration = [data_key, settings.calibration_windows]
     tokens = settings.calibration_windows * spec.data.context
     stages = []
-    if any(recipe.native and recipe.native.importance_matrix for _, recipe in _pairs(run)):
+    if any(recipe.needs_moments for _, recipe in _pairs(run)):
         key = digest([student_key, calibration, _code("quant/calibrate.py")])
         cost = plan.inference_cost([student], tokens, machine)
         stages.append(Stage("calibrate", "calibration", key, cost, partial(_calibrate, run)))
@@ -295,9 +295,8 @@ def _artifact_stages(
     label = label_of(target.target, recipe.name)
     upstream = [student_key]
     if recipe.on_grid:
-        _, method, _ = [grid for grid in _grids(run) if grid[0] == recipe][-1]
-        upstream.append(keys[f"quantize {recipe.name} {method}"])
-    if recipe.native and recipe.native.importance_matrix:
+        upstream.append(keys[f"quantize {recipe.name} {_exported_grid(run, recipe)[0]}"])
+    if recipe.needs_moments:
         upstream.append(keys["calibrate"])
     export_key = digest(
         [
@@ -498,8 +497,8 @@ def _export(
     moments = run.path("calibration") / MOMENTS
     artifact = export(
         run.path("student"), target, recipe.name, out, name=run.spec.name,
-        grid=run.path(_exported_grid(run, recipe)) if recipe.on_grid else None,
-        moments=moments if recipe.native and recipe.native.importance_matrix else None,
+        grid=run.path(_exported_grid(run, recipe)[1]) if recipe.on_grid else None,
+        moments=moments if recipe.needs_moments else None,
     )  # fmt: skip
     return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
 
@@ -652,7 +651,7 @@ def _verify_windows(run: Run) -> np.ndarray:
 
 def _verify(run: Run, label: str, recipe: Recipe, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
     artifact = load_artifact(run.path(f"artifacts/{label}"))
-    grid = run.path(_exported_grid(run, recipe)) if recipe.on_grid else None
+    grid = run.path(_exported_grid(run, recipe)[1]) if recipe.on_grid else None
     figures = verify_artifact(artifact, run.path("student"), _verify_windows(run), run.spec.verify, tell, grid)
     write_json(out / "parity.json", figures)
     return {}
@@ -872,8 +871,8 @@ def _commands(run: Run) -> list[str]:
     for target, recipe in _pairs(run):
         line = f"edgekd export {run.path('student')} OUT --target {target.target} --recipe {recipe.name}"
         if recipe.on_grid:
-            line += f" --grid {run.path(_exported_grid(run, recipe))}"
-        elif recipe.native and recipe.native.importance_matrix:
+            line += f" --grid {run.path(_exported_grid(run, recipe)[1])}"
+        elif recipe.needs_moments:
             line += f" --moments {run.path('calibration') / MOMENTS}"
         lines.append(line)
     return lines

@@ -68,6 +68,43 @@ class Session(Protocol):
         ...
 
 
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary.
+
+    Raises:
+        ValueError: names the span of the ids.
+    """
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(f"an id of {min(ids)}..{max(ids)} is outside the vocabulary of {vocab_size}")
+
+
+def check_room(used: int, count: int, context_length: int) -> None:
+    """Refuse more tokens than the cache has room for.
+
+    Raises:
+        ValueError: names the three numbers.
+    """
+    if used + count > context_length:
+        raise ValueError(f"{used} + {count} tokens exceed the context of {context_length}")
+
+
+def generate(
+    session: Session, eos_ids: Sequence[int], ids: Sequence[int], max_tokens: int, temperature: float, seed: int
+) -> Iterator[int]:
+    """``Session.generate`` for any runtime: new tokens until one of ``eos_ids``, ``max_tokens``, or a full cache."""
+    rng = np.random.default_rng(seed)
+    session.reset()
+    logits = session.prefill(ids)
+    for count in range(1, max_tokens + 1):
+        token = sample(logits, temperature, rng)
+        if token in eos_ids:
+            return
+        yield token
+        if count == max_tokens or len(ids) + count > session.context_length:
+            return
+        logits = session.decode(token)
+
+
 def stream_text(session: Session, tokens: Iterable[int]) -> Iterator[str]:
     """Text of a stream of tokens, holding back bytes until their UTF-8 character is whole."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

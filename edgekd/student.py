@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -108,6 +109,14 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Put a tensor and its file before an error that lacks its subject."""
+        try:
+            yield
+        except EdgekdError as error:
+            raise EdgekdError(f"{self.files[name]}: tensor {name!r} {error.cause}", error.remedy) from error
 
     @property
     def parameters(self) -> int:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import EdgekdError
 from ..quant.recipe import GROUP
 from ..student import Checkpoint
 from ._gguf_arch import Weight
+from ._source import exact_half, narrow
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -48,9 +48,7 @@ def pack_q8_0(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _fp16_bytes(scale: np.ndarray) -> np.ndarray:
-    half = scale.astype("<f2")
-    assert np.array_equal(half.astype(np.float32), scale), "a scale is not exact in fp16"
-    return half[..., None].view(np.uint8)
+    return exact_half(scale)[..., None].view(np.uint8)
 
 
 def reorder_heads(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -85,15 +83,8 @@ def encode(weight: Weight, source: Checkpoint | Grid) -> np.ndarray:
     if kind_of(weight, source) != "plain":
         assert not isinstance(source, Checkpoint)
         return _encode_grid(weight, source)
-    value = reorder_heads(source.tensor(weight.source).float().numpy(), weight.heads)
-    with np.errstate(over="ignore"):
-        encoded = value.astype(np.float16) if len(weight.shape) == 2 else value
-    if not np.isfinite(encoded).all():
-        raise EdgekdError(
-            f"{source.folder}: tensor {weight.source!r} has weights that are not finite, or too large for fp16.",
-            "Train the student again with a lower learning rate.",
-        )
-    return encoded
+    dtype = "float16" if len(weight.shape) == 2 else "float32"
+    return reorder_heads(narrow(source, weight.source, dtype), weight.heads)
 
 
 def kind_of(weight: Weight, source: Checkpoint | Grid) -> Kind:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import EdgekdError
 from ..student import Checkpoint
 from ._decoder import Architecture
 from ._onnx_graph import BLOCK, Stored, offsets
+from ._source import exact_half, narrow
 
 if TYPE_CHECKING:
     import torch
@@ -71,11 +71,11 @@ def _pieces(item: Stored, weights: Grid | Checkpoint, arch: Architecture, contex
         yield rotary_tables(arch, context_length)[item.part == "sin"].astype(item.dtype)
         return
     if item.part == "transposed":
-        yield np.concatenate([_narrow(weights.tensor(source), item.dtype, source) for source in item.sources]).T
+        yield np.concatenate([narrow(weights, source, item.dtype) for source in item.sources]).T
         return
     for source in item.sources:
         if item.part == "value":
-            yield _narrow(weights.tensor(source), item.dtype, source)
+            yield narrow(weights, source, item.dtype)
             continue
         assert not isinstance(weights, Checkpoint), source
         for q, scale in weights.blocks(source):
@@ -88,17 +88,4 @@ def _pieces(item: Stored, weights: Grid | Checkpoint, arch: Architecture, contex
 def _scales(scale: np.ndarray, blocks: int) -> np.ndarray:
     """fp16 ``(rows, blocks)``; the one scale of an int8 row stands in every block."""
     whole = scale if scale.ndim == 2 else np.repeat(scale[:, None], blocks, axis=1)
-    half = whole.astype(np.float16)
-    assert np.array_equal(half.astype(np.float32), whole), "a scale is not exact in fp16"
-    return half
-
-
-def _narrow(value: torch.Tensor, dtype: str, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        narrow = value.float().numpy().astype(dtype)
-    if not np.isfinite(narrow).all():
-        raise EdgekdError(
-            f"tensor {name!r} has weights that are not finite, or too large for {dtype}.",
-            "Train the student again with a lower learning rate.",
-        )
-    return narrow
+    return exact_half(whole)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..manifest import Contract
-from ..session import sample
+from ..session import check_ids, check_room, generate
 from ._onnx_graph import DATA_FILE, HEAD_FILE, HIDDEN
 from ._tokenizer import JsonTokenizer
 
@@ -175,7 +175,7 @@ class OnnxSession:
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; nothing for a special one."""
         self._check_open()
-        self._check_ids([token])
+        check_ids([token], self.vocab_size)
         return self._json.token_bytes(token)
 
     def reset(self) -> None:
@@ -187,7 +187,7 @@ class OnnxSession:
         """Append ids; logits of the last ``(V,)``, or of all ``(T, V)``."""
         if not len(ids):
             raise ValueError("no ids to prefill")
-        self._check_ids(ids)
+        check_ids(ids, self.vocab_size)
         self._check_room(len(ids))
         pieces = [ids[i : i + BATCH_TOKENS] for i in range(0, len(ids), BATCH_TOKENS)]
         if all_logits:
@@ -230,17 +230,7 @@ class OnnxSession:
         self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[int]:
         """Yield new tokens until an end-of-sequence token, ``max_tokens``, or a full cache."""
-        rng = np.random.default_rng(seed)
-        self.reset()
-        logits = self.prefill(ids)
-        for count in range(1, max_tokens + 1):
-            token = sample(logits, temperature, rng)
-            if token in self._contract.eos_ids:
-                return
-            yield token
-            if count == max_tokens or self._used == self.context_length:
-                return
-            logits = self.decode(token)
+        return generate(self, self._contract.eos_ids, ids, max_tokens, temperature, seed)
 
     def close(self) -> None:
         """Free onnxruntime's memory."""
@@ -248,15 +238,10 @@ class OnnxSession:
         self._present = {}
         self.__dict__.pop("_head", None)
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise ValueError(f"an id of {min(ids)}..{max(ids)} is outside the vocabulary of {self.vocab_size}")
-
     def _check_open(self) -> None:
         if self._session is None:
             raise ValueError("the session is closed")
 
     def _check_room(self, count: int) -> None:
         self._check_open()
-        if self._used + count > self.context_length:
-            raise ValueError(f"{self._used} + {count} tokens exceed the context of {self.context_length}")
+        check_room(self._used, count, self.context_length)

@@ -10,6 +10,8 @@ from ..quant.recipe import Recipe
 from ..student import Checkpoint
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..quant.folder import Grid
 
 
@@ -48,9 +50,33 @@ def source_fields(checkpoint: Checkpoint, source: Checkpoint | Grid) -> dict[str
     fields = {"student_digest": checkpoint.digest, "parameters": checkpoint.parameters}
     if isinstance(source, Checkpoint):
         return fields
-    from ..quant.folder import describe
-
-    told = describe(source.folder)
     return fields | {
-        "grid_digest": source.digest, "method": source.method, "int8_by_width": told["int8_by_width"],
+        "grid_digest": source.digest, "method": source.method, "int8_by_width": source.int8_by_width,
     }  # fmt: skip
+
+
+def narrow(source: Checkpoint | Grid, name: str, dtype: str) -> np.ndarray:
+    """One of the source's tensors in a dtype that may hold less.
+
+    Raises:
+        EdgekdError: a weight that is not finite, or does not fit.
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        value = source.tensor(name).float().numpy().astype(dtype)
+    if not np.isfinite(value).all():
+        raise EdgekdError(
+            f"{source.folder}: tensor {name!r} has weights that are not finite, or too large for {dtype}.",
+            "Train the student again with a lower learning rate.",
+        )
+    return value
+
+
+def exact_half(scale: np.ndarray) -> np.ndarray:
+    """float32 scales in fp16, which holds each of the grid's exactly."""
+    import numpy as np
+
+    half = scale.astype("<f2")
+    assert np.array_equal(half.astype(np.float32), scale), "a scale is not exact in fp16"
+    return half

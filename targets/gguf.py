@@ -116,7 +116,7 @@ def _write(
     file_type = "q4_0" if recipe.has_int4 else "q8_0" if recipe.on_grid else "f16"
     write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, source, rope_factors=arch.rope_factors)
     if recipe.native:
-        importance = _importance(plan, checkpoint, moments) if recipe.native.importance_matrix else {}
+        importance = _importance(plan, checkpoint, moments) if recipe.needs_moments else {}
         _quantize(packed, main_file, FILE_TYPES[recipe.native.type], importance)
         packed.unlink()
     tokenizer.save_pretrained(folder)

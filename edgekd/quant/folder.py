@@ -73,6 +73,10 @@ class _Stored:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
+_Plan = tuple[dict[str, Kind], list[list[str]], dict[str, list[_Stored]]]
+"""The kind of every parameter, the parameters of every shard, and the tensors that hold each parameter."""
+
+
 class _GridFile(BaseModel):
     """``grid.json``."""
 
@@ -160,6 +164,11 @@ class Grid:
         """Number of weights; a tied head counts once."""
         return sum(torch.Size(self.shape(name)).numel() for name in self.kinds)
 
+    @property
+    def int8_by_width(self) -> list[str]:
+        """int8 matrices whose input width is not divisible by 32."""
+        return [name for name in self.names() if self.kinds[name] == "int8" and self.shape(name)[1] % GROUP]
+
     def blocks(self, name: str) -> Iterator[Block]:
         """The integers and scales of a quantized matrix, a few rows at a time."""
         kind, module = self.kinds[name], name.removesuffix(".weight")
@@ -227,13 +236,8 @@ def _row_blocks(path: Path, name: str, width: int) -> Iterator[torch.Tensor]:
             yield matrix[start : start + step].contiguous()
 
 
-def open_grid(folder: Path) -> Grid:
-    """Open a quantized student and check that it is what was written.
-
-    Raises:
-        EdgekdError: no grid, a missing or truncated file, or integers, scales or other tensors that do not match the
-            recorded digests.
-    """
+def _read(folder: Path) -> tuple[_GridFile, Grid]:
+    """What was recorded, and the grid, its tensors all there but not compared with their digests."""
     path = folder / GRID_JSON
     if not path.is_file():
         raise EdgekdError(f"{folder} is not a quantized student: it has no {GRID_JSON}.", "Make one: edgekd quantize")
@@ -246,17 +250,28 @@ def open_grid(folder: Path) -> Grid:
         stored = [name] if kind == "plain" else [s.name for s in _storage(name, kind, (1, GROUP))]
         if missing := [key for key in stored if key not in files.files]:
             raise EdgekdError(f"{folder}: tensor {missing[0]!r} is missing.", "Quantize the student again.")
-    grid = Grid(
+    return recorded, Grid(
         folder, recorded.recipe, recorded.method, recorded.grid_digest, recorded.student_digest,
         recorded.bits_per_weight, recorded.tensors, files,
     )  # fmt: skip
+
+
+def open_grid(folder: Path) -> Grid:
+    """Open a quantized student and check that it is what was written.
+
+    Raises:
+        EdgekdError: no grid, a missing or truncated file, or integers, scales or other tensors that do not match the
+            recorded digests.
+    """
+    recorded, grid = _read(folder)
     for key, expected, actual in (
         ("grid_digest", recorded.grid_digest, _digest(grid)),
         ("plain_digest", recorded.plain_digest, _plain_digest(grid)),
     ):
         if actual != expected:
             raise EdgekdError(
-                f"{path}: {key} does not match the tensors of the folder.", "It was changed: quantize again."
+                f"{folder / GRID_JSON}: {key} does not match the tensors of the folder.",
+                "It was changed: quantize again.",
             )
     return grid
 
@@ -333,9 +348,9 @@ class _File:
 class GridWriter:
     """A quantized student being written; ``new_grid`` makes one. Tensors come in any order, rows in theirs."""
 
-    def __init__(self, source: Checkpoint, folder: Path, recipe: Recipe) -> None:
-        self._source, self._folder = source, folder
-        self.kinds, shards, self._stored = _plan(source, recipe)
+    def __init__(self, source: Checkpoint, folder: Path, plan: _Plan) -> None:
+        self.source, self._folder = source, folder
+        self.kinds, shards, self._stored = plan
         self._of: dict[str, _File] = {}
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
@@ -353,11 +368,7 @@ class GridWriter:
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         """The student's matrix, a few rows at a time, in the dtype of its file."""
-        return _row_blocks(self._source.files[name], name, self._source.shape(name)[1])
-
-    def student_tensor(self, name: str) -> torch.Tensor:
-        """One of the student's tensors whole, in the dtype of its file."""
-        return self._source.tensor(name)
+        return _row_blocks(self.source.files[name], name, self.source.shape(name)[1])
 
     def put(self, name: str, q: torch.Tensor, scale: torch.Tensor) -> None:
         """The next rows of a quantized matrix: q int8 ``(rows, I)``, scale float32 ``(rows, G)`` or ``(rows,)``.
@@ -370,7 +381,7 @@ class GridWriter:
         if is_embedding(name):
             half = dequantize(q, scale).half()
             if half.isinf().any():
-                with self.naming(name):
+                with self.source.naming(name):
                     raise EdgekdError("holds weights beyond fp16's range (65504).", "Train or save the model again.")
             self._append(name, half)
         elif self.kinds[name] == "int4":
@@ -381,41 +392,32 @@ class GridWriter:
 
     def put_plain(self, name: str, value: torch.Tensor) -> None:
         """A tensor that is not quantized, whole; it is stored in the student's dtype."""
-        with self.naming(name):
+        with self.source.naming(name):
             check_finite(value)
         self._append(name, value.to(self._stored[name][0].dtype))
-
-    @contextmanager
-    def naming(self, name: str) -> Iterator[None]:
-        """Put the tensor before an error that lacks its subject."""
-        try:
-            yield
-        except EdgekdError as error:
-            raise EdgekdError(f"{self._source.files[name]}: tensor {name!r} {error.cause}", error.remedy) from error
 
     def _append(self, name: str, tensor: torch.Tensor) -> None:
         self._of[name].append(name, tensor)
 
-    def _finish(self, recipe: Recipe, method: str) -> _GridFile:
+    def _finish(self, recipe: Recipe, method: str) -> None:
         """Write what is beside the weights. The digests are taken from what was written: it has been read back once."""
         for name, kind in self.kinds.items():
             if kind != "plain" and not is_embedding(name):
-                self._append(f"{name.removesuffix('.weight')}.weight_shape", torch.tensor(self._source.shape(name)))
+                self._append(f"{name.removesuffix('.weight')}.weight_shape", torch.tensor(self.source.shape(name)))
         self._close()
         if unfilled := [name for file in set(self._of.values()) for name in file.unfilled()]:
             raise AssertionError(f"rows are missing or too many: {unfilled}")
-        _copy_rest(self._source, self._folder, self.kinds)
-        bits = _bits_per_weight(self._source, self.kinds, self._stored)
+        _copy_rest(self.source, self._folder, self.kinds)
+        bits = _bits_per_weight(self.source, self.kinds, self._stored)
         written = Grid(
-            self._folder, recipe.name, method, "", self._source.digest, bits, self.kinds, Checkpoint(self._folder)
+            self._folder, recipe.name, method, "", self.source.digest, bits, self.kinds, Checkpoint(self._folder)
         )
         recorded = _GridFile(
-            schema_version=1, recipe=recipe.name, method=method, group_size=32, student_digest=self._source.digest,
+            schema_version=1, recipe=recipe.name, method=method, group_size=32, student_digest=self.source.digest,
             grid_digest=_digest(written), plain_digest=_plain_digest(written), bits_per_weight=bits,
             tensors=self.kinds,
         )  # fmt: skip
         write_json(self._folder / GRID_JSON, recorded.model_dump())
-        return recorded
 
     def _close(self) -> None:
         for file in set(self._of.values()):
@@ -437,8 +439,9 @@ def new_grid(student: Path, out: Path, recipe: Recipe, method: str) -> Iterator[
     """
     source = Checkpoint(student)
     _check(source, out, recipe)
-    _, _, stored = _plan(source, recipe)
-    needed, free = sum(s.size_bytes for parts in stored.values() for s in parts), shutil.disk_usage(_existing(out)).free
+    plan = _plan(source, recipe)
+    needed = sum(s.size_bytes for parts in plan[2].values() for s in parts)
+    free = shutil.disk_usage(_existing(out)).free
     if needed > free:
         raise DoesNotFit(f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.", "Free some disk space.")
     partial = out.with_name(out.name + ".partial")
@@ -446,7 +449,7 @@ def new_grid(student: Path, out: Path, recipe: Recipe, method: str) -> Iterator[
     partial.mkdir(parents=True)
     writer = None
     try:
-        writer = GridWriter(source, partial, recipe)
+        writer = GridWriter(source, partial, plan)
         yield writer
         writer._finish(recipe, method)
         partial.rename(out)
@@ -459,17 +462,16 @@ def new_grid(student: Path, out: Path, recipe: Recipe, method: str) -> Iterator[
 
 def describe(folder: Path) -> dict[str, Any]:
     """What a quantized student is: ``digest``, ``recipe``, ``method``, ``bits_per_weight``, ``tensors`` (count by kind)
-    and ``int8_by_width`` (matrices that are int8 because their input width is not divisible by 32)."""
-    recorded = _GridFile.model_validate_json((folder / GRID_JSON).read_bytes())
-    kinds = recorded.tensors
-    grid = Grid(folder, "", "", "", "", 0.0, kinds, Checkpoint(folder))
+    and ``int8_by_width``."""
+    _, grid = _read(folder)
+    kinds = list(grid.kinds.values())
     return {
-        "digest": recorded.grid_digest,
-        "recipe": recorded.recipe,
-        "method": recorded.method,
-        "bits_per_weight": recorded.bits_per_weight,
-        "tensors": {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))},
-        "int8_by_width": sorted(n for n, kind in kinds.items() if kind == "int8" and grid.shape(n)[1] % GROUP),
+        "digest": grid.digest,
+        "recipe": grid.recipe,
+        "method": grid.method,
+        "bits_per_weight": grid.bits_per_weight,
+        "tensors": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "int8_by_width": grid.int8_by_width,
     }
 
 
@@ -496,8 +498,7 @@ def _quantization_config(kinds: dict[str, Kind], tied: bool) -> dict[str, Any]:
     }
 
 
-def _plan(source: Checkpoint, recipe: Recipe) -> tuple[dict[str, Kind], list[list[str]], dict[str, list[_Stored]]]:
-    """The kind of every parameter, the parameters of every shard, and the tensors that hold each parameter."""
+def _plan(source: Checkpoint, recipe: Recipe) -> _Plan:
     kinds: dict[str, Kind] = {}
     stored: dict[str, list[_Stored]] = {}
     shards: list[list[str]] = [[]]

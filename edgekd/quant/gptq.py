@@ -19,7 +19,6 @@ Four choices go beyond the paper:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -215,7 +214,7 @@ def _tied_head(source: Checkpoint, ids: torch.Tensor, name: str) -> tuple[torch.
     hessian = torch.zeros(weight.shape[1], weight.shape[1])
     for x in walk.head_inputs():
         hessian.addmm_(x.T, x)
-    with _naming(source, name):
+    with source.naming(name):
         return gptq_int4(weight, hessian, damp=_TIED_DAMP)
 
 
@@ -256,17 +255,8 @@ def _moments(width: int, inputs: Iterator[tuple[torch.Tensor, torch.Tensor]]) ->
 def _named(
     source: Checkpoint, name: str, w: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with _naming(source, name):
+    with source.naming(name):
         return gptq_int4(_retarget(w.float(), hessian, shift), hessian)
-
-
-@contextmanager
-def _naming(source: Checkpoint, name: str) -> Iterator[None]:
-    """Put the tensor before an error that lacks its subject."""
-    try:
-        yield
-    except EdgekdError as error:
-        raise EdgekdError(f"{source.files[name]}: tensor {name!r} {error.cause}", error.remedy) from error
 
 
 def _retarget(w: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -87,9 +87,9 @@ def _gptq(student: Path, writer: GridWriter, ids: torch.Tensor, on_progress: Pro
 def _put_rows(writer: GridWriter, name: str, moments: torch.Tensor | None) -> None:
     """One tensor, row block by row block: the grid's scales searched where there are moments."""
     if writer.kinds[name] == "plain":
-        return writer.put_plain(name, writer.student_tensor(name))
+        return writer.put_plain(name, writer.source.tensor(name))
     for rows in writer.rows(name):
-        with writer.naming(name):
+        with writer.source.naming(name):
             if writer.kinds[name] == "int8":
                 block = quantize_int8_rows(rows)
             else:

@@ -67,6 +67,11 @@ class Recipe(_Frozen):
         return any(rule.kind != "fp16" for rule in self.rules)
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether the runtime's quantizer wants the activations' second moments."""
+        return self.native is not None and self.native.importance_matrix
+
+    @property
     def has_int4(self) -> bool:
         """Whether there are integers to choose: int8 rows are rounded to nearest whatever the method."""
         return any(rule.kind == "int4" for rule in self.rules)

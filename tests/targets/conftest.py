@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
@@ -114,6 +115,27 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def student_factory() -> Callable[..., Path]:
     return make_student
+
+
+@pytest.fixture(scope="session")
+def damage_student() -> Callable[[Path, str], str]:
+    """Spoil a student's weights in one way; what the error must name."""
+
+    def damage_weights(student: Path, damage: str) -> str:
+        weights = {name: value.float() for name, value in load_file(student / "model.safetensors").items()}
+        name = "model.layers.0.mlp.up_proj.weight"
+        if damage == "missing":
+            del weights[name]
+        elif damage == "extra":
+            weights["model.layers.0.self_attn.sinks"] = torch.zeros(4)
+        elif damage == "shape":
+            weights[name] = weights[name][:-1].contiguous()
+        else:
+            weights[name][3, 5] = torch.nan if damage == "nan" else 1e6
+        save_file(weights, student / "model.safetensors")
+        return "sinks" if damage == "extra" else name
+
+    return damage_weights
 
 
 @pytest.fixture(scope="session")
