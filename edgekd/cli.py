@@ -184,6 +184,9 @@ def export(
         str, typer.Option(help="fp16, int8, portable-int4, portable-int4-head4, or one such as gguf-q4_k_m.")
     ] = "portable-int4",
     context: Annotated[int | None, typer.Option(min=1, help="Context length. Default: the model's.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Execution provider of onnx, the preferred first. Default: cpu.")
+    ] = None,
     grid: Annotated[
         Path | None, typer.Option(help="A quantized student whose integers to pack. Default: round to nearest.")
     ] = None,
@@ -202,7 +205,7 @@ def export(
     if out.exists():
         raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
     folder = resolve_model(model)
-    spec = TargetSpec(target=target, recipes=[recipe], context=context)
+    spec = TargetSpec(target=target, recipes=[recipe], context=context, providers=provider or ["cpu"])
     check(Checkpoint(folder).config, folder, spec)
     needs_text = load_recipe(recipe, target).needs_moments and moments is None
     ids = _windows(folder, _documents(text, "train"), 64, 256) if needs_text else None

@@ -168,7 +168,7 @@ class TargetSpec(_Strict):
     )
     providers: Annotated[list[str], Field(min_length=1)] = Field(
         ["cpu"],
-        description="For onnx: execution providers, the preferred one first: cpu (tested) cuda webgpu (not run).",
+        description="For onnx: execution providers, the preferred one first: cpu (tested) cuda dml webgpu (not run).",
     )
     context: Count | None = Field(None, description="Context length of the artifact; default: the student's.")
 

@@ -26,6 +26,7 @@ OPSET, IR_VERSION = 23, 11  # the first opset with RMSNormalization, which onnxr
 DATA_FILE = "model.onnx.data"
 HEAD_FILE = "head.onnx"
 HIDDEN = "hidden"
+POSITIONS = "position_ids"
 EMBEDDING = "model.embed_tokens.weight"
 MS = "com.microsoft"
 _PAGE = 4096
@@ -62,6 +63,8 @@ class Settings:
     tied: bool
     activations: Activations
     context_length: int
+    rotary_apart: bool = False
+    """The rotary embedding by nodes of its own, for runtimes whose attention has none inside (DirectML)."""
     accuracy_level: int = 4
     """What ``MatMulNBits`` may round activations to: 4 is int8, the fast kernels; 0 leaves them as they are."""
 
@@ -207,7 +210,7 @@ def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str], rota
         sources = tuple(f"{at}{p}_proj.weight" for p in sizes)
         packed = _matmul(graph, x, f"{at}qkv_proj.weight", sources, (query + 2 * key, arch.hidden), bias)
         parts = [packed, "", ""]
-        if norms:
+        if norms or graph.settings.rotary_apart:
             parts = [f"{packed}.{p}" for p in sizes]
             graph.node("Split", [packed, graph.constant(list(sizes.values()))], parts, axis=-1)
     else:
@@ -216,16 +219,20 @@ def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str], rota
                     graph.vector(biases[p], size) if biases else "")
             for p, size in sizes.items()
         ]  # fmt: skip
-    inputs = [*parts, *(f"past_key_values.{layer}.{p}" for p in ("key", "value")), *lengths, *rotary]
     if norms:  # GroupQueryAttention takes their weights too, but its CPU kernel refuses them
         for i, p in enumerate(("q", "k")):
             heads = graph.node("Reshape", [parts[i], graph.constant([0, 0, -1, arch.head_dim])])
             heads = _norm(graph, heads, f"{at}{p}_norm.weight", arch.head_dim)
-            inputs[i] = graph.node("Reshape", [heads, graph.constant([0, 0, -1])])
+            parts[i] = graph.node("Reshape", [heads, graph.constant([0, 0, -1])])
+    inside = not graph.settings.rotary_apart
+    if not inside:
+        for i in range(2):
+            parts[i] = graph.node("RotaryEmbedding", [parts[i], POSITIONS, *rotary], domain=MS, interleaved=0)
+    inputs = [*parts, *(f"past_key_values.{layer}.{p}" for p in ("key", "value")), *lengths]
     outputs = [f"{at}output", *(f"present.{layer}.{p}" for p in ("key", "value"))]
     return graph.node(
-        "GroupQueryAttention", inputs, outputs, domain=MS, num_heads=arch.heads, kv_num_heads=arch.kv_heads,
-        do_rotary=1, rotary_interleaved=0,
+        "GroupQueryAttention", [*inputs, *rotary] if inside else inputs, outputs, domain=MS, num_heads=arch.heads,
+        kv_num_heads=arch.kv_heads, do_rotary=int(inside), rotary_interleaved=0,
     )  # fmt: skip
 
 
@@ -317,6 +324,7 @@ def _decoder_model(graph: _Graph) -> ModelProto:
     inputs = [
         _info("input_ids", "int64", ["B", "S"]),
         _info("attention_mask", "int64", ["B", "T"]),
+        *([_info(POSITIONS, "int64", ["B", "S"])] if graph.settings.rotary_apart else []),
         *(_info(f"past_key_values.{pair}", graph.settings.activations, cache) for pair in pairs),
     ]
     outputs = [

@@ -16,13 +16,14 @@ import numpy as np
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..manifest import Contract
 from ..session import check_ids, check_room, generate
-from ._onnx_graph import DATA_FILE, HEAD_FILE, HIDDEN
+from ._onnx_graph import DATA_FILE, HEAD_FILE, HIDDEN, POSITIONS
 from ._tokenizer import JsonTokenizer
 
 BATCH_TOKENS = 512
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
+    "dml": "DmlExecutionProvider",
     "webgpu": "WebGpuExecutionProvider",
 }
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -125,6 +126,7 @@ class OnnxSession:
         lib, context = runtime(), self._contract.context_length
         self._many, self._one = self._session.io_binding(), self._session.io_binding()
         self._present: dict[str, Any] = {}
+        self._wants_positions = any(node.name == POSITIONS for node in self._session.get_inputs())
         for node in self._session.get_inputs():
             if not node.name.startswith("past_key_values"):
                 continue
@@ -219,6 +221,8 @@ class OnnxSession:
 
     def _run(self, binding: Any, count: int) -> None:
         binding.bind_cpu_input("attention_mask", self._mask[:, : self._used + count])
+        if self._wants_positions:
+            binding.bind_cpu_input(POSITIONS, np.arange(self._used, self._used + count)[None])
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common parent but this

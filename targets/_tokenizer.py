@@ -32,6 +32,11 @@ PROBES = (
     "a  b   c    d     e        f                g", "word\n\nword\n \nword \n  word", "/* c */ //x\n/// y\n/\n",
     "x" * 300, "!" * 70, " " * 70, "\n" * 20, "9" * 40,
 )  # fmt: skip
+CHATS = (
+    [{"role": "user", "content": "Hello!"}],
+    [{"role": "user", "content": " naïve 世界 🚀 \n"}, {"role": "assistant", "content": "{{ 7 }} \"a\\b\" "},
+     {"role": "user", "content": ""}],
+)  # fmt: skip
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>")
 
 

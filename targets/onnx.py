@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from ._common import build_artifact
 from ._decoder import Architecture, check_context, check_weights, read_config
 from ._onnx_session import PROVIDERS, OnnxSession, genai_tokenizer, load, runtime
 from ._recipes import load_recipe
-from ._tokenizer import PROBES, contract_of, marked_texts, special_tokens
+from ._tokenizer import CHATS, PROBES, chat_template, contract_of, marked_texts, special_tokens
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -31,13 +32,7 @@ if TYPE_CHECKING:
 
 MAIN_FILE = "model.onnx"
 TESTED = ("cpu",)
-_NO_KERNEL = "has no kernel for MatMulNBits and GroupQueryAttention; onnxruntime-genai's builder makes no graph for it"
-_REFUSED = {
-    "dml": "wants the rotary embedding outside attention, and this graph has it inside",
-    "coreml": _NO_KERNEL,
-    "qnn": _NO_KERNEL,
-    "nnapi": _NO_KERNEL,
-}
+_WITHOUT_KERNELS = ("coreml", "qnn", "nnapi")
 
 
 def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
@@ -65,11 +60,13 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
 
 def _check_providers(providers: list[str]) -> None:
     for name in providers:
-        if name not in (*PROVIDERS, *_REFUSED):
+        if name not in (*PROVIDERS, *_WITHOUT_KERNELS):
             raise SpecError(f"targets: unknown execution provider {name!r}; there are: {', '.join(PROVIDERS)}.")
-        if name in _REFUSED:
+        if name in _WITHOUT_KERNELS:
             raise Unsupported(
-                f"targets: provider {name!r} {_REFUSED[name]}.", f"Choose from {', '.join(PROVIDERS)}; for phones, cpu."
+                f"targets: provider {name!r} has no kernel for MatMulNBits and GroupQueryAttention; "
+                "onnxruntime-genai's builder makes no graph for it.",
+                f"Choose from {', '.join(PROVIDERS)}; for phones, cpu.",
             )
 
 
@@ -122,12 +119,15 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
     check_weights(arch, source, "ONNX")
     kinds: dict[str, Kind] = dict.fromkeys(source, "plain") if isinstance(source, Checkpoint) else source.kinds
     activations: graph_.Activations = "float16" if set(spec.providers) - {"cpu"} else "float32"
-    settings = graph_.Settings(kinds, source.tied, activations, spec.context or arch.context_length)
+    settings = graph_.Settings(
+        kinds, source.tied, activations, spec.context or arch.context_length, rotary_apart="dml" in spec.providers
+    )
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
     tokenizer.save_pretrained(folder)
-    write_json(folder / "genai_config.json", genai_config(arch, contract, tokenizer.pad_token_id, spec.providers))
-    told = _compare_tokenizers(tokenizer, folder)
+    config = genai_config(arch, contract, tokenizer.pad_token_id, spec.providers, positions=settings.rotary_apart)
+    write_json(folder / "genai_config.json", config)
+    told = {"tokenizer": _compare_tokenizers(tokenizer, folder), "chat": _compare_chats(tokenizer, folder)}
 
     models = graph_.build(arch, settings)
     (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
@@ -144,14 +144,16 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
             "providers": {name: "tested" if name in TESTED else "not run" for name in spec.providers},
             "activations": activations,
             "ops": _histogram(models.decoder),
-            "tokenizer": told,
             "data_bytes": (folder / graph_.DATA_FILE).stat().st_size,
+            **told,
         },
     }
 
 
-def genai_config(arch: Architecture, contract: Contract, pad_id: int | None, providers: list[str]) -> dict[str, Any]:
-    """``genai_config.json``, with which onnxruntime-genai runs the same files."""
+def genai_config(
+    arch: Architecture, contract: Contract, pad_id: int | None, providers: list[str], *, positions: bool
+) -> dict[str, Any]:
+    """``genai_config.json``, with which onnxruntime-genai runs the same files; ``positions``: the graph takes them."""
     provider_options: list[dict[str, Any]] = [{name: {}} for name in providers[:1] if name != "cpu"]
     past, present = "past_key_values.%d.", "present.%d."
     return {
@@ -174,7 +176,7 @@ def genai_config(arch: Architecture, contract: Contract, pad_id: int | None, pro
                 "inputs": {
                     "input_ids": "input_ids", "attention_mask": "attention_mask",
                     "past_key_names": f"{past}key", "past_value_names": f"{past}value",
-                },
+                } | ({"position_ids": graph_.POSITIONS} if positions else {}),
                 "outputs": {
                     "logits": "logits", "present_key_names": f"{present}key", "present_value_names": f"{present}value",
                 },
@@ -198,6 +200,29 @@ def _compare_tokenizers(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dic
             told["used"] = "tokenizers"
             told["differ"] += 1
             told["first"] = told["first"] or f"{text!r:.100}: {actual[:20]} instead of {expected[:20]}"
+    return told
+
+
+def _compare_chats(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any] | None:
+    """Whether onnxruntime-genai's own template engine renders chats as the tokenizer does; None without a template.
+
+    Sessions are fed rendered text, so a difference touches those alone who render by genai.
+    """
+    import onnxruntime_genai
+
+    if not chat_template(tokenizer):
+        return None
+    told: dict[str, Any] = {"chats": len(CHATS), "differ": 0, "first": None}
+    for chat in CHATS:
+        expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        try:
+            theirs = onnxruntime_genai.Tokenizer(str(folder))
+            actual = theirs.apply_chat_template(messages=json.dumps(chat), add_generation_prompt=True)
+        except Exception as error:  # RuntimeError, or what its template engine throws
+            actual = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if actual != expected:
+            told["differ"] += 1
+            told["first"] = told["first"] or f"{actual!r:.200} instead of {expected!r:.200}"
     return told
 
 

@@ -258,6 +258,11 @@ def test_quantize_and_export_by_hand(project):
     assert not (project / "again").exists()
 
 
+def test_export_names_the_providers_there_are(project):
+    words = ["--target", "onnx", "--provider", "tpu", "--provider", "cpu"]
+    refused(edgekd("export", "teacher", "never", *words, cwd=project), "unknown execution provider 'tpu'", "webgpu")
+
+
 def test_export_refuses_a_folder_that_exists(project):
     (project / "out").mkdir()
     refused(edgekd("export", "teacher", "out", cwd=project), "out exists")

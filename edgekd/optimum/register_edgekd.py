@@ -27,6 +27,9 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--target", required=True, help="gguf or onnx.")
         parser.add_argument("--recipe", required=True, help="One of the target's, such as fp16 or portable-int4.")
         parser.add_argument("--context", type=int, help="Context length. Default: the model's.")
+        parser.add_argument(
+            "--provider", action="append", help="Execution provider of onnx, the preferred first. Default: cpu."
+        )
         parser.add_argument("--grid", type=Path, help="A quantized student whose integers to pack. Default: round.")
         parser.add_argument(
             "--moments", type=Path, help="Second moments from a run's calibration, where a recipe asks."
@@ -44,7 +47,9 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
             if args.context is not None and args.context < 1:
                 raise EdgekdError(f"--context {args.context}: not a length.", "Give a positive number.")
             folder = resolve_model(args.model)
-            spec = TargetSpec(target=args.target, recipes=[args.recipe], context=args.context)
+            spec = TargetSpec(
+                target=args.target, recipes=[args.recipe], context=args.context, providers=args.provider or ["cpu"]
+            )
             artifact = export(
                 folder, spec, args.recipe, args.out, name=folder.resolve().name, grid=args.grid, moments=args.moments
             )

@@ -1,0 +1,153 @@
+"""Artifacts beside what other programs make of the same student: in turns, in fresh processes, by one stopwatch.
+
+    python -m onnxruntime_genai.models.builder -i STUDENT -o BUILDER -p int4 -e cpu -c CACHE \\
+        --extra_options int4_accuracy_level=4
+    python -m edgekd.benchmarks.peers.side_by_side ARTIFACT... --genai BUILDER --transformers STUDENT
+
+Prints a table, every speed as a ratio to the first artifact's, then one line of JSON with every sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+
+from ...manifest import Artifact, load_artifact
+from ...spec import BenchSpec
+from ...targets import open_artifact
+from ..harness import OpenSession, bench
+from ..metrics import median
+
+
+class _Peer:
+    """What the benchmark asks of a session, but for prefill, decode and reset."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.vocab_size = artifact.manifest.contract.vocab_size
+
+    def tokenize(self, text: str) -> list[int]:
+        return []  # not measured here
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"x"  # any id stands for text
+
+    def close(self) -> None:
+        return None
+
+
+class Genai(_Peer):
+    """A folder of onnxruntime-genai in its own generator."""
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        import onnxruntime_genai
+
+        super().__init__(artifact)
+        config = onnxruntime_genai.Config(str(artifact.folder))
+        options = {"session_options": {"intra_op_num_threads": threads, "log_severity_level": 3}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+        model = onnxruntime_genai.Model(config)
+        params = onnxruntime_genai.GeneratorParams(model)
+        params.set_search_options(max_length=artifact.manifest.contract.context_length, do_sample=False)
+        self._generator = onnxruntime_genai.Generator(model, params)
+
+    def reset(self) -> None:
+        self._generator.rewind_to(0)
+
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
+        self._generator.append_tokens(np.asarray(ids, np.int32))
+        return self._generator.get_logits()[0, -1]  # type: ignore[no-any-return]
+
+    def decode(self, token: int) -> np.ndarray:
+        return self.prefill([token])
+
+
+class Transformers(_Peer):
+    """A model folder in transformers, bfloat16: the calls of its ``generate``, without its loop's overhead."""
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        super().__init__(artifact)
+        if threads:
+            torch.set_num_threads(threads)
+        self._torch = torch
+        self._model = AutoModelForCausalLM.from_pretrained(artifact.folder, dtype=torch.bfloat16)
+        self.reset()
+
+    def reset(self) -> None:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
+        with self._torch.inference_mode():
+            fed = self._torch.tensor([list(ids)])
+            logits = self._model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+        return logits[0, -1].float().numpy()  # type: ignore[no-any-return]
+
+    def decode(self, token: int) -> np.ndarray:
+        return self.prefill([token])
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _row(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the turns of one contender, with their samples."""
+
+    def of(read: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        samples = [float(sample) for figure in figures for sample in read(figure)["samples"]]
+        return {"median": median(samples), "samples": samples}
+
+    lengths = figures[0]["settings"]["prompt_tokens"]
+    row = {f"ttft_{n}_s": of(lambda f, n=n: f["ttft_s"][str(n)]) for n in lengths}
+    keys = ("decode_tokens_per_s", "peak_rss_bytes", "load_s")
+    return row | {key: of(lambda f, key=key: f[key]) for key in keys}
+
+
+def main(
+    artifacts: Annotated[list[Path], typer.Argument(help="Artifacts of any target; the first is what ratios are to.")],
+    genai: Annotated[list[Path] | None, typer.Option(help="A folder that onnxruntime-genai runs.")] = None,
+    transformers: Annotated[list[Path] | None, typer.Option(help="A model folder.")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="Prompt lengths in tokens.")] = None,
+    decode: int = 64,
+    runs: int = 5,
+    threads: int = psutil.cpu_count(logical=False) or 1,
+) -> None:
+    """Measure all in turns and print a table."""
+    loaded = [load_artifact(folder) for folder in artifacts]
+    contenders: list[tuple[str, OpenSession, Artifact]] = [(a.folder.name, open_artifact, a) for a in loaded]
+    for name, opener, folders in (("genai", Genai, genai or []), ("transformers", Transformers, transformers or [])):
+        contenders += [(f"{name} {folder.name}", opener, Artifact(folder, loaded[0].manifest)) for folder in folders]
+    spec = BenchSpec(prompt_tokens=prompt or [128, 896], decode_tokens=decode, runs=1, threads=threads)
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in contenders}
+    for _ in range(runs):
+        for name, opener, artifact in contenders:
+            figures[name].append(bench(opener, artifact, spec))
+    rows = {name: _row(of) for name, of in figures.items()}
+    first = rows[contenders[0][0]]
+    for name, _, artifact in contenders:
+        rows[name]["size_bytes"] = _size_bytes(artifact.folder)
+        speeds = [f"{rows[name]['size_bytes'] / 1e6:.1f} MB"]
+        for key in first:
+            if key.startswith("ttft"):
+                ours, theirs = first[key]["median"], rows[name][key]["median"]
+                speeds.append(f"{key} {theirs * 1e3:.1f} ms ({ours / theirs:.2f} x)")
+        rate, best = rows[name]["decode_tokens_per_s"]["median"], first["decode_tokens_per_s"]["median"]
+        speeds.append(f"decode {rate:,.1f} tok/s ({rate / best:.2f} x)")
+        speeds.append(f"peak {rows[name]['peak_rss_bytes']['median'] / 1e6:,.0f} MB")
+        typer.echo(f"{name}: {', '.join(speeds)}")
+    settings = {"decode_tokens": decode, "runs": runs, "threads": threads}
+    typer.echo(json.dumps({"settings": settings, "machine": figures[contenders[0][0]][0]["machine"], "rows": rows}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
