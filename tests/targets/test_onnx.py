@@ -162,6 +162,23 @@ def test_the_graph_for_gpus_runs_on_the_cpu_too(providers: list[str], tmp_path: 
         session.close()
 
 
+def test_the_cache_grows_as_it_fills(tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.targets import _onnx_session
+
+    monkeypatch.setattr(_onnx_session, "_LEAST_CAPACITY", 16)
+    expected = reference(tiny_student, IDS)
+    session = targets.open_artifact(export(tiny_student, "fp16", tmp_path / "out", context=150), threads=1)
+    for _ in range(2):  # into a small cache, then into one that has grown
+        session.reset()
+        assert np.abs(session.prefill(IDS[:5]) - expected[4]).max() < 2e-4
+        assert np.abs(session.prefill(IDS[5:31]) - expected[30]).max() < 2e-4
+        for i in range(31, 150):
+            assert np.abs(session.decode(IDS[i]) - expected[i]).max() < 2e-4, i
+        with pytest.raises(ValueError, match="context of 150"):
+            session.decode(IDS[0])
+    session.close()
+
+
 def unpack(q: np.ndarray, bits: int, width: int) -> np.ndarray:
     """MatMulNBits' codes as signed integers ``(N, K)``."""
     flat = q.reshape(len(q), -1)
