@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import BadArtifact
 from .ops import COMPUTED, MOVED
 from .package import Package
 from .parse import READ, STATE_INPUTS, Feature, Step, bad, parse
