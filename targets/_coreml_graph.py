@@ -12,8 +12,8 @@ The program keeps the cache as state (iOS 18, macOS 15) in two tensors, and comp
   lowest number; ``S`` is at least the last position + 1, and may be more, so that an app can keep to few shapes.
 - ``outputIds`` int32 ``(K,)``: which of the ``T`` tokens want logits.
 
-Output: ``logits`` float16 ``(1, K, V)``. States: ``keyCache`` and ``valueCache``, float16 ``(L, 1, N, C, D)``. Names, where
-swift-transformers has one, are its.
+Its output is ``logits`` float16 ``(1, K, V)``; its states are ``keyCache`` and ``valueCache``, float16
+``(L, 1, N, C, D)``. Where swift-transformers has a name for one, it is that.
 
 Shapes: ``H`` query heads, ``N`` key heads, ``G = H / N``, ``D`` head size, ``E`` hidden size, ``C`` context length,
 ``L`` layers, ``V`` vocabulary.

@@ -80,7 +80,7 @@ def write_package(
     model = Model_pb2.Model(specificationVersion=SPECIFICATION_VERSION, description=description, mlProgram=program)
     # Maps have no order of their own: without this, two exports would differ.
     (folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
-    (folder / "Manifest.json").write_text(json.dumps(_manifest(), indent=4, sort_keys=True) + "\n", "utf-8")
+    (folder / "Manifest.json").write_text(json.dumps(_manifest(), indent=4, sort_keys=True), "utf-8")
 
 
 def _program(graph: Graph, blobs: WeightFile, pieces: _Pieces) -> Any:

@@ -79,10 +79,22 @@ def open_engine(package: Path) -> Engine:
     return Native(package) if sys.platform == "darwin" else Interpreted(package)
 
 
+def step_inputs(ids: Sequence[int], start: int, *, all_logits: bool) -> dict[str, np.ndarray]:
+    """The program's inputs for ``T`` ids behind ``start`` cached ones, whose last, or all, want logits."""
+    positions = np.arange(start, start + len(ids), dtype=np.int32)
+    hidden = np.arange(start + len(ids)) > positions[:, None]
+    return {
+        "inputIds": np.asarray(ids, np.int32)[None],
+        "positionIds": positions[None],
+        "causalMask": np.where(hidden, np.float16(MASKED), np.float16(0))[None, None],
+        "outputIds": np.arange(0 if all_logits else len(ids) - 1, len(ids), dtype=np.int32),
+    }
+
+
 class CoremlSession:
     """A Core ML decoder: the ``Session`` protocol."""
 
-    def __init__(self, package: Path, contract: Contract, threads: int) -> None:
+    def __init__(self, package: Path, contract: Contract) -> None:
         self._folder, self._contract = package.parent, contract
         self._engine: Engine | None = open_engine(package)
         self._used = 0
@@ -133,17 +145,8 @@ class CoremlSession:
 
     def _feed(self, ids: Sequence[int], all_logits: bool) -> np.ndarray:
         """Append a piece; logits of its last id ``(1, V)``, or of all."""
-        first, last = self._used, self._used + len(ids)
-        positions = np.arange(first, last, dtype=np.int32)
-        hidden = np.arange(last) > positions[:, None]
-        inputs = {
-            "inputIds": np.asarray(ids, np.int32)[None],
-            "positionIds": positions[None],
-            "causalMask": np.where(hidden, np.float16(MASKED), np.float16(0))[None, None],
-            "outputIds": np.arange(0 if all_logits else len(ids) - 1, len(ids), dtype=np.int32),
-        }
-        logits = self._open().run(inputs)
-        self._used = last
+        logits = self._open().run(step_inputs(ids, self._used, all_logits=all_logits))
+        self._used += len(ids)
         return logits[0].astype(np.float32)
 
     def generate(

@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ..errors import EdgekdError, MissingExtra, Unsupported
 from ..manifest import Artifact, Contract, file_sha256, write_json
 from ..session import Session
@@ -120,13 +118,15 @@ def export(
 def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     """The artifact in Core ML; where there is none, in the interpreter that ``stand_in`` names.
 
+    Args:
+        threads: not used: Core ML takes none, and the interpreter is not timed.
+
     Raises:
         BadArtifact: the package is damaged.
         Unsupported: it has an operator that the interpreter does not know.
         MissingExtra: coremltools is not installed.
     """
-    cores = threads or psutil.cpu_count(logical=False) or 1
-    return CoremlSession(artifact.main_file.parent, artifact.manifest.contract, cores)
+    return CoremlSession(artifact.main_file.parent, artifact.manifest.contract)
 
 
 def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:

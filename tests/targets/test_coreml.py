@@ -437,7 +437,7 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path, tiny_student: Path) -> No
         whole = path.read_bytes()
         for size in (0, 3, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:size])
-            with pytest.raises(BadArtifact):
+            with pytest.raises((BadArtifact, Unsupported)):  # an empty specification is one of no known kind
                 targets.open_artifact(artifact, threads=1).prefill([3, 4])
             with pytest.raises(BadArtifact, match="not the file its manifest names"):
                 targets.open_artifact(artifact.folder)
@@ -527,3 +527,40 @@ def test_tokens_are_the_students(
     result = check_tokens(session, load_tokenizer(student), artifact.manifest.contract)
     session.close()
     assert not result["differences"], result["differences"]
+
+
+def test_what_stands_in_for_core_ml_is_told_and_not_timed(tmp_path: Path, tiny_student: Path) -> None:
+    from edgekd.pipeline import bench_artifact, verify_artifact
+    from edgekd.spec import BenchSpec, VerifySpec
+
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out", quantized(tiny_student, tmp_path / "grid"))
+    with pytest.raises(EdgekdError, match=r"Core ML does not run on this machine; .*interpreter"):
+        bench_artifact(artifact, BenchSpec(prompt_tokens=[8], decode_tokens=2, runs=1), lambda share, note: None)
+    windows, asked = np.array([IDS[:64], IDS[64:128]]), VerifySpec(windows=2, context=64, greedy_tokens=4)
+    figures = verify_artifact(artifact, tiny_student, windows, asked, lambda share, note: None, tmp_path / "grid")
+    assert "interpreter" in figures["stand_in"]
+    assert figures["runtime"]["kl_mean"] < 1e-4 < figures["kl_mean"]
+    assert figures["tokens"]["strings_identical"] == figures["tokens"]["strings"]
+    assert targets.stand_in("gguf") is targets.stand_in("onnx") is None
+
+
+def test_a_run_times_no_stand_in(tmp_path: Path, tiny_student: Path) -> None:
+    from edgekd.pipeline import open_run, stages
+    from edgekd.plan import measure_machine
+    from edgekd.spec import load_spec
+
+    text = f"""
+name: tiny
+teacher: {{model: {tiny_student}}}
+student: {{init: checkpoint, model: {tiny_student}}}
+data: {{source: text, paths: [a.txt], context: 32}}
+targets: [{{target: onnx, recipes: [portable-int4]}}, {{target: coreml, recipes: [portable-int4]}}]
+verify: {{windows: 2, context: 32}}
+bench: {{prompt_tokens: [8], decode_tokens: 4, runs: 1}}
+"""
+    (tmp_path / "spec.yaml").write_text(text)
+    (tmp_path / "a.txt").write_text("text")
+    run = open_run(load_spec(tmp_path / "spec.yaml"), base=tmp_path, out=tmp_path / "run")
+    names = [stage.name for stage in stages(run, measure_machine(tmp_path))]
+    wanted = {"verify coreml-portable-int4", "verify onnx-portable-int4", "bench onnx-portable-int4"}
+    assert wanted <= set(names) and "bench coreml-portable-int4" not in names
