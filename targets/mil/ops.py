@@ -417,8 +417,8 @@ def _floating(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.double()
 
 
-def reduce_argmax(x: Tensor, *, axis: int = -1, keep_dims: bool = False) -> Tensor:
-    """The first of the largest; MIL leaves open which."""
+def reduce_argmax(x: Tensor, *, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32") -> Tensor:
+    """The first of the largest; MIL leaves open which. The type is that which the program declares."""
     return x.argmax(axis, keepdim=keep_dims)
 
 

@@ -18,6 +18,7 @@ from .package import Package, proto
 from .weights import ELEMENTS, Blob, unpack
 
 OPSETS = ("CoreML7", "CoreML8")  # iOS 17 and 18
+MAX_RANK = 5
 READ = "read_state"
 # Which input is the state, and which the value written to it.
 STATE_INPUTS = {READ: ("input", None), "write_state": ("input", "data"), "coreml_update_state": ("state", "value")}
@@ -137,7 +138,7 @@ def parse(package: Package) -> Program:
     steps = []
     for operation in block.operations:
         if operation.type == "const":
-            constants[_declared(package, operation.outputs[0]).name] = _stored(package, operation.attributes["val"])
+            constants[operation.outputs[0].name] = _stored(package, operation.attributes["val"])
             continue
         step = _step(package, operation, constants)
         if step.type.startswith("constexpr_"):
@@ -213,6 +214,8 @@ def _declared(package: Package, value: Any) -> Declared:
     name, shape = _tensor_type(package, value.type)
     if name not in TYPES:
         raise Unsupported(f"{package.path}: the value {value.name!r} is of type {name}.")
+    if shape and len(shape) > MAX_RANK:
+        raise Unsupported(f"{package.path}: the value {value.name!r} is of rank {len(shape)}; Core ML has {MAX_RANK}.")
     return Declared(value.name, DTYPES[TYPES[name]], shape)
 
 
@@ -222,14 +225,14 @@ def _stored(package: Package, value: Any) -> Stored:
     if lengths is None or None in lengths:
         raise bad(package, "has a constant without a shape")
     shape = tuple(length or 0 for length in lengths)
+    if name != "STRING" and name not in TYPES:
+        raise Unsupported(f"{package.path} has a constant of type {name}.")
     if value.WhichOneof("value") == "blobFileValue":
         return package.weights(value.blobFileValue.fileName).blob(value.blobFileValue.offset, shape, name)
     tensor = value.immediateValue.tensor
     content: Any = getattr(tensor, tensor.WhichOneof("value") or "ints").values
     if name == "STRING":
         return str(content[0]) if content else ""
-    if name not in TYPES:
-        raise Unsupported(f"{package.path} has a constant of type {name}.")
     if isinstance(content, bytes):
         kind = ELEMENTS[name]
         if len(content) != (prod(shape) * kind.bits + 7) // 8:
@@ -306,14 +309,18 @@ def _check_order(
     states: set[str],
     returned: Sequence[str],
 ) -> None:
-    """Every value is computed before it is read."""
+    """Every value is computed once, and before it is read."""
+    known = set(known)
     for step in [*compressed.values(), *steps]:
         for name in step.reads():
             if name not in known:
                 raise bad(package, f"has a {step.type} {step.name!r} that reads {name!r}, which nothing computes")
         if step.type in STATE_INPUTS and step.state not in states:
             raise bad(package, f"has a {step.type} of the state {step.state!r}, which it does not describe")
-        known = known | {value.name for value in step.outputs}
+        for value in step.outputs:
+            if value.name in known and step.name not in compressed:
+                raise bad(package, f"computes the value {value.name!r} twice")
+            known.add(value.name)
     if missing := set(returned) - known:
         raise bad(package, f"returns {sorted(missing)}, which nothing computes")
 

@@ -91,7 +91,7 @@ class Interpreter:
                     raise bad(self._package, f"cannot execute {step.type} {step.name!r}: {error}") from error
                 for name in step.dying:
                     values.pop(name, None)
-        return {name: np.array(values[name]) for name in self.outputs}
+        return {name: values[name].numpy().copy() for name in self.outputs}
 
     def weight(self, name: str) -> np.ndarray | tuple[np.ndarray, ...]:
         """A constant as it is stored: read again and unpacked, but not dequantized.
