@@ -96,8 +96,19 @@ class _Writer:
         self.stored[name] = stored
         return self.mb.const(val=np.broadcast_to(one, stored.shape, subok=True), name=name)
 
+    def zeros(self, size: int) -> Any:
+        """The bias of a product that has none: the builder would make one for each."""
+        name = f"zeros_{size}"
+        if name not in self.values:
+            self.values[name] = self.mb.const(val=np.zeros(size, np.float16), name=name)
+        return self.values[name]
+
     def weight(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A parameter, the same value wherever it is used."""
+        """A parameter, the same value wherever it is used: so a tied embedding is looked up and multiplied by as one.
+
+        When such a value is decompressed, at load or as it is used, is Core ML's choice (coremltools documents no
+        more of it).
+        """
         if name not in self.values:
             self.values[name] = self._weight(name, shape)
         return self.values[name]
@@ -132,8 +143,8 @@ def palette_rows(rows: int) -> int:
 
 
 def _linear(w: _Writer, x: Any, name: str, shape: tuple[int, int], bias: str = "") -> Any:
-    options = {"bias": w.weight(bias, shape[:1])} if bias else {}
-    return w.mb.linear(x=x, weight=w.weight(name, shape), **options)
+    added = w.weight(bias, shape[:1]) if bias else w.zeros(shape[0])
+    return w.mb.linear(x=x, weight=w.weight(name, shape), bias=added)
 
 
 def _norm(w: _Writer, x: Any, name: str, size: int) -> Any:
@@ -198,14 +209,13 @@ def _step(w: _Writer, position_ids: Any, mask: Any) -> _Step:
 def _cached(w: _Writer, state: Any, layer: int, new: Any, step: _Step) -> Any:
     """Write ``new (1, N, T, D)`` into a layer of the cache and return what may be seen of it, ``(1, N, S, D)``."""
     mb, arch = w.mb, w.arch
-    layers = [[layer], [layer + 1]]
     begin = mb.concat(values=[[layer, 0, 0], step.begin, [0]], axis=0)
     end = mb.concat(values=[[layer + 1, 1, arch.kv_heads], step.end, [arch.head_dim]], axis=0)
     whole = mb.slice_update(x=mb.read_state(input=state), update=mb.expand_dims(x=new, axes=[0]), begin=begin, end=end)
     whole = mb.coreml_update_state(state=state, value=whole)
     seen = mb.concat(values=[[layer + 1, 1, arch.kv_heads], step.seen, [arch.head_dim]], axis=0)
     return mb.slice_by_index(
-        x=whole, begin=[*layers[0], 0, 0, 0, 0], end=seen, begin_mask=[False, True, True, True, True],
+        x=whole, begin=[layer, 0, 0, 0, 0], end=seen, begin_mask=[False, True, True, True, True],
         end_mask=[False, True, True, False, True], squeeze_mask=[True, False, False, False, False],
     )  # fmt: skip
 
@@ -213,7 +223,7 @@ def _cached(w: _Writer, state: Any, layer: int, new: Any, step: _Step) -> Any:
 def _attention(w: _Writer, x: Any, layer: int, caches: tuple[Any, Any], step: _Step) -> Any:
     """Self-attention of one layer over normed ``x (1, T, E)``, without the output projection.
 
-    The ``G`` query heads of a key head stand below each other as rows, so that keys and values are never copied.
+    The ``G`` query heads of a key head stand below each other as rows, so that keys and values need not be repeated.
     """
     mb, arch, at = w.mb, w.arch, f"model.layers.{layer}.self_attn."
 
@@ -255,7 +265,7 @@ def _decoder(w: _Writer, ids: Any, outputs: Any, caches: tuple[Any, Any], step: 
         x = mb.add(x=x, y=_mlp(w, normed, layer))
     x = _norm(w, mb.gather(x=x, indices=outputs, axis=1), "model.norm.weight", arch.hidden)
     head = EMBEDDING if w.settings.tied else "lm_head.weight"
-    return mb.linear(x=x, weight=w.weight(head, table), name="logits")
+    return mb.linear(x=x, weight=w.weight(head, table), bias=w.zeros(arch.vocab_size), name="logits")
 
 
 def build(arch: Architecture, settings: Settings) -> Graph:

@@ -156,8 +156,10 @@ class _Pieces:
             return
         from ..quant.grid import quantize_int8_rows
 
+        matrix = self._weights.tensor(stored.source)
         with self._weights.naming(stored.source):
-            yield quantize_int8_rows(self._weights.tensor(stored.source))
+            for rows in matrix.split(max(1, _PIECE // matrix.shape[1])):
+                yield quantize_int8_rows(rows)
 
     def _palettized(self, stored: Stored) -> np.ndarray:
         """Indices, two to a byte, or the palette: they are made together, and asked for one after the other."""
