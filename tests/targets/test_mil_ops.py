@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ct = pytest.importorskip("coremltools")
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import Function, types
-from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
-
 from edgekd.targets.mil import Interpreter, ops
+
+ct = pytest.importorskip("coremltools")
+mil = pytest.importorskip("coremltools.converters.mil.mil")
+mb, types = mil.Builder, mil.types
 
 FLOATS = ["float16", "float32"]
 
@@ -517,7 +516,7 @@ def test_every_operator_has_a_case() -> None:
 
 @pytest.mark.parametrize("op", sorted({**ops.MOVED, **ops.COMPUTED}))
 def test_inputs_are_those_of_the_documentation(op: str) -> None:
-    documented = SSAOpRegistry.core_ops[op][ct.target.iOS18].input_spec.input_types
+    documented = mil.ops.registry.SSAOpRegistry.core_ops[op][ct.target.iOS18].input_spec.input_types
     mine = dict(inspect.signature({**ops.MOVED, **ops.COMPUTED}[op]).parameters)
     mine.pop("in_place", None)
     assert {key: one.default is not one.empty for key, one in mine.items()} == {
@@ -547,7 +546,7 @@ def test_inputs_are_those_of_the_documentation(op: str) -> None:
     ],
 )
 def test_defaults_are_those_of_the_documentation(op: str, given: dict[str, Any]) -> None:
-    with Function({"x": mb.TensorSpec((2, 3, 4, 5))}, opset_version=ct.target.iOS18) as function:
+    with mil.Function({"x": mb.TensorSpec((2, 3, 4, 5))}, opset_version=ct.target.iOS18) as function:
         x = function.inputs["x"]
         source = {"fill": {}, "concat": {"values": [x, x]}}.get(op, {"x": x})
         theirs = getattr(mb, op)(**source, **given).op.inputs

@@ -11,20 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-pytest.importorskip("coremltools")
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import types
-from coremltools.converters.mil.mil.types.type_mapping import nptype_from_builtin
-from coremltools.libmilstoragepython import _BlobStorageWriter as BlobWriter
-
 from edgekd.errors import BadArtifact, Unsupported
 from edgekd.targets.mil import Interpreter
 from edgekd.targets.mil.weights import ELEMENTS, WeightFile, unpack
+
+mil = pytest.importorskip("coremltools.converters.mil.mil")
+BlobWriter = pytest.importorskip("coremltools.libmilstoragepython")._BlobStorageWriter
+mb, types = mil.Builder, mil.types
 
 INTEGERS = [name for name in ELEMENTS if "INT" in name]
 
@@ -84,7 +81,7 @@ def weights(tmp_path: Path) -> tuple[Path, int]:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadArtifact, match="none.bin cannot be read"):
+    with pytest.raises(BadArtifact, match=r"none\.bin cannot be read"):
         WeightFile(tmp_path / "none.bin").blob(64, (1,), "INT8")
 
 
@@ -153,7 +150,7 @@ def quantized(element: str, *shape: int) -> np.ndarray:
 
 def typed(element: str, values: np.ndarray) -> np.ndarray:
     """Integers as coremltools marks those narrower than a byte."""
-    return values.astype(nptype_from_builtin(getattr(types, element.lower())))
+    return values.astype(types.nptype_from_builtin(getattr(types, element.lower())))
 
 
 def halves(*shape: int) -> np.ndarray:
