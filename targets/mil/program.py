@@ -8,7 +8,7 @@ declared type: two bytes each in fp16, however few they take in the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,7 @@ class Interpreter:
         values = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
         with torch.no_grad():
             for step in self._program.steps:
-                try:
-                    self._execute(step, values, states)
-                except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                    raise bad(self._package, f"cannot execute {step.type} {step.name!r}: {error}") from error
+                self._execute(step, values, states)
                 for name in step.dying:
                     values.pop(name, None)
         return {name: values[name].numpy().copy() for name in self.outputs}
@@ -133,6 +130,16 @@ class Interpreter:
 
     def _execute(self, step: Step, values: dict[str, Tensor], states: Mapping[str, Tensor]) -> None:
         """Take a step's inputs from ``values``, and put its outputs there."""
+        try:
+            results = self._results(step, values, states)
+            for declared, result in zip(step.outputs, results, strict=True):
+                if not declared.fits(result.shape):
+                    raise ValueError(f"its result has the shape {list(result.shape)}, not {list(declared.shape or ())}")
+                values[declared.name] = result.to(declared.dtype)
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise bad(self._package, f"cannot execute {step.type} {step.name!r}: {error}") from error
+
+    def _results(self, step: Step, values: dict[str, Tensor], states: Mapping[str, Tensor]) -> Sequence[Tensor]:
         if step.state and step.type != READ:
             _make_writable(states[step.state], step, values)
         args = {
@@ -140,24 +147,17 @@ class Interpreter:
             for key, names in step.tensors.items()
         }
         if step.type in STATE_INPUTS:
-            results: Any = states[step.state]
+            memory = states[step.state]
             for data in args.values():
-                if data is not results:
-                    results.copy_(data)
+                if data is not memory:
+                    memory.copy_(data)
+            return [memory] * len(step.outputs)
+        settings = {**step.settings, **{k: self._value(name, values).tolist() for k, name in step.dynamic.items()}}
+        if compute := COMPUTED.get(step.type):
+            results = compute(**{k: v.float() if v.dtype == torch.float16 else v for k, v in args.items()}, **settings)
         else:
-            settings = {**step.settings, **{k: self._value(name, values).tolist() for k, name in step.dynamic.items()}}
-            if compute := COMPUTED.get(step.type):
-                single = {k: v.float() if v.dtype == torch.float16 else v for k, v in args.items()}
-                results = compute(**single, **settings)
-            else:
-                results = MOVED[step.type](**args, **settings)
-        if not step.outputs:
-            return
-        results = results if isinstance(results, tuple) else (results,)
-        for declared, result in zip(step.outputs, results, strict=True):
-            if not declared.fits(result.shape):
-                raise ValueError(f"its result has the shape {list(result.shape)}, not {list(declared.shape or ())}")
-            values[declared.name] = result.to(declared.dtype)
+            results = MOVED[step.type](**args, **settings)
+        return results if isinstance(results, tuple) else [results]
 
 
 def _make_writable(memory: Tensor, step: Step, values: dict[str, Tensor]) -> None:

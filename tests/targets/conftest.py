@@ -200,9 +200,13 @@ def make_mlpackage() -> Callable[..., Path]:
     kinds = {"float16": types.fp16, "float32": types.fp32, "int32": types.int32}
 
     def build(
-        path: Path, body: Callable[..., Any], inputs: dict[str, tuple[str, Any]], states: Any = (), **settings: Any
+        path: Path, body: Callable[..., Any], inputs: dict[str, tuple[str, Any]], states: Any = (), shapes: Any = None
     ) -> Path:
-        """``body`` takes inputs and states by name; ``inputs`` and ``states`` give the type and shape of each."""
+        """``body`` takes inputs and states by name; ``inputs`` and ``states`` give the type and shape of each.
+
+        Args:
+            shapes: coremltools' input types, where shapes are flexible.
+        """
         specs = {name: mb.TensorSpec(shape, dtype=kinds[dtype]) for name, (dtype, shape) in inputs.items()}
         for name, (dtype, shape) in dict(states).items():
             specs[name] = mb.StateTensorSpec(shape, dtype=kinds[dtype])
@@ -213,7 +217,7 @@ def make_mlpackage() -> Callable[..., Path]:
             program.add_function("main", function)
         model = ct.convert(
             program, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
-            pass_pipeline=ct.PassPipeline.EMPTY, **settings,
+            pass_pipeline=ct.PassPipeline.EMPTY, inputs=shapes,
         )  # fmt: skip
         model.save(str(path))
         return path
