@@ -1,7 +1,9 @@
-"""Whole programs in the MIL interpreter: states, flexible shapes, a decoder against torch, and packages that are wrong."""
+"""Whole programs in the MIL interpreter: states, flexible shapes, a decoder against torch, damaged packages."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import shutil
 import subprocess
@@ -13,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from edgekd.errors import BadArtifact, Unsupported
+from edgekd.errors import BadArtifact, EdgekdError, Unsupported
 from edgekd.targets.mil import Feature, Interpreter
 from edgekd.targets.mil.package import proto
 
@@ -273,20 +277,18 @@ def decoder() -> Decoder:
     return model
 
 
-@pytest.fixture(scope="module", params=["fp16", "int4", "palette"])
-def converted(
-    request: pytest.FixtureRequest, decoder: Decoder, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
+@pytest.fixture(scope="module")
+def converted(decoder: Decoder) -> Any:
     from coremltools.converters.mil.frontend.torch import ops as front_end
 
     original = front_end._cast
 
     def cast(context: Any, node: Any, dtype: Any, name: str) -> None:  # int() of an array of one, which NumPy refuses
-        for var in [context[one] for one in node.inputs]:
-            if var.val is not None and np.ndim(var.val):
-                context.add(mb.const(val=dtype(var.val.item()), name=node.name))
-                return
-        original(context, node, dtype, name)
+        value = context[node.inputs[0]].val
+        if value is not None and np.ndim(value):
+            context.add(mb.const(val=dtype(value.item()), name=node.name))
+        else:
+            original(context, node, dtype, name)
 
     length, end = ct.RangeDim(1, 24, default=2), ct.RangeDim(1, 24, default=2)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -306,23 +308,24 @@ def converted(
             minimum_deployment_target=ct.target.iOS18,
             skip_model_load=True,
         )
-    decoder.keys.zero_(), decoder.values.zero_()
-    if request.param != "fp16":
-        from coremltools.optimize import coreml as compress
+    return model
 
-        if request.param == "int4":
-            config = compress.OpLinearQuantizerConfig(
-                mode="linear_symmetric", dtype="int4", granularity="per_block", block_size=32, weight_threshold=1
-            )
-            model = compress.linear_quantize_weights(model, compress.OptimizationConfig(global_config=config))
-        else:
-            palettes = compress.OpPalettizerConfig(
-                mode="uniform", nbits=4, granularity="per_grouped_channel", group_size=16, weight_threshold=1
-            )
-            model = compress.palettize_weights(model, compress.OptimizationConfig(global_config=palettes))
-    path = tmp_path_factory.mktemp(request.param) / "decoder.mlpackage"
-    model.save(str(path))
-    return path, request.param
+
+def compressed(model: Any, how: str) -> Any:
+    """The model with its weights as they are, in int4 blocks, or in palettes, by coremltools."""
+    from coremltools.optimize import coreml as optimize
+
+    if how == "fp16":
+        return model
+    if how == "int4":
+        blocks = optimize.OpLinearQuantizerConfig(
+            mode="linear_symmetric", dtype="int4", granularity="per_block", block_size=32, weight_threshold=1
+        )
+        return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=blocks))
+    palettes = optimize.OpPalettizerConfig(
+        mode="uniform", nbits=4, granularity="per_grouped_channel", group_size=16, weight_threshold=1
+    )
+    return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=palettes))
 
 
 def run_in_pieces(program: Interpreter, ids: list[int], pieces: list[int]) -> np.ndarray:
@@ -335,20 +338,272 @@ def run_in_pieces(program: Interpreter, ids: list[int], pieces: list[int]) -> np
     return np.concatenate(logits)
 
 
-def test_a_decoder_computes_what_torch_does(decoder: Decoder, converted: tuple[Path, str]) -> None:
-    program = Interpreter(converted[0])
+def with_stored_weights(decoder: Decoder, program: Interpreter, how: str) -> Decoder:
+    """The torch model with the weights that a package has, by an expression of their own."""
+    model = copy.deepcopy(decoder)
+    suffix = {"fp16": "", "int4": "_quantized", "palette": "_palettized"}[how]
+    for name, weight in model.named_parameters():
+        stored = program.weight(f"{name.replace('.', '_')}_to_fp16" + suffix * (weight.ndim > 1))
+        if how == "int4" and isinstance(stored, tuple):
+            stored = stored[0] * np.repeat(stored[1], weight.shape[1] // stored[1].shape[1], 1)
+        elif isinstance(stored, tuple):
+            row_groups = np.arange(weight.shape[0]) // (weight.shape[0] // stored[1].shape[0])
+            stored = stored[1][row_groups[:, None], 0, stored[0], 0]
+        weight.data = torch.from_numpy(np.asarray(stored)).float()
+    return model
+
+
+@pytest.mark.parametrize("how", ["fp16", "int4", "palette"])
+def test_a_decoder_computes_what_torch_does(how: str, decoder: Decoder, converted: Any, tmp_path: Path) -> None:
+    compressed(converted, how).save(str(tmp_path / "decoder.mlpackage"))
+    program = Interpreter(tmp_path / "decoder.mlpackage")
+    kind = {"fp16": "const", "int4": "constexpr_blockwise_shift_scale", "palette": "constexpr_lut_to_dense"}[how]
+    assert program.op_counts[kind] >= 15
     ids = np.random.default_rng(1).integers(0, 96, 20).tolist()
-    got = run_in_pieces(program, ids, [20])
-    if converted[1] == "fp16":
-        with torch.no_grad():
-            expected = decoder(torch.tensor([ids]), torch.from_numpy(causal(0, 20)).float())[0].numpy()
-        decoder.keys.zero_(), decoder.values.zero_()
-        assert np.abs(got - expected).max() < 0.02 * np.abs(expected).max()
+    with torch.no_grad():
+        model = with_stored_weights(decoder, program, how)
+        expected = model(torch.tensor([ids]), torch.from_numpy(causal(0, 20)).float())[0].numpy()
+    ulp = np.spacing(np.abs(expected).max().astype(np.float16))
+    for pieces in ([20], [1] * 20, [7, 1, 12], [13, 7]):
+        got = run_in_pieces(program, ids, pieces)
+        assert np.abs(got - expected).max() <= 2 * ulp
         assert (got.argmax(-1) == expected.argmax(-1)).all()
-    else:
-        kind = "constexpr_blockwise_shift_scale" if converted[1] == "int4" else "constexpr_lut_to_dense"
-        assert program.op_counts[kind] >= 14
-    for pieces in ([1] * 20, [7, 1, 12], [13, 7]):
-        parts = run_in_pieces(program, ids, pieces)
-        assert np.abs(parts - got).max() < 0.02 * np.abs(got).max()
-        assert (parts.argmax(-1) == got.argmax(-1)).all()
+
+
+# Packages that are wrong.
+
+
+@pytest.fixture
+def package(counter: Path, tmp_path: Path) -> Path:
+    """A package of a test's own, to be spoiled, with weights in a file."""
+    return Path(shutil.copytree(counter, tmp_path / "spoiled.mlpackage"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("Manifest.json", None, "Manifest.json cannot be read"),
+        ("Manifest.json", b"{", "Manifest.json does not name a model"),
+        ("Manifest.json", b"\xff", "Manifest.json does not name a model"),
+        ("Manifest.json", b"[]", "Manifest.json does not name a model"),
+        (
+            "Manifest.json",
+            b'{"rootModelIdentifier": "a", "itemInfoEntries": {}}',
+            "Manifest.json does not name a model",
+        ),
+        (str(MODEL), None, "model.mlmodel cannot be read"),
+        (str(MODEL), b"\xff\xff\xff\xff", "model.mlmodel is no model specification"),
+    ],
+)
+def test_a_file_is_missing_or_damaged(package: Path, file: str, content: bytes | None, message: str) -> None:
+    (package / file).unlink() if content is None else (package / file).write_bytes(content)
+    with pytest.raises(BadArtifact, match=message):
+        Interpreter(package)
+
+
+@pytest.mark.parametrize("path", ["../../outside.mlmodel", "/etc/hostname", 7])
+def test_a_manifest_that_leaves_the_package(package: Path, path: object) -> None:
+    shutil.copy(package / MODEL, package.parent / "outside.mlmodel")
+    manifest = json.loads((package / "Manifest.json").read_text())
+    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = path
+    (package / "Manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadArtifact, match=r"outside the package|as the model's path"):
+        Interpreter(package)
+
+
+def test_a_model_that_is_a_link_out_of_the_package(package: Path) -> None:
+    outside = shutil.move(package / MODEL, package.parent / "outside.mlmodel")
+    (package / MODEL).symlink_to(outside)
+    with pytest.raises(BadArtifact, match="outside the package"):
+        Interpreter(package)
+
+
+@pytest.fixture(scope="module")
+def small(make_mlpackage: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package with one tensor in its weight file."""
+    weight = np.arange(64, dtype=np.float16).reshape(8, 8)
+    path = tmp_path_factory.mktemp("small") / "p.mlpackage"
+    return make_mlpackage(path, lambda x: mb.linear(x=x, weight=weight, name="out"), {"x": ("float16", (1, 8))})
+
+
+@pytest.fixture
+def weighted(small: Path, tmp_path: Path) -> Path:
+    """The same, to be spoiled."""
+    return Path(shutil.copytree(small, tmp_path / "spoiled.mlpackage"))
+
+
+def blob(block: Any) -> Any:
+    return next(
+        one.attributes["val"].blobFileValue
+        for one in block.operations
+        if one.type == "const" and one.attributes["val"].WhichOneof("value") == "blobFileValue"
+    )
+
+
+def test_a_truncated_weight_file(weighted: Path) -> None:
+    Interpreter(weighted)
+    data = (weighted / WEIGHTS).read_bytes()
+    (weighted / WEIGHTS).write_bytes(data[:-64])
+    with pytest.raises(BadArtifact, match=r"weight\.bin ends at byte"):
+        Interpreter(weighted)
+    (weighted / WEIGHTS).unlink()
+    with pytest.raises(BadArtifact, match=r"weight\.bin cannot be read"):
+        Interpreter(weighted)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("offset", 128, "no metadata at byte 128"),
+        ("fileName", "@model_path/../../../elsewhere.bin", "outside the package"),
+        ("fileName", "weights/weight.bin", "outside the package"),
+        ("fileName", "@model_path/weights/none.bin", "cannot be read"),
+    ],
+)
+def test_a_wrong_reference_to_the_weights(weighted: Path, field: str, value: object, message: str) -> None:
+    edit(weighted, lambda spec, block: setattr(blob(block), field, value))
+    with pytest.raises(BadArtifact, match=message):
+        Interpreter(weighted)
+
+
+def rename(block: Any, kind: str, to: str) -> None:
+    operation(block, kind).type = to
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda spec, block: (rename(block, "reduce_sum", "lstm"), rename(block, "identity", "conv")),
+            "operators that the interpreter does not know: conv, lstm",
+        ),
+        (
+            lambda spec, block: operation(block, "reduce_sum").inputs["speed"].arguments.add(name="row"),
+            r"reduce_sum 'sums' with inputs that the interpreter does not know: \['speed'\]",
+        ),
+        (lambda spec, block: setattr(spec.mlProgram.functions["main"], "opset", "CoreML5"), "opset 'CoreML5'"),
+        (lambda spec, block: spec.mlProgram.functions["other"].SetInParent(), r"functions \['main', 'other'\]"),
+        (lambda spec, block: spec.neuralNetwork.SetInParent(), "holds neuralNetwork"),
+        (
+            lambda spec, block: setattr(operation(block, "identity").outputs[0].type.tensorType, "dataType", 24),
+            "'all' is of type INT64",
+        ),
+        (
+            lambda spec, block: [
+                operation(block, "identity").outputs[0].type.tensorType.dimensions.add().constant.SetInParent()
+                for _ in range(4)
+            ],
+            "'all' is of rank 6",
+        ),
+        (
+            lambda spec, block: setattr(spec.description.input[0].type.multiArrayType, "dataType", 65600),
+            "'row' is of type DOUBLE",
+        ),
+    ],
+)
+def test_what_is_unknown_is_refused_by_name(package: Path, change: Callable[..., Any], message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        Interpreter(edit(package, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec, block: operation(block, "reduce_sum").inputs.pop("x"), "reduce_sum 'sums' without the input 'x'"),
+        (
+            lambda spec, block: setattr(operation(block, "reduce_sum").inputs["x"].arguments[0], "name", "ghost"),
+            "reduce_sum 'sums' that reads 'ghost', which nothing computes",
+        ),
+        (
+            lambda spec, block: setattr(operation(block, "write_state").inputs["input"].arguments[0], "name", "ghost"),
+            "of the state 'ghost', which it does not describe",
+        ),
+        (lambda spec, block: operation(block, "write_state").inputs.pop("data"), "write_state"),
+        (lambda spec, block: setattr(operation(block, "add").outputs[0], "name", "row"), "the value 'row' twice"),
+        (lambda spec, block: block.outputs.append("ghost"), "which nothing computes"),
+        (lambda spec, block: spec.description.output.pop(), "describes the outputs"),
+        (lambda spec, block: spec.description.input.pop(), "describes other inputs"),
+        (
+            lambda spec, block: setattr(operation(block, "const").outputs[0], "name", "renamed"),
+            "which nothing computes",
+        ),
+        (
+            lambda spec, block: operation(block, "const").attributes["val"].immediateValue.tensor.ints.values.append(1),
+            "a constant of",
+        ),
+        (
+            lambda spec, block: operation(block, "reduce_sum").inputs["x"].arguments.add(name="row"),
+            "gives 2 values to the input 'x'",
+        ),
+        (
+            lambda spec, block: spec.mlProgram.functions["main"].block_specializations.pop("CoreML8"),
+            "no block of its opset",
+        ),
+    ],
+)
+def test_a_program_that_contradicts_itself(package: Path, change: Callable[..., Any], message: str) -> None:
+    with pytest.raises(BadArtifact, match=message):
+        Interpreter(edit(package, change))
+
+
+def test_a_result_of_another_shape_than_declared(package: Path) -> None:
+    def change(spec: Any, block: Any) -> None:
+        operation(block, "reduce_sum").outputs[0].type.tensorType.dimensions[0].constant.size = 4
+
+    program = Interpreter(edit(package, change))
+    with pytest.raises(BadArtifact, match=r"reduce_sum 'sums': its result has the shape \[3\], not \[4\]"):
+        program.run(feed(1, 0), program.make_state())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    where=st.sampled_from([MODEL, WEIGHTS, Path("Manifest.json")]),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6),
+)
+def test_random_damage_gives_an_error_of_ours_or_none(
+    where: Path, changes: list[tuple[float, int]], small: Path
+) -> None:
+    original = (small / where).read_bytes()
+    data = bytearray(original)
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    (small / where).write_bytes(data)
+    try:
+        with contextlib.suppress(EdgekdError):
+            Interpreter(small)
+    finally:
+        (small / where).write_bytes(original)
+
+
+@pytest.mark.slow
+def test_coremltools_itself_is_not_imported(counter: Path) -> None:
+    probe = f"""
+import sys
+from edgekd.targets.mil import Interpreter
+from edgekd.targets.mil.package import proto
+program = Interpreter({str(counter)!r})
+assert "coremltools" not in sys.modules
+import coremltools
+assert coremltools.proto.Model_pb2.Model is proto("Model_pb2").Model
+coremltools.models.MLModel({str(counter)!r}, skip_model_load=True)
+assert Interpreter({str(counter)!r}).op_counts == program.op_counts
+print("good")
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "good"
+
+
+def test_without_coremltools(counter: Path) -> None:
+    probe = f"""
+import importlib.util
+from edgekd.errors import MissingExtra
+from edgekd.targets.mil import Interpreter
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "coremltools" else find(name, *rest)
+try:
+    Interpreter({str(counter)!r})
+except MissingExtra as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert "edgekd[coreml]" in done.stdout
