@@ -155,7 +155,7 @@ def cards(quality: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]]) ->
         ("Parameters", show.parameters(student.get("parameters")), of_teacher),
         ("Accuracy kept", show.percent(kept), "of the teacher's next-token accuracy"),
         ("Given by distilling", points, "of accuracy kept, against labels alone"),
-        ("Gates passed", gates, "artifacts verified by their own runtime"),
+        ("Gates passed", gates, "artifacts held against the fp32 student"),
         ("Smallest", show.size(size_bytes(small)), label(small) if size_bytes(small) else ""),
         ("Fastest decode", decode, label(quick) if speed else ""),
     ]

@@ -107,6 +107,7 @@ def _row_groups(artifacts: Sequence[Artifact]) -> list[tuple[str, list[Row]]]:
             ("Bits per weight", show.significant, lambda a: (a.get("manifest") or {}).get("bits_per_weight")),
         ]),
         ("Against the fp32 student", [
+            ("Run by", str, _run_by),
             ("KL mean, nats", show.significant, of_parity("kl_mean")),
             ("KL p99, nats", show.significant, of_parity("kl_p99")),
             ("Same top token", lambda x: show.percent(x, 2), of_parity("top1_agreement")),
@@ -130,6 +131,14 @@ def _row_groups(artifacts: Sequence[Artifact]) -> list[tuple[str, list[Row]]]:
             ("Energy, J per token", show.significant, of_benchmark("energy_j_per_token")),
         ]),
     ]  # fmt: skip
+
+
+def _run_by(artifact: Artifact) -> str:
+    """Its own runtime, or the module that stood in."""
+    if not parity(artifact):
+        return NOT_MEASURED
+    instead = str(parity(artifact).get("stand_in") or "")
+    return instead.partition(",")[0] or str((artifact.get("manifest") or {}).get("runtime") or NOT_MEASURED)
 
 
 def _identical(kind: str) -> Callable[[Artifact], str]:

@@ -177,6 +177,20 @@ def _joined(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def _stand_ins(artifacts: Sequence[Artifact]) -> list[str]:
+    """Which artifacts something else ran than their own runtime."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for artifact in artifacts:
+        if instead := parity(artifact).get("stand_in"):
+            runtime = str((artifact.get("manifest") or {}).get("runtime"))
+            names.setdefault((runtime, str(instead)), []).append(label(artifact))
+    return [
+        f"{runtime} does not run on this machine; {_joined(labels)} {'was' if len(labels) == 1 else 'were'} run by "
+        f"{instead}: program and weights are proved, {runtime}'s own compiler, arithmetic and speed are not."
+        for (runtime, instead), labels in names.items()
+    ]
+
+
 def limits(results: Mapping[str, Any], quality: Quality, artifacts: Sequence[Artifact], seeds: int) -> list[str]:
     """What was not run or not measured, in plain words."""
     found = []
@@ -190,6 +204,7 @@ def limits(results: Mapping[str, Any], quality: Quality, artifacts: Sequence[Art
         found.append("No label-only student was trained, so what distilling gave is unknown.")
     if seeds < 2:
         found.append("One seed only: how much the figures move with the seed is unknown.")
+    found += _stand_ins(artifacts)
     for words, has in (("verified", was_judged), ("timed", lambda a: bool(benchmark(a)))):
         missing = [label(a) for a in artifacts if not has(a)]
         if missing:

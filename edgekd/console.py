@@ -141,9 +141,10 @@ def _figures_table(rows: Sequence[tuple[str, str]]) -> None:
 
 def parity_table(figures: Mapping[str, Any]) -> None:
     """The figures of a verification."""
-    tokens = figures["tokens"]
+    tokens, instead = figures["tokens"], figures.get("stand_in")
     _figures_table(
         [
+            *([("run by", instead)] if instead else []),
             ("golden strings", f"{tokens['strings_identical']} of {tokens['strings']} identical"),
             ("KL mean (nats/token)", f"{figures['kl_mean']:.6f}"),
             ("KL p99", f"{figures['kl_p99']:.6f}"),

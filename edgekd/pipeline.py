@@ -290,6 +290,7 @@ def _artifact_stages(
     run: Run, target: TargetSpec, recipe: Recipe, student_key: str, keys: Mapping[str, str], machine: plan.Machine
 ) -> list[Stage]:
     from .targets import label as label_of
+    from .targets import stand_in
 
     spec, student = run.spec, run.student_config
     label = label_of(target.target, recipe.name)
@@ -315,7 +316,7 @@ def _artifact_stages(
     )
     tokens = spec.verify.windows * spec.verify.context
     size = sum(spec.bench.prompt_tokens) + spec.bench.decode_tokens
-    return [
+    found = [
         Stage(f"export {label}", f"artifacts/{label}", export_key, plan.export_cost(student, 16),
               partial(_export, run, target, recipe)),
         Stage(f"verify {label}", f"parity/{label}", verify_key, plan.inference_cost([student], 6 * tokens, machine),
@@ -325,6 +326,7 @@ def _artifact_stages(
                         plan.inference_cost([student], size * spec.bench.runs, machine).seconds + 2 * spec.bench.runs),
               partial(_bench, run, label)),
     ]  # fmt: skip
+    return found[:-1] if stand_in(target.target) else found
 
 
 def _versions() -> dict[str, str]:
@@ -619,10 +621,11 @@ def verify_artifact(
 
     Returns:
         The figures of ``verify.parity.measure``; under ``tokens``, of ``verify.tokens.check_tokens``; and, with a grid,
-        under ``runtime``, those of ``verify.parity.compare`` against the dequantized grid.
+        under ``runtime``, those of ``verify.parity.compare`` against the dequantized grid; under ``stand_in``, what ran
+        the artifact where its own runtime cannot.
     """
     from .quant.folder import load_dequantized, open_grid
-    from .targets import open_artifact
+    from .targets import open_artifact, stand_in
     from .verify.parity import compare, measure, session_logits
     from .verify.tokens import check_tokens
 
@@ -630,7 +633,10 @@ def verify_artifact(
     session = open_artifact(artifact)
     try:
         tell(0.1, "tokens")
-        figures = {"tokens": check_tokens(session, tokenizer, artifact.manifest.contract)}
+        figures: dict[str, Any] = {
+            "stand_in": stand_in(artifact.manifest.target),
+            "tokens": check_tokens(session, tokenizer, artifact.manifest.contract),
+        }
         tell(0.3, "logits")
         figures |= measure(session, _logits_of(model), windows, greedy_tokens=spec.greedy_tokens)
         if grid is not None:
@@ -664,12 +670,20 @@ def bench_artifact(
 
     Args:
         config: the student's ``config.json``; with it the roofline counts the key-value cache too.
+
+    Raises:
+        EdgekdError: the artifact's own runtime does not run here.
     """
     from .benchmarks.harness import bench
     from .benchmarks.metrics import Traffic, kv_bytes_per_position
-    from .targets import open_artifact
+    from .targets import open_artifact, stand_in
 
     manifest = artifact.manifest
+    if instead := stand_in(manifest.target):
+        raise EdgekdError(
+            f"{manifest.runtime} does not run on this machine; {instead}, does, and its speed says nothing.",
+            "Benchmark the artifact on a machine that has its runtime.",
+        )
     weight_bytes = round(manifest.parameters * manifest.bits_per_weight / 8)
     traffic = Traffic(weight_bytes, kv_bytes_per_position(config)) if config else None
 

@@ -237,29 +237,42 @@ def executorch() -> str:
 
 
 def coreml() -> str:
-    """Convert a linear layer; predict where the system is macOS."""
-    import coremltools
+    """Write a tiny int4 model as a Core ML package and run it: in Core ML on macOS, in the interpreter elsewhere."""
     import numpy as np
-    from coremltools.converters.mil import Builder
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    from .quant.folder import load_dequantized, open_grid
+    from .quant.quantize import quantize
+    from .student import Checkpoint
+    from .targets import _coreml_graph as graph_
+    from .targets import load_recipe, stand_in
+    from .targets._coreml_pack import write_package
+    from .targets._coreml_session import open_engine, step_inputs
+    from .targets._decoder import read_config
 
-    @Builder.program(input_specs=[Builder.TensorSpec(shape=(4, 32))], opset_version=coremltools.target.iOS18)
-    def program(x: Any) -> Any:
-        return Builder.linear(x=x, weight=weight, name="y")
-
-    mac = sys.platform == "darwin"
-    model = coremltools.convert(
-        program, minimum_deployment_target=coremltools.target.iOS18, skip_model_load=not mac,
-        compute_precision=coremltools.precision.FLOAT32,
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=_PROMPT, tie_word_embeddings=True, initializer_range=0.2,
     )  # fmt: skip
-    converted = f"coremltools {coremltools.__version__}: a program was converted"
-    if not mac:
-        return converted
-    x = np.ones((4, 32), np.float32)
-    if not np.allclose(model.predict({"x": x})["y"], x @ weight.T, atol=1e-2):
-        raise RuntimeError("Core ML's result is wrong")
-    return converted + " and ran"
+    ids = np.random.default_rng(1).integers(64, size=_PROMPT).tolist()
+    with tempfile.TemporaryDirectory() as name:
+        folder, package = Path(name), Path(name) / "model.mlpackage"
+        LlamaForCausalLM(config).save_pretrained(folder / "student")
+        quantize(folder / "student", folder / "grid", load_recipe("portable-int4"))
+        grid, arch = open_grid(folder / "grid"), read_config(Checkpoint(folder / "student").config, "Core ML")
+        settings = graph_.Settings(dict(grid.kinds), grid.tied, _PROMPT)
+        graph = graph_.build(arch, settings)
+        write_package(package, graph, graph_.describe(arch, settings, {}), grid, arch)
+        engine, half = open_engine(package), _PROMPT // 2
+        pieces = [engine.run(step_inputs(ids[i : i + half], i, all_logits=True))[0] for i in (0, half)]  # (T, V)
+        with torch.no_grad():
+            expected = load_dequantized(grid)(torch.tensor([ids])).logits[0].numpy()
+    if (similar := float(np.corrcoef(np.ravel(pieces), expected.ravel())[0, 1])) < 0.999:
+        raise RuntimeError(f"the package's logits and the model's disagree: their correlation is {similar:.3f}")
+    runner = stand_in("coreml") or "Core ML"
+    return f"coremltools {metadata.version('coremltools')}: an int4 model was converted, and agrees as run by {runner}"
 
 
 TESTS: dict[str, Callable[[], str]] = {
@@ -271,7 +284,7 @@ MODULES = {
     "gguf": ("gguf", "llama_cpp"),
     "onnx": ("onnx", "onnxruntime", "onnxruntime_genai"),
     "executorch": ("executorch",),
-    "coreml": ("coremltools",),
+    "coreml": ("coremltools", "torch", "transformers", "tokenizers"),
 }
 """What each test imports, to tell a runtime that is absent from one that does not load."""
 

@@ -20,9 +20,23 @@ from ..session import Session
 from ..spec import TargetSpec
 from ._recipes import load_recipe, recipe_names
 
-__all__ = ["TARGETS", "check", "export", "label", "load_recipe", "open_artifact", "recipe_names", "target_modules"]
+__all__ = [
+    "TARGETS",
+    "check",
+    "export",
+    "label",
+    "load_recipe",
+    "open_artifact",
+    "recipe_names",
+    "stand_in",
+    "target_modules",
+]
 
-TARGETS = {"gguf": "edgekd.targets.gguf", "onnx": "edgekd.targets.onnx"}
+TARGETS = {
+    "gguf": "edgekd.targets.gguf",
+    "onnx": "edgekd.targets.onnx",
+    "coreml": "edgekd.targets.coreml",
+}
 
 
 def target_modules() -> dict[str, str]:
@@ -42,6 +56,16 @@ def _module(name: str) -> ModuleType:
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(modules))}."
         raise SpecError(f"targets: unknown target {name!r}; {hint}")
     return importlib.import_module(modules[name])
+
+
+def stand_in(target: str) -> str | None:
+    """What opens a target's artifacts on this machine in place of their own runtime, which cannot run here; or None.
+
+    A target whose runtime is bound to a system has a fourth function, of this name. What such a session computes is
+    the artifact's; how long it takes says nothing of the runtime, so it is never timed.
+    """
+    found: str | None = getattr(_module(target), "stand_in", lambda: None)()
+    return found
 
 
 def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:

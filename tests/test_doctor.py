@@ -112,6 +112,14 @@ def test_the_gguf_self_test_passes_in_a_child() -> None:
     assert check.status == "ok" and "agree" in check.detail
 
 
+@pytest.mark.slow
+def test_the_coreml_self_test_passes_in_a_child() -> None:
+    pytest.importorskip("coremltools")
+    check = doctor.check_runtime(next(test for test in doctor.SELF_TESTS if test.name == "coreml"), frozenset())
+    assert check.status == "ok" and "agrees" in check.detail
+    assert ("interpreter" in check.detail) == (sys.platform != "darwin")
+
+
 def test_the_random_gguf_holds_tensors_large_enough_for_the_matrix_kernels(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     selftest.write_random_gguf(tmp_path / "a.gguf")

@@ -199,6 +199,21 @@ def test_what_is_missing_is_not_measured_and_never_zero() -> None:
     assert not re.search(r"(?<![\d.])0(?:\.0+)?(?![\d.])", table)
 
 
+def test_what_ran_in_place_of_a_runtime_is_named() -> None:
+    given = results()
+    for artifact in given["artifacts"][:2]:
+        artifact["manifest"] |= {"target": "coreml", "runtime": "Core ML", "benchmark": None}
+        artifact["manifest"]["parity"]["stand_in"] = "the.module, an interpreter"
+    given["artifacts"][2]["manifest"]["runtime"] = "llama.cpp"
+    words = _Page(report.render(given)).words
+    assert (
+        "Core ML does not run on this machine; Core ML f16 and Core ML q8_0 were run by the.module, an interpreter: "
+        "program and weights are proved, Core ML's own compiler, arithmetic and speed are not." in words
+    )
+    assert "Run by the.module the.module llama.cpp not measured" in words
+    assert "Not timed: Core ML f16 and Core ML q8_0." in words
+
+
 def test_empty_results_still_make_a_page() -> None:
     words = _words({})
     assert "The student's quality was not measured in this run." in words

@@ -188,3 +188,38 @@ def make_sentencepiece(
 @pytest.fixture(scope="session")
 def sentencepiece_factory() -> Callable[..., PreTrainedTokenizerFast]:
     return make_sentencepiece
+
+
+@pytest.fixture(scope="session")
+def make_mlpackage() -> Callable[..., Path]:
+    """Build a Core ML package for iOS 18 with coremltools: its program as written, no pass touches it."""
+    ct = pytest.importorskip("coremltools")
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.mil import Function, Program, types
+
+    kinds = {"float16": types.fp16, "float32": types.fp32, "int32": types.int32}
+
+    def build(
+        path: Path, body: Callable[..., Any], inputs: dict[str, tuple[str, Any]], states: Any = (), shapes: Any = None
+    ) -> Path:
+        """``body`` takes inputs and states by name; ``inputs`` and ``states`` give the type and shape of each.
+
+        Args:
+            shapes: coremltools' input types, where shapes are flexible.
+        """
+        specs = {name: mb.TensorSpec(shape, dtype=kinds[dtype]) for name, (dtype, shape) in inputs.items()}
+        for name, (dtype, shape) in dict(states).items():
+            specs[name] = mb.StateTensorSpec(shape, dtype=kinds[dtype])
+        program = Program()
+        with Function(specs, opset_version=ct.target.iOS18) as function:
+            results = body(**function.inputs)
+            function.set_outputs(list(results) if isinstance(results, list | tuple) else [results])
+            program.add_function("main", function)
+        model = ct.convert(
+            program, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
+            pass_pipeline=ct.PassPipeline.EMPTY, inputs=shapes,
+        )  # fmt: skip
+        model.save(str(path))
+        return path
+
+    return build
