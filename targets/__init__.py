@@ -22,7 +22,7 @@ from ._recipes import load_recipe, recipe_names
 
 __all__ = ["TARGETS", "check", "export", "label", "load_recipe", "open_artifact", "recipe_names", "target_modules"]
 
-TARGETS = {"gguf": "edgekd.targets.gguf", "onnx": "edgekd.targets.onnx"}
+TARGETS = {"gguf": "edgekd.targets.gguf", "onnx": "edgekd.targets.onnx", "executorch": "edgekd.targets.executorch"}
 
 
 def target_modules() -> dict[str, str]:

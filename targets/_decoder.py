@@ -16,6 +16,8 @@ from ..spec import TargetSpec
 from ..student import Checkpoint
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..quant.folder import Grid
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -146,6 +148,18 @@ def _llama3_factors(parameters: Mapping[str, Any], theta: float, head_dim: int) 
             smooth = (original / wavelength - low) / (high - low)
             factors.append(1 / ((1 - smooth) / factor + smooth))
     return tuple(factors)
+
+
+def rotary_tables(arch: Architecture, context_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of every position, float32 ``(context_length, head_dim / 2)`` each."""
+    import numpy as np
+
+    exponents = np.arange(0, arch.head_dim, 2, dtype=np.float32) / np.float32(arch.head_dim)
+    frequencies = 1 / np.power(np.float32(arch.rope_theta), exponents)
+    if arch.rope_factors:
+        frequencies = frequencies / np.array(arch.rope_factors, np.float32)
+    angles = np.arange(context_length, dtype=np.float32)[:, None] * frequencies[None]
+    return np.cos(angles), np.sin(angles)
 
 
 def weight_shapes(arch: Architecture, tied: bool) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..student import Checkpoint
-from ._decoder import Architecture
+from ._decoder import Architecture, rotary_tables
 from ._onnx_graph import BLOCK, Stored, offsets
 from ._source import exact_half, narrow
 
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..quant.folder import Grid
-
-
-def rotary_tables(arch: Architecture, context_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of every position, float32 ``(context_length, head_dim / 2)`` each."""
-    exponents = np.arange(0, arch.head_dim, 2, dtype=np.float32) / np.float32(arch.head_dim)
-    frequencies = 1 / np.power(np.float32(arch.rope_theta), exponents)
-    if arch.rope_factors:
-        frequencies = frequencies / np.array(arch.rope_factors, np.float32)
-    angles = np.arange(context_length, dtype=np.float32)[:, None] * frequencies[None]
-    return np.cos(angles), np.sin(angles)
 
 
 def pack_rows(q: torch.Tensor, kind: str, *, whole_blocks: bool) -> np.ndarray:
