@@ -36,6 +36,7 @@ TARGETS = {
     "gguf": "edgekd.targets.gguf",
     "onnx": "edgekd.targets.onnx",
     "coreml": "edgekd.targets.coreml",
+    "executorch": "edgekd.targets.executorch",
 }
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadArtifact, MissingExtra, Unsupported
+from ..errors import BadArtifact, EdgekdError, MissingExtra, Unsupported
 from ..manifest import Contract
 
 if TYPE_CHECKING:
@@ -112,6 +112,33 @@ def eos_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[int]:
             "Set eos_token in tokenizer_config.json.",
         )
     return list(dict.fromkeys(ids))
+
+
+def compare_tokenizers(
+    tokenizer: PreTrainedTokenizerFast, name: str, load: Callable[[], Callable[[str], list[int]]]
+) -> dict[str, Any]:
+    """Whether a runtime's own tokenizer gives the student's ids, id by id; where not, sessions use ``tokenizer.json``.
+
+    Args:
+        name: the runtime.
+        load: makes its text → ids.
+
+    Returns:
+        ``used``, how many ``texts`` were compared and how many ``differ``, and the ``first`` that does.
+    """
+    texts = [*PROBES, *marked_texts(list(special_tokens(tokenizer)))]
+    told: dict[str, Any] = {"used": name, "texts": len(texts), "differ": 0, "first": None}
+    try:
+        encode = load()
+    except EdgekdError as error:
+        return told | {"used": "tokenizers", "differ": len(texts), "first": error.cause}
+    for text in texts:
+        expected, actual = list(tokenizer(text)["input_ids"]), encode(text)
+        if actual != expected:
+            told["used"] = "tokenizers"
+            told["differ"] += 1
+            told["first"] = told["first"] or f"{text!r:.100}: {actual[:20]} instead of {expected[:20]}"
+    return told
 
 
 class JsonTokenizer:

@@ -21,11 +21,10 @@ from ._common import build_artifact
 from ._decoder import Architecture, check_context, check_weights, read_config
 from ._onnx_session import PROVIDERS, OnnxSession, genai_tokenizer, load, runtime
 from ._recipes import load_recipe
-from ._tokenizer import CHATS, PROBES, chat_template, contract_of, marked_texts, special_tokens
+from ._tokenizer import CHATS, chat_template, compare_tokenizers, contract_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-    from transformers import PreTrainedTokenizerFast
 
     from ..quant.folder import Grid
     from ..quant.recipe import Kind
@@ -127,7 +126,10 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
     tokenizer.save_pretrained(folder)
     config = genai_config(arch, contract, tokenizer.pad_token_id, spec.providers, positions=settings.rotary_apart)
     write_json(folder / "genai_config.json", config)
-    told = {"tokenizer": _compare_tokenizers(tokenizer, folder), "chat": _compare_chats(tokenizer, folder)}
+    told = {
+        "tokenizer": compare_tokenizers(tokenizer, "onnxruntime-genai", lambda: genai_tokenizer(folder)),
+        "chat": _compare_chats(tokenizer, folder),
+    }
 
     models = graph_.build(arch, settings)
     (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
@@ -184,23 +186,6 @@ def genai_config(
         },
         "search": {"do_sample": False, "max_length": contract.context_length, "past_present_share_buffer": True},
     }  # fmt: skip
-
-
-def _compare_tokenizers(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
-    """Whether onnxruntime-genai gives the tokenizer's ids, id by id; where not, sessions use ``tokenizer.json``."""
-    texts = [*PROBES, *marked_texts(list(special_tokens(tokenizer)))]
-    told: dict[str, Any] = {"used": "onnxruntime-genai", "texts": len(texts), "differ": 0, "first": None}
-    try:
-        encode = genai_tokenizer(folder)
-    except EdgekdError as error:
-        return told | {"used": "tokenizers", "differ": len(texts), "first": error.cause}
-    for text in texts:
-        expected, actual = list(tokenizer(text)["input_ids"]), encode(text)
-        if actual != expected:
-            told["used"] = "tokenizers"
-            told["differ"] += 1
-            told["first"] = told["first"] or f"{text!r:.100}: {actual[:20]} instead of {expected[:20]}"
-    return told
 
 
 def _compare_chats(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,162 @@
+"""From the decoder module to an ExecuTorch program: export, partition, lower, plan the memory."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ._executorch_model import Decoder
+from ._executorch_session import ALL, CHUNK, PREFILL
+
+if TYPE_CHECKING:
+    from executorch.exir import ExecutorchProgramManager
+    from executorch.exir.backend.partitioner import Partitioner
+    from torch.export import ExportedProgram
+
+_HEAVY = {"linear", "addmm", "mm", "bmm", "matmul", "convolution"}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program whose matrices are stand-ins, and what became of its operators."""
+
+    manager: ExecutorchProgramManager
+    delegates: int
+    """Calls into the backend's own graphs by ``forward``."""
+    delegated: dict[str, int]
+    """How many nodes of each operator the backend runs."""
+    undelegated: dict[str, int]
+
+    @property
+    def heavy(self) -> list[str]:
+        """Matrix products that the backend does not run."""
+        return [name for name in self.undelegated if name.split(".")[-1] in _HEAVY]
+
+
+def lower(decoder: Decoder, backend: str, constants: Mapping[str, Any]) -> Lowered:
+    """Lower both methods: ``forward``, logits of the last token, and ``all_logits``; they share the cache and the
+    weights.
+
+    Args:
+        backend: ``xnnpack`` or ``vulkan``.
+        constants: methods of the program that return a constant, for the runners of apps.
+    """
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
+
+    with _quiet():
+        programs = {name: _export(decoder, name) for name in CHUNK}
+        edge = to_edge_transform_and_lower(
+            programs,
+            partitioner=[_partitioner(backend)],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            constant_methods=dict(constants),
+        )
+        delegates, delegated, undelegated = _count(edge.exported_program(PREFILL))
+        planning = MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True)
+        manager = edge.to_executorch(
+            ExecutorchBackendConfig(memory_planning_pass=planning, emit_mutable_buffer_names=True)
+        )
+    return Lowered(manager, delegates, delegated, undelegated)
+
+
+def _export(decoder: Decoder, name: str) -> ExportedProgram:
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 - registers llama::custom_sdpa
+    import torch
+    from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - embedding_byte
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401 - quantized_decomposed
+
+    decoder.all_logits = name == ALL
+    most = min(CHUNK[name], decoder.context_length)
+    ids = torch.zeros(1, min(8, most), dtype=torch.long)
+    shapes = {"tokens": {1: torch.export.Dim("tokens", min=1, max=most)}, "input_pos": None}
+    with torch.no_grad():
+        program = torch.export.export(decoder, (ids, torch.zeros(1, dtype=torch.long)), dynamic_shapes=shapes)
+    for node in program.graph.nodes:  # every pass copies where a node came from, and that grows with every pass
+        for key in ("from_node", "nn_module_stack", "stack_trace"):
+            node.meta.pop(key, None)
+    return program
+
+
+def _partitioner(backend: str) -> Partitioner:
+    if backend == "vulkan":
+        from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
+
+        return VulkanPartitioner({"require_dynamic_shapes": True})
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+    from executorch.exir.backend.utils import tag_constant_data
+
+    class _Partitioner(XnnpackPartitioner):
+        """XNNPACK's own rules of what it runs, in as few graphs as there are attentions between them; its own grouping
+        makes two to three a layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            # This key leaves out all of the backend's passes but one; this model needs none of the others.
+            self.delegation_spec = DelegationSpec(
+                self.delegation_spec.backend_id, [CompileSpec("dqlinear_partitioner", b"")]
+            )
+
+        def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+            taken = {node for group in self.get_matched_nodes_from_configs(exported_program) for node in group}
+            nodes = [node for node in exported_program.graph.nodes if node.op == "call_function"]
+            place: dict[Any, int] = {}
+            for node in nodes:
+                before = [place[n] + (n in taken and node not in taken) for n in node.all_input_nodes if n in place]
+                if before or any(n.op != "placeholder" for n in node.all_input_nodes) or node not in taken:
+                    place[node] = max(before, default=0)
+            for node in reversed(nodes):  # what has constant inputs alone goes where it is wanted
+                if node not in place:
+                    place[node] = min(place[user] for user in node.users)
+            for node in nodes:
+                if node in taken:
+                    node.meta["delegation_tag"] = f"{place[node]:06}"
+            tag_constant_data(exported_program)
+            tags = {f"{place[node]:06}" for node in nodes if node in taken}
+            return PartitionResult(exported_program, dict.fromkeys(sorted(tags), self.delegation_spec))
+
+    return _Partitioner()
+
+
+def _count(program: ExportedProgram) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Number of delegates, and nodes by operator inside and outside them."""
+    inside: Counter[str] = Counter()
+    outside: Counter[str] = Counter()
+    delegates = 0
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("lowered_module"):
+            delegates += 1
+            lowered = getattr(program.graph_module, node.target).original_module
+            inside.update(_names(lowered.graph))
+    outside.update(name for name in _names(program.graph) if "call_delegate" not in name)
+    return delegates, dict(sorted(inside.items())), dict(sorted(outside.items()))
+
+
+def _names(graph: Any) -> Iterator[str]:
+    """Operators of a graph as ``namespace.name``."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is not operator.getitem:
+            schema = getattr(node.target, "_schema", None)
+            yield schema.name.replace("::", ".") if schema else node.target.__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back torch's and ExecuTorch's remarks on their own future."""
+    import logging
+
+    previous = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)

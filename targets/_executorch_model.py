@@ -1,0 +1,237 @@
+"""The decoder as a torch module that lowers to XNNPACK whole but for the embedding, the rotary tables' rows, the
+key-value cache and attention.
+
+A root mean square is a product with a row of ``1 / E``, and the rotary embedding's half turn one with a matrix of ones
+and minus ones: XNNPACK has kernels for these and, with a dynamic number of tokens, none for a mean or a slice.
+
+Shapes: ``T`` tokens fed, ``E`` hidden size, ``H`` query heads, ``K`` key-value heads, ``D`` head size, ``C`` context
+length, ``V`` vocabulary, ``O`` outputs and ``I`` inputs of a matrix, ``G`` groups of ``I``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..quant.folder import Grid
+from ..quant.grid import pack_int4
+from ..quant.recipe import GROUP, Kind
+from ..student import Checkpoint
+from ._decoder import Architecture, rotary_tables
+from ._source import narrow
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_DIGITS = 8
+
+
+@dataclass
+class Weights:
+    """Where the module takes its tensors from."""
+
+    source: Checkpoint | Grid
+    stand_ins: bool
+    """Give every matrix a stand-in: What is lowered is then small, and the packer knows each matrix by its
+    number."""
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def kind(self, name: str) -> Kind:
+        """How a parameter is stored."""
+        return "plain" if isinstance(self.source, Checkpoint) else self.source.kinds[name]
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """Integers int8 ``(O, I)``, or a float32 matrix."""
+        if self.stand_ins:
+            return stand_in(self.numbers.setdefault(name, len(self.numbers)), self.kind(name), self.source.shape(name))
+        return self.quantized(name)[0] if self.kind(name) != "plain" else self.plain(name)
+
+    def quantized(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """q int8 ``(O, I)`` and scale float32, ``(O, G)`` or ``(O,)``."""
+        assert isinstance(self.source, Grid), name
+        pair = self.source.int4(name) or self.source.int8(name)
+        assert pair is not None, name
+        return pair
+
+    def plain(self, name: str) -> torch.Tensor:
+        """A tensor that is not quantized, float32."""
+        return torch.from_numpy(narrow(self.source, name, "float32"))
+
+
+def stand_in(number: int, kind: Kind, shape: tuple[int, ...]) -> torch.Tensor:
+    """A matrix of integers, or of float32, that takes the memory of a row and a column and tells its number: every row
+    is the one before, from its second element on."""
+    digits = [number >> 3 * place & 7 for place in range(_DIGITS)]
+    memory = torch.zeros(sum(shape), dtype=torch.float32 if kind == "plain" else torch.int8)
+    memory[:_DIGITS] = torch.tensor(digits, dtype=memory.dtype)
+    return memory.as_strided(shape, (1, 1))  # ExecuTorch refuses a stride of zero
+
+
+def packed(matrix: torch.Tensor, kind: Kind) -> np.ndarray:
+    """The bytes of a matrix as XNNPACK reads them: int4 as codes q + 8, two to a byte, the first one low."""
+    return np.ascontiguousarray(pack_int4(matrix) if kind == "int4" else matrix)
+
+
+def packed_embedding(matrix: torch.Tensor, kind: Kind) -> np.ndarray:
+    """The bytes of an embedding as ExecuTorch's kernels read them: int4 with the first code high, plain as fp16."""
+    if kind == "int4":
+        codes = pack_int4(matrix)
+        return ((codes << 4) | (codes >> 4)).numpy()
+    return np.ascontiguousarray(matrix if kind == "int8" else matrix.numpy().astype("<f2"))
+
+
+class Linear(nn.Module):
+    """``x W^T + b``; of a quantized ``W``, with activations rounded to int8, token by token."""
+
+    def __init__(self, weights: Weights, name: str, bias: str | None = None) -> None:
+        super().__init__()
+        self.kind = weights.kind(name)
+        self.register_buffer("weight", weights.matrix(name))
+        self.register_buffer("bias", weights.plain(bias) if bias else None)
+        if self.kind != "plain":
+            scale = weights.quantized(name)[1]
+            self.register_buffer("scale", scale)
+            self.register_buffer("zero", torch.zeros(scale.shape, dtype=torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.quantized_decomposed
+        if self.kind == "plain":
+            return functional.linear(x, self.weight, self.bias)
+        if self.kind == "int4":
+            weight = ops.dequantize_per_channel_group(
+                self.weight, self.scale, self.zero, -8, 7, torch.int8, GROUP, torch.float32
+            )
+        else:
+            weight = ops.dequantize_per_channel(self.weight, self.scale, self.zero, 0, -127, 127, torch.int8)
+        return functional.linear(x, weight, self.bias)
+
+
+def round_activations(x: torch.Tensor) -> torch.Tensor:
+    """``x`` rounded to int8 with a scale and a zero point a token: what XNNPACK's kernels do on the way in."""
+    ops = torch.ops.quantized_decomposed
+    scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+    q = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+    return ops.dequantize_per_token(q, scale, zero, -128, 127, torch.int8, torch.float32)
+
+
+def project(x: torch.Tensor, *matrices: Linear) -> list[torch.Tensor]:
+    """Products of ``x``, rounded once, with several matrices."""
+    rounded = round_activations(x) if any(matrix.kind != "plain" for matrix in matrices) else x
+    return [matrix(x if matrix.kind == "plain" else rounded) for matrix in matrices]
+
+
+class Norm(nn.Module):
+    """RMSNorm over the last ``size`` elements."""
+
+    def __init__(self, weights: Weights, name: str, size: int, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weights.plain(name))
+        self.register_buffer("mean", torch.full((1, size), 1 / size))
+        self.register_buffer("eps", torch.full((1,), eps))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(functional.linear(x * x, self.mean, self.eps)) * self.weight
+
+
+class Rotary(nn.Module):
+    """The rotary embedding of heads ``(1, T, H, D)``; cosines and sines are ``(T, 1, D)``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        half = torch.eye(size // 2)
+        turn = torch.zeros(size, size)
+        turn[: size // 2, size // 2 :], turn[size // 2 :, : size // 2] = -half, half
+        self.register_buffer("turn", turn)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return x * cos + functional.linear(x, self.turn) * sin
+
+
+class Layer(nn.Module):
+    """One decoder layer with its cache."""
+
+    def __init__(self, weights: Weights, arch: Architecture, number: int, context_length: int) -> None:
+        super().__init__()
+        at = f"model.layers.{number}."
+        self.arch = arch
+        self.input_norm = Norm(weights, f"{at}input_layernorm.weight", arch.hidden, arch.rms_eps)
+        self.mlp_norm = Norm(weights, f"{at}post_attention_layernorm.weight", arch.hidden, arch.rms_eps)
+        bias = arch.name == "qwen2"
+        for p in "qkv":
+            name = f"{at}self_attn.{p}_proj"
+            setattr(self, p, Linear(weights, f"{name}.weight", f"{name}.bias" if bias else None))
+        for p in ("q", "k") if arch.name == "qwen3" else ():
+            setattr(self, f"{p}_norm", Norm(weights, f"{at}self_attn.{p}_norm.weight", arch.head_dim, arch.rms_eps))
+        self.o = Linear(weights, f"{at}self_attn.o_proj.weight")
+        for p in ("gate", "up", "down"):
+            setattr(self, p, Linear(weights, f"{at}mlp.{p}_proj.weight"))
+        self.rotary = Rotary(arch.head_dim)
+        cache = (1, context_length, arch.kv_heads, arch.head_dim)
+        for p in ("keys", "values"):  # NumPy's zeros take no memory until they are touched
+            self.register_buffer(p, torch.from_numpy(np.zeros(cache, np.float32)))
+
+    def forward(self, x: torch.Tensor, position: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = self.arch.heads, self.arch.kv_heads, self.arch.kv_heads
+        products = project(self.input_norm(x), self.q, self.k, self.v)
+        q, k, v = (y.view(1, -1, n, self.arch.head_dim) for y, n in zip(products, heads, strict=True))
+        if self.arch.name == "qwen3":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
+        ops = torch.ops.llama
+        ops.update_cache(k, self.keys, position)
+        ops.update_cache(v, self.values, position)
+        attended = ops.custom_sdpa(q, self.keys, self.values, position, None, 0.0, True)
+        (y,) = project(attended.view(1, -1, self.arch.heads * self.arch.head_dim), self.o)
+        x = x + y
+        gate, up = project(self.mlp_norm(x), self.gate, self.up)
+        (y,) = project(gate * torch.sigmoid(gate) * up, self.down)
+        return x + y
+
+
+class Embedding(nn.Module):
+    """Rows of the embedding ``(V, E)`` for ids ``(1, T)``."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.kind = weights.kind(EMBEDDING)
+        matrix = weights.matrix(EMBEDDING)
+        self.register_buffer("weight", torch.from_numpy(packed_embedding(matrix, self.kind)))
+        if self.kind != "plain":
+            self.register_buffer("scale", weights.quantized(EMBEDDING)[1].half())  # exact
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.quantized_decomposed
+        if self.kind == "int4":
+            return ops.embedding_4bit.dtype(self.weight, self.scale, None, -8, 7, ids, dtype=torch.float32)
+        if self.kind == "int8":
+            return ops.embedding_byte.dtype(self.weight, self.scale, None, -127, 127, ids, dtype=torch.float32)
+        return functional.embedding(ids, self.weight).float()
+
+
+class Decoder(nn.Module):
+    """Ids ``(1, T)`` and the position ``(1,)`` of the first to logits of the last ``(1, 1, V)``, or of all."""
+
+    def __init__(self, weights: Weights, arch: Architecture, context_length: int) -> None:
+        super().__init__()
+        self.context_length, self.all_logits = context_length, False
+        self.embedding = Embedding(weights)
+        self.layers = nn.ModuleList(Layer(weights, arch, n, context_length) for n in range(arch.layers))
+        self.norm = Norm(weights, "model.norm.weight", arch.hidden, arch.rms_eps)
+        self.head = Linear(weights, EMBEDDING if weights.source.tied else HEAD)
+        for name, half in zip(("cos", "sin"), rotary_tables(arch, context_length), strict=True):
+            self.register_buffer(name, torch.from_numpy(np.concatenate([half, half], -1)).unsqueeze(1))
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        position, count = input_pos[0].item(), tokens.shape[1]
+        torch._check(position >= 0)
+        torch._check(position < self.context_length)
+        torch._check(position + count <= self.context_length)
+        cos, sin = self.cos.narrow(0, position, count), self.sin.narrow(0, position, count)
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, position, cos, sin)
+        (logits,) = project(self.norm(x if self.all_logits else x[:, -1:]), self.head)
+        return logits

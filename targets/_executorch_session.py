@@ -1,0 +1,184 @@
+"""An ExecuTorch program in its own runtime: prefill and decode over the cache inside the program.
+
+Shapes: ``T`` tokens, ``V`` vocabulary. Logits are float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadArtifact, EdgekdError, MissingExtra
+from ..manifest import Contract
+from ..session import check_ids, check_room, generate
+from ._tokenizer import JsonTokenizer
+
+PREFILL, ALL = "forward", "all_logits"
+CHUNK = {PREFILL: 512, ALL: 128}
+"""Most tokens of a call: memory for the results of so many is planned, and ``all_logits`` has that many rows."""
+
+
+def runtime() -> Any:
+    """``executorch.runtime``'s ``Runtime``, with the kernels that a program of this target calls.
+
+    Raises:
+        MissingExtra: ExecuTorch is not installed.
+        EdgekdError: it is installed but does not load.
+    """
+    try:
+        from executorch.kernels import quantized  # noqa: F401 - embedding kernels
+        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - attention and its cache
+        from executorch.runtime import Runtime
+    except ModuleNotFoundError as error:
+        raise MissingExtra("executorch", "executorch") from error
+    except (ImportError, OSError) as error:
+        raise EdgekdError(f"executorch does not load: {error}.", "Run: edgekd doctor") from error
+    return Runtime.get()
+
+
+def runner_tokenizer(path: Path, contract: Contract) -> Callable[[str], list[int]]:
+    """Text → ids by the tokenizer of ExecuTorch's runners.
+
+    Raises:
+        MissingExtra: it is not installed.
+        EdgekdError: it refuses the file.
+    """
+    try:
+        from pytorch_tokenizers import CppHFTokenizer
+    except ModuleNotFoundError as error:
+        raise MissingExtra("pytorch-tokenizers", "executorch") from error
+    tokenizer = CppHFTokenizer()
+    with silent():
+        try:
+            tokenizer.load(str(path))
+        except RuntimeError as error:
+            raise EdgekdError(f"{path}: ExecuTorch refuses the tokenizer: {error}.") from error
+    return lambda text: list(tokenizer.encode(text, int(contract.add_bos), 0))
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Hold back what native code writes to standard error; its failures come as exceptions."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def set_threads(threads: int) -> None:
+    """Size of the thread pool that all programs of the process share."""
+    from executorch.extension.pybindings import portable_lib
+
+    if portable_lib._threadpool_get_thread_count() != threads:
+        portable_lib._unsafe_reset_threadpool(threads)
+
+
+class ExecutorchSession:
+    """An ExecuTorch program: the ``Session`` protocol."""
+
+    def __init__(self, path: Path, contract: Contract, details: Mapping[str, Any], threads: int) -> None:
+        import torch
+
+        self._torch: Any = torch
+        self._path, self._contract, self._details = path, contract, details
+        try:
+            with silent():
+                lib = runtime()
+                set_threads(threads)
+                self._program: Any = lib.load_program(path)
+                self._forward: Any = self._program.load_method(PREFILL)
+        except RuntimeError as error:
+            raise BadArtifact(f"{path}: ExecuTorch does not load it: {error}.", "Export the artifact again.") from error
+        self._used = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Length ``V`` of the logits."""
+        return self._contract.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the cache holds."""
+        return self._contract.context_length
+
+    @cached_property
+    def _json(self) -> JsonTokenizer:
+        return JsonTokenizer(self._path.with_name("tokenizer.json"), "executorch")
+
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        if self._details["tokenizer"]["used"] == "executorch":
+            return runner_tokenizer(self._path.with_name("tokenizer.json"), self._contract)
+        return self._json.tokenize
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text: by ExecuTorch's tokenizer where its ids were proved at export, else by ``tokenizer.json``."""
+        self._check_open()
+        return self._encode(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token; nothing for a special one."""
+        self._check_open()
+        check_ids([token], self.vocab_size)
+        return self._json.token_bytes(token)
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._check_open()
+        self._used = 0
+
+    def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+        """Append ids; logits of the last ``(V,)``, or of all ``(T, V)``."""
+        if not len(ids):
+            raise ValueError("no ids to prefill")
+        check_ids(ids, self.vocab_size)
+        self._check_room(len(ids))
+        name = ALL if all_logits else PREFILL
+        rows = [self._feed(name, ids[i : i + CHUNK[name]]) for i in range(0, len(ids), CHUNK[name])]
+        return np.concatenate(rows) if all_logits else rows[-1][0]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one id; its logits ``(V,)``."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        self._check_room(1)
+        return self._feed(PREFILL, [token])[0]
+
+    def _feed(self, method: str, ids: Sequence[int]) -> np.ndarray:
+        """Append a piece; logits ``(1, V)`` or ``(T, V)``."""
+        inputs = [np.asarray(ids, np.int64)[None], np.array([self._used], np.int64)]
+        run = self._forward if method == PREFILL else self._program.load_method(method)
+        try:
+            (logits,) = run.execute([self._torch.from_numpy(array) for array in inputs])
+        except RuntimeError as error:
+            raise EdgekdError(f"ExecuTorch failed on {len(ids)} tokens: {error}.") from error
+        self._used += len(ids)
+        return logits[0].numpy()
+
+    def generate(
+        self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[int]:
+        """Yield new tokens until an end-of-sequence token, ``max_tokens``, or a full cache."""
+        return generate(self, self._contract.eos_ids, ids, max_tokens, temperature, seed)
+
+    def close(self) -> None:
+        """Free the runtime's memory."""
+        self._program = self._forward = None
+
+    def _check_open(self) -> None:
+        if self._program is None:
+            raise ValueError("the session is closed")
+
+    def _check_room(self, count: int) -> None:
+        self._check_open()
+        check_room(self._used, count, self.context_length)

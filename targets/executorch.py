@@ -1,0 +1,180 @@
+"""ExecuTorch for phones: fp32 from the student, the portable grid from the quantized student as it is.
+
+XNNPACK runs the whole decoder but for the embedding, the cache and attention, which ExecuTorch's own kernels run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from ..errors import BadArtifact, EdgekdError, MissingExtra, SpecError, Unsupported
+from ..manifest import Artifact, Contract
+from ..session import Session
+from ..spec import TargetSpec
+from ..student import Checkpoint, load_tokenizer
+from ._common import build_artifact
+from ._decoder import Architecture, check_context, check_weights, read_config
+from ._executorch_session import ALL, CHUNK, PREFILL, ExecutorchSession, runner_tokenizer
+from ._recipes import load_recipe
+from ._tokenizer import compare_tokenizers, contract_of
+
+if TYPE_CHECKING:
+    from ..quant.folder import Grid
+
+MAIN_FILE = "model.pte"
+PROVIDERS = {"cpu": "tested", "vulkan": "not run"}
+"""``cpu`` is XNNPACK."""
+_CACHE_BYTES_MAX = 2 * 2**30
+
+
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+    """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
+
+    Raises:
+        SpecError: an unknown recipe or provider, or a context longer than the student's.
+        Unsupported: an architecture, a setting or a head size that the exporter does not write, or a context whose
+            cache is too large.
+        EdgekdError: no tokenizer.
+        MissingExtra: a package of the extra is not installed.
+    """
+    for recipe in spec.recipes:
+        load_recipe(recipe, "executorch")
+    if len(spec.providers) != 1 or spec.providers[0] not in PROVIDERS:
+        raise SpecError(
+            f"targets: providers {spec.providers} for executorch; a program is lowered for one, {' or '.join(PROVIDERS)}."
+        )
+    arch = read_config(config, "ExecuTorch")
+    check_context(spec, arch)
+    _check_cache(arch, spec.context or arch.context_length)
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise EdgekdError(f"{tokenizer_folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+    for package, module in (
+        ("executorch", "executorch.exir"),
+        ("torchao", "torchao"),
+        ("pytorch-tokenizers", "pytorch_tokenizers"),
+        ("tokenizers", "tokenizers"),
+    ):
+        try:
+            __import__(module)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(package, "executorch") from error
+
+
+def _check_cache(arch: Architecture, context_length: int) -> None:
+    if arch.head_dim % 2:
+        raise Unsupported(f"config.json: head_dim {arch.head_dim}: the rotary embedding wants an even one.")
+    size = cache_bytes(arch, context_length)
+    if size > _CACHE_BYTES_MAX:
+        raise Unsupported(
+            f"targets: the cache of {context_length} tokens takes {size / 2**30:.1f} GiB, which ExecuTorch allocates "
+            "whole.",
+            "Ask for a shorter context.",
+        )
+
+
+def cache_bytes(arch: Architecture, context_length: int) -> int:
+    """Bytes of the key-value cache, float32."""
+    return 2 * 4 * arch.layers * context_length * arch.kv_heads * arch.head_dim
+
+
+def export(
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out_dir: Path,
+    *,
+    name: str,
+    grid: Path | None = None,
+    moments: Path | None = None,  # of native recipes: ExecuTorch has none
+) -> Artifact:
+    """Write ``model.pte``, the tokenizer and the manifest; see ``targets.export``."""
+    checkpoint = Checkpoint(student)
+    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+        return _write(checkpoint, source, spec, folder)
+
+    return build_artifact(
+        out_dir, checkpoint, load_recipe(recipe, "executorch"), grid, write, name=name, target="executorch",
+        runtime="executorch", main_file=MAIN_FILE,
+    )  # fmt: skip
+
+
+def open(artifact: Artifact, *, threads: int | None = None) -> Session:
+    """The artifact in ExecuTorch's runtime.
+
+    Raises:
+        BadArtifact: the file is not the one that was exported, or ExecuTorch refuses it.
+        EdgekdError: a program for Vulkan.
+        MissingExtra: ExecuTorch is not installed.
+    """
+    details = artifact.manifest.details
+    if not details:
+        raise BadArtifact(f"{artifact.folder}: the manifest has no details.", "Export the artifact again.")
+    if "cpu" not in details["providers"]:
+        raise EdgekdError(
+            f"{artifact.folder}: the program is for {', '.join(details['providers'])}, which is not run here.",
+            "Run it on a phone, or export with providers: [cpu].",
+        )
+    cores = threads or psutil.cpu_count(logical=False) or 1
+    return ExecutorchSession(artifact.main_file, artifact.manifest.contract, details, cores)
+
+
+def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path) -> dict[str, Any]:
+    """Write everything but the manifest, and return the manifest's fields."""
+    from ._executorch_lower import lower
+    from ._executorch_model import Decoder, Weights
+    from ._executorch_pack import write_program
+
+    arch = read_config(checkpoint.config, "ExecuTorch")
+    check_weights(arch, source, "ExecuTorch")
+    context, (provider,) = spec.context or arch.context_length, spec.providers
+    tokenizer = load_tokenizer(checkpoint.folder)
+    contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
+    tokenizer.save_pretrained(folder)
+    told = compare_tokenizers(tokenizer, "executorch", lambda: runner_tokenizer(folder / "tokenizer.json", contract))
+
+    weights = Weights(source, stand_ins=provider == "cpu")
+    lowered = lower(Decoder(weights, arch, context).eval(), provider, runner_methods(arch, contract))
+    if lowered.heavy:
+        warnings.warn(
+            f"{provider} does not run {', '.join(lowered.heavy)} of this model: generation will be slow.", stacklevel=2
+        )
+    weight_bytes = write_program(folder / MAIN_FILE, lowered.manager, weights)
+    return {
+        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "contract": contract,
+        "versions": {package: version(package) for package in ("edgekd", "executorch", "torch", "torchao")},
+        "details": {
+            "providers": {provider: PROVIDERS[provider]},
+            "delegates": lowered.delegates,
+            "delegated": lowered.delegated,
+            "undelegated": lowered.undelegated,
+            "undelegated_heavy": lowered.heavy,
+            "chunk_tokens": CHUNK[PREFILL],
+            "cache_bytes": cache_bytes(arch, context),
+            "tokenizer": told,
+        },
+    }
+
+
+def runner_methods(arch: Architecture, contract: Contract) -> dict[str, Any]:
+    """The methods by which an app's runner learns what the program is."""
+    bos = contract.eos_ids[0] if contract.bos_id is None else contract.bos_id
+    return {
+        "get_bos_id": bos,
+        "get_eos_ids": contract.eos_ids,
+        "get_vocab_size": contract.vocab_size,
+        "get_n_layers": arch.layers,
+        "get_max_context_len": contract.context_length,
+        "get_max_seq_len": min(CHUNK[PREFILL], contract.context_length),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
