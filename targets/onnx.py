@@ -25,6 +25,7 @@ from ._tokenizer import CHATS, chat_template, compare_tokenizers, contract_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from transformers import PreTrainedTokenizerFast
 
     from ..quant.folder import Grid
     from ..quant.recipe import Kind
