@@ -12,7 +12,7 @@
 #   LLAMA_CACHE  where the built llama.cpp is kept for the next set-up; a wheel built with other flags is never reused.
 
 PYTHON ?= python3
-EXTRAS ?= train,gguf,onnx,optimum,dev
+EXTRAS ?= all,dev
 TORCH_INDEX ?=
 LLAMA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd
 BIN := .venv/bin

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -404,6 +405,8 @@ def _fail(error: EdgekdError) -> None:
 
 def main() -> None:
     """Entry point: every error a user can mend is one sentence on stderr and exit code 2."""
+    for name in ("torchao", "torch.utils._pytree"):  # they warn, on import, of what no user can mend
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except EdgekdError as error:
