@@ -303,7 +303,7 @@ def _single(x: Tensor) -> Tensor:
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """``x · weightᵀ`` in float32, the weight ``(O, I)`` turned to it in tiles: half the memory for a fifth more time."""
+    """``x · weightᵀ`` in float32, the weight ``(O, I)`` turned to it in tiles: half the memory, a fifth more time."""
     x = _single(x)
     if weight.dtype != torch.float16 or weight.numel() <= TILE_ELEMENTS:
         return torch.matmul(x, _single(weight).t())
