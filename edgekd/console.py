@@ -85,11 +85,14 @@ def artifact_lines(results: Mapping[str, Any]) -> list[str]:
         parity, bench = manifest["parity"] or {}, manifest["benchmark"] or {}
         ttft = next(iter((bench.get("ttft_s") or {}).values()), None)
         failures = parity.get("failures", [])
+        speed = (
+            f"TTFT {_text(_value(ttft), '.1f', 1e3)} ms, "
+            f"decode {_text(_value(bench.get('decode_tokens_per_s')), '.0f')} tok/s, "
+        )
         lines.append(
             f"{artifact['folder']}: {artifact['size_bytes'] / 1e6:.1f} MB, "
             f"KL {_text(parity.get('kl_mean'), '.5f')}, "
-            f"TTFT {_text(_value(ttft), '.1f', 1e3)} ms, "
-            f"decode {_text(_value(bench.get('decode_tokens_per_s')), '.0f')} tok/s, "
+            + (speed if bench else "not timed, ")
             + ("gate " + ("FAILED" if failures else "passed") if parity else "not verified")
         )
     return lines

@@ -340,6 +340,7 @@ def _versions() -> dict[str, str]:
         "onnx",
         "onnxruntime",
         "onnxruntime-genai",
+        "coremltools",
     ):
         try:
             found[name] = metadata.version(name)

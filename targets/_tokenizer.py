@@ -40,6 +40,16 @@ CHATS = (
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>")
 
 
+def check_has_tokenizer(folder: Path) -> None:
+    """Refuse a folder that has none, before anything is loaded.
+
+    Raises:
+        EdgekdError: it has neither ``tokenizer.json`` nor a file to make it of.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise EdgekdError(f"{folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+
+
 def contract_of(tokenizer: PreTrainedTokenizerFast, folder: Path, vocab_size: int, context_length: int) -> Contract:
     """What the manifest says of a tokenizer whose own library runs it.
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EdgekdError, MissingExtra, Unsupported
+from ..errors import MissingExtra, Unsupported
 from ..manifest import Artifact, Contract, file_sha256, write_json
 from ..session import Session
 from ..spec import TargetSpec
@@ -20,7 +20,7 @@ from ._common import build_artifact
 from ._coreml_session import CoremlSession
 from ._decoder import Architecture, check_context, check_weights, read_config
 from ._recipes import load_recipe
-from ._tokenizer import contract_of
+from ._tokenizer import check_has_tokenizer, contract_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,8 +59,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
     arch = read_config(config, "Core ML")
     check_context(spec, arch)
     _check_sizes(arch, spec.context or arch.context_length)
-    if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise EdgekdError(f"{tokenizer_folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+    check_has_tokenizer(tokenizer_folder)
     for package in ("coremltools", "tokenizers"):
         try:
             version(package)

@@ -21,7 +21,7 @@ from ._common import build_artifact
 from ._decoder import Architecture, check_context, check_weights, read_config
 from ._onnx_session import PROVIDERS, OnnxSession, genai_tokenizer, load, runtime
 from ._recipes import load_recipe
-from ._tokenizer import CHATS, chat_template, compare_tokenizers, contract_of
+from ._tokenizer import CHATS, chat_template, check_has_tokenizer, compare_tokenizers, contract_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -48,8 +48,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
         load_recipe(recipe, "onnx")
     _check_providers(spec.providers)
     check_context(spec, read_config(config, "ONNX"))
-    if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise EdgekdError(f"{tokenizer_folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+    check_has_tokenizer(tokenizer_folder)
     for package, module in (("onnx", "onnx"), ("onnxruntime-genai", "onnxruntime_genai"), ("tokenizers", "tokenizers")):
         try:
             __import__(module)

@@ -148,17 +148,17 @@ def parse(package: Package) -> Program:
     returned = list(block.outputs)
     _check_order(package, steps, compressed, {*inputs, *constants, *compressed}, set(states), returned)
     declared = {value.name: value for step in steps for value in step.outputs}
-    names = [one.name for one in description.output]
-    if sorted(names) != sorted(returned) or not set(names) <= set(declared):
-        raise bad(package, f"describes the outputs {names}, and its program returns {returned}")
-    outputs = {name: _output(declared[name]) for name in names}
+    described = [one.name for one in description.output]
+    if sorted(described) != sorted(returned) or not set(described) <= set(declared):
+        raise bad(package, f"describes the outputs {described}, and its program returns {returned}")
+    outputs = {name: _output(declared[name]) for name in described}
     steps = _write_in_place(_with_dying(steps, {*returned, *constants, *compressed}))
     return Program(inputs, outputs, states, counts, constants, compressed, steps)
 
 
-def bad(package: Package, what: str) -> BadArtifact:
+def bad(package: Package, what: str, remedy: str = "Export the package again.") -> BadArtifact:
     """An error of a package whose program is wrong."""
-    return BadArtifact(f"{package.path} {what}.", "Export the package again.")
+    return BadArtifact(f"{package.path} {what}.", remedy)
 
 
 def _main(package: Package) -> tuple[Any, Any]:

@@ -59,14 +59,13 @@ class Interpreter:
         """How many operations of each type the program has, constants included."""
         return self._program.op_counts
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The package's user-defined metadata."""
-        return dict(self._package.spec.description.metadata.userDefined)
-
     def make_state(self) -> dict[str, Tensor]:
         """Every state, of zeros, as Core ML makes it."""
-        return {name: torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) for name, one in self.states.items()}
+        state = {}
+        for name, one in self.states.items():
+            shape: Any = one.shape  # no axis of a state is flexible
+            state[name] = torch.zeros(shape, dtype=getattr(torch, one.dtype))
+        return state
 
     def run(self, inputs: Mapping[str, np.ndarray], state: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
         """Run the program once.
@@ -137,12 +136,13 @@ class Interpreter:
                     raise ValueError(f"its result has the shape {list(result.shape)}, not {list(declared.shape or ())}")
                 values[declared.name] = result.to(declared.dtype)
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise bad(self._package, f"cannot execute {step.type} {step.name!r}: {error}") from error
+            what = f"cannot execute {step.type} {step.name!r}: {error}"
+            raise bad(self._package, what, "Check the inputs, or export the package again.") from error
 
     def _results(self, step: Step, values: dict[str, Tensor], states: Mapping[str, Tensor]) -> Sequence[Tensor]:
         if step.state and step.type != READ:
             _make_writable(states[step.state], step, values)
-        args = {
+        args: dict[str, Any] = {
             key: self._value(names, values) if isinstance(names, str) else [self._value(one, values) for one in names]
             for key, names in step.tensors.items()
         }

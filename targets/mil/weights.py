@@ -65,10 +65,10 @@ def unpack(packed: np.ndarray, count: int, bits: int, *, signed: bool = False) -
     mask = np.uint8((1 << bits) - 1)
     if 8 % bits == 0:
         per_byte = 8 // bits
-        values = np.empty((len(packed), per_byte), np.uint8)
+        places = np.empty((len(packed), per_byte), np.uint8)
         for place in range(per_byte):
-            values[:, place] = (packed >> (place * bits)) & mask
-        values = values.reshape(-1)[:count]
+            places[:, place] = (packed >> (place * bits)) & mask
+        values = places.reshape(-1)[:count]
     else:
         values = np.zeros(count, np.uint8)
         stream = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
@@ -118,7 +118,7 @@ class WeightFile:
             raise self._damaged(f"cannot be read: {error}") from error
         if len(data) < RECORD_BYTES:
             raise self._damaged(f"has {len(data)} bytes, less than its header")
-        _, version = _HEADER.unpack_from(data)
+        _, version = _HEADER.unpack_from(data.data)
         if version != VERSION:
             raise self._damaged(f"is of version {version}, not {VERSION}")
         return np.asarray(data)
@@ -138,7 +138,7 @@ class WeightFile:
         kind, where = ELEMENTS[element], f"at byte {offset}"
         if offset % ALIGNMENT_BYTES or not 0 <= offset <= len(self.bytes) - RECORD_BYTES:
             raise self._damaged(f"has no metadata {where} of its {len(self.bytes)} bytes")
-        sentinel, code, size, start, padding = _METADATA.unpack_from(self.bytes, offset)
+        sentinel, code, size, start, padding = _METADATA.unpack_from(self.bytes.data, offset)
         if sentinel != SENTINEL:
             raise self._damaged(f"has no metadata {where}")
         if code != kind.code:

@@ -25,7 +25,7 @@ from edgekd.targets.mil.package import proto
 
 ct = pytest.importorskip("coremltools")
 mb = pytest.importorskip("coremltools.converters.mil").Builder
-get_new_symbol = pytest.importorskip("coremltools.converters.mil.mil").get_new_symbol
+mil = pytest.importorskip("coremltools.converters.mil.mil")
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 Make = Callable[..., Path]
@@ -139,7 +139,7 @@ def flexible(make_mlpackage: Make, tmp_path_factory: pytest.TempPathFactory) -> 
 
     path = tmp_path_factory.mktemp("flexible") / "p.mlpackage"
     shape = ct.TensorType(name="ids", shape=(1, ct.RangeDim(2, 5, default=2)), dtype=np.int32)
-    return make_mlpackage(path, body, {"ids": ("int32", (1, get_new_symbol()))}, shapes=[shape])
+    return make_mlpackage(path, body, {"ids": ("int32", (1, mil.get_new_symbol()))}, shapes=[shape])
 
 
 def test_flexible_shapes(flexible: Path) -> None:
@@ -156,7 +156,7 @@ def test_enumerated_shapes(make_mlpackage: Make, tmp_path: Path) -> None:
     path = make_mlpackage(
         tmp_path / "p.mlpackage",
         lambda x: mb.relu(x=x, name="out"),
-        {"x": ("float32", (get_new_symbol(), get_new_symbol()))},
+        {"x": ("float32", (mil.get_new_symbol(), mil.get_new_symbol()))},
         shapes=[ct.TensorType(name="x", shape=shapes, dtype=np.float32)],
     )
     program = Interpreter(path)
@@ -201,6 +201,19 @@ def test_an_operation_that_fails_is_named(make_mlpackage: Make, tmp_path: Path) 
     for outside in (3, -1):
         with pytest.raises(BadArtifact, match="cannot execute gather 'found': an index is outside the 3 values"):
             program.run({"at": np.int32([outside])})
+
+
+def test_every_tensor_is_rounded_to_its_type(make_mlpackage: Make, tmp_path: Path) -> None:
+    """In half precision 300² overflows, and 2049 is 2048, even where single precision would bring them back."""
+
+    def body(x: Any) -> list[Any]:
+        one = np.float16(1) if x.dtype == mil.types.fp16 else np.float32(1)
+        return [mb.sqrt(x=mb.square(x=x), name="root"), mb.sub(x=mb.add(x=x, y=one), y=one, name="same")]
+
+    for dtype, expected in {"float16": (np.inf, 2047), "float32": (2048, 2048)}.items():
+        program = Interpreter(make_mlpackage(tmp_path / f"{dtype}.mlpackage", body, {"x": (dtype, (1,))}))
+        got = program.run({"x": np.array([2048], dtype)})
+        assert (got["root"], got["same"]) == expected
 
 
 # A decoder, from torch by way of coremltools' own front end.
@@ -504,6 +517,16 @@ def rename(block: Any, kind: str, to: str) -> None:
 def test_what_is_unknown_is_refused_by_name(package: Path, change: Callable[..., Any], message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         Interpreter(edit(package, change))
+
+
+def test_the_dialect_of_ios_17(package: Path) -> None:
+    def change(spec: Any, block: Any) -> None:
+        function = spec.mlProgram.functions["main"]
+        function.block_specializations["CoreML7"].CopyFrom(block)
+        function.opset = "CoreML7"
+
+    program = Interpreter(edit(package, change))
+    assert program.run(feed(1, 0), program.make_state())["sums"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
