@@ -32,8 +32,8 @@ def runtime() -> Any:
         EdgekdError: it is installed but does not load.
     """
     try:
-        from executorch.kernels import quantized  # noqa: F401 - embedding kernels
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - attention and its cache
+        from executorch.kernels import quantized  # noqa: F401 - embedding kernels
         from executorch.runtime import Runtime
     except ModuleNotFoundError as error:
         raise MissingExtra("executorch", "executorch") from error

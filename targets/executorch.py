@@ -20,7 +20,7 @@ from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from ._common import build_artifact
 from ._decoder import Architecture, check_context, check_weights, read_config
-from ._executorch_session import ALL, CHUNK, PREFILL, ExecutorchSession, runner_tokenizer
+from ._executorch_session import CHUNK, PREFILL, ExecutorchSession, runner_tokenizer
 from ._recipes import load_recipe
 from ._tokenizer import compare_tokenizers, contract_of
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ..errors import BadArtifact, EdgekdError, MissingExtra, SpecError, Unsupported
+from ..errors import BadArtifact, MissingExtra, SpecError, Unsupported
 from ..manifest import Artifact, Contract, write_json
 from ..session import Session
 from ..spec import TargetSpec
