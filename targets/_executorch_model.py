@@ -212,11 +212,11 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Ids ``(1, T)`` and the position ``(1,)`` of the first to logits of the last ``(1, 1, V)``, or of all."""
+    """Ids ``(1, T)`` and the position ``(1,)`` of the first to logits of the last ``(1, 1, V)``."""
 
     def __init__(self, weights: Weights, arch: Architecture, context_length: int) -> None:
         super().__init__()
-        self.context_length, self.all_logits = context_length, False
+        self.context_length = context_length
         self.embedding = Embedding(weights)
         self.layers = nn.ModuleList(Layer(weights, arch, n, context_length) for n in range(arch.layers))
         self.norm = Norm(weights, "model.norm.weight", arch.hidden, arch.rms_eps)
@@ -233,6 +233,5 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, position, cos, sin)
-        (logits,) = project(self.norm(x if self.all_logits else x[:, -1:]), self.head)
+        (logits,) = project(self.norm(x[:, -1:]), self.head)
         return logits
-

@@ -72,7 +72,9 @@ def _sha(data: Any) -> str:
 def _constants(program: Any, weights: Weights) -> tuple[list[_Blob], int]:
     """Constants of the program, and which of them is the embedding."""
     kind = weights.kind(EMBEDDING)
-    wanted = packed_embedding(stand_in(weights.numbers[EMBEDDING], kind, weights.source.shape(EMBEDDING)), kind).tobytes()
+    wanted = packed_embedding(
+        stand_in(weights.numbers[EMBEDDING], kind, weights.source.shape(EMBEDDING)), kind
+    ).tobytes()
     blobs = [_bytes(buffer.storage) for buffer in program.constant_buffer]
     (index,) = (i for i, buffer in enumerate(program.constant_buffer) if buffer.storage == wanted)
     blobs[index] = _Blob(len(wanted), lambda: packed_embedding(_matrix(weights, EMBEDDING), kind))

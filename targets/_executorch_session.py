@@ -20,8 +20,10 @@ from ..session import check_ids, check_room, generate
 from ._tokenizer import JsonTokenizer
 
 PREFILL, ALL = "forward", "all_logits"
-CHUNK = {PREFILL: 512, ALL: 128}
-"""Most tokens of a call: memory for the results of so many is planned, and ``all_logits`` has that many rows."""
+CHUNK = 512
+"""Most tokens of a call: memory for the results of so many is planned."""
+_ROWS = 128
+"""Rows of logits to ask for at once: the memory for those of a whole chunk is planned, but costs only if touched."""
 
 
 def runtime() -> Any:
@@ -32,8 +34,8 @@ def runtime() -> Any:
         EdgekdError: it is installed but does not load.
     """
     try:
-        from executorch.kernels import quantized  # noqa: F401 - embedding kernels
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - attention and its cache
+        from executorch.kernels import quantized  # noqa: F401 - embedding kernels
         from executorch.runtime import Runtime
     except ModuleNotFoundError as error:
         raise MissingExtra("executorch", "executorch") from error
@@ -143,8 +145,8 @@ class ExecutorchSession:
             raise ValueError("no ids to prefill")
         check_ids(ids, self.vocab_size)
         self._check_room(len(ids))
-        name = ALL if all_logits else PREFILL
-        rows = [self._feed(name, ids[i : i + CHUNK[name]]) for i in range(0, len(ids), CHUNK[name])]
+        name, most = (ALL, _ROWS) if all_logits else (PREFILL, CHUNK)
+        rows = [self._feed(name, ids[i : i + most]) for i in range(0, len(ids), most)]
         return np.concatenate(rows) if all_logits else rows[-1][0]
 
     def decode(self, token: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from ._common import build_artifact
 from ._decoder import Architecture, check_context, check_weights, read_config
-from ._executorch_session import ALL, CHUNK, PREFILL, ExecutorchSession, runner_tokenizer
+from ._executorch_session import CHUNK, ExecutorchSession, runner_tokenizer
 from ._recipes import load_recipe
 from ._tokenizer import compare_tokenizers, contract_of
 
@@ -47,7 +47,8 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
         load_recipe(recipe, "executorch")
     if len(spec.providers) != 1 or spec.providers[0] not in PROVIDERS:
         raise SpecError(
-            f"targets: providers {spec.providers} for executorch; a program is lowered for one, {' or '.join(PROVIDERS)}."
+            f"targets: providers {spec.providers} for executorch: a program is lowered for one, "
+            f"{' or '.join(PROVIDERS)}."
         )
     arch = read_config(config, "ExecuTorch")
     check_context(spec, arch)
@@ -157,7 +158,7 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
             "delegated": lowered.delegated,
             "undelegated": lowered.undelegated,
             "undelegated_heavy": lowered.heavy,
-            "chunk_tokens": CHUNK[PREFILL],
+            "chunk_tokens": CHUNK,
             "cache_bytes": cache_bytes(arch, context),
             "tokenizer": told,
         },
@@ -173,7 +174,7 @@ def runner_methods(arch: Architecture, contract: Contract) -> dict[str, Any]:
         "get_vocab_size": contract.vocab_size,
         "get_n_layers": arch.layers,
         "get_max_context_len": contract.context_length,
-        "get_max_seq_len": min(CHUNK[PREFILL], contract.context_length),
+        "get_max_seq_len": min(CHUNK, contract.context_length),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
