@@ -20,7 +20,7 @@ from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from ._common import build_artifact
 from ._decoder import Architecture, check_context, check_weights, read_config
-from ._executorch_session import CHUNK, ExecutorchSession, runner_tokenizer
+from ._executorch_session import CHUNK, ExecutorchSession, check_program, head_sha256, runner_tokenizer
 from ._recipes import load_recipe
 from ._tokenizer import compare_tokenizers, contract_of
 
@@ -123,6 +123,7 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
             f"{artifact.folder}: the program is for {', '.join(details['providers'])}, which is not run here.",
             "Run it on a phone, or export with providers: [cpu].",
         )
+    check_program(artifact.main_file, details, artifact.manifest.versions)
     cores = threads or psutil.cpu_count(logical=False) or 1
     return ExecutorchSession(artifact.main_file, artifact.manifest.contract, details, cores)
 
@@ -147,9 +148,9 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
         warnings.warn(
             f"{provider} does not run {', '.join(lowered.heavy)} of this model: generation will be slow.", stacklevel=2
         )
-    weight_bytes = write_program(folder / MAIN_FILE, lowered.manager, weights)
+    written = write_program(folder / MAIN_FILE, lowered.manager, weights)
     return {
-        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "bits_per_weight": round(8 * written.weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
         "versions": {package: version(package) for package in ("edgekd", "executorch", "torch", "torchao")},
         "details": {
@@ -161,6 +162,9 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
             "chunk_tokens": CHUNK,
             "cache_bytes": cache_bytes(arch, context),
             "tokenizer": told,
+            "file_bytes": (folder / MAIN_FILE).stat().st_size,
+            "head_bytes": written.head_bytes,
+            "head_sha256": head_sha256(folder / MAIN_FILE, written.head_bytes),
         },
     }
 
