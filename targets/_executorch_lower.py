@@ -90,7 +90,8 @@ def _of_all(forward: ExportedProgram) -> ExportedProgram:
     and the backend's graphs take any number of tokens."""
     from torch.utils._pytree import tree_map
 
-    program = copy.deepcopy(forward)
+    tensors = [*forward.state_dict.values(), *forward.constants.values()]
+    program = copy.deepcopy(forward, {id(tensor): tensor for tensor in tensors})
     graph = program.graph
     slices = (node for node in graph.nodes if getattr(node.target, "__name__", "") == "aten.slice_copy.Tensor")
     (last,) = (node for node in slices if node.args[2] == -1)

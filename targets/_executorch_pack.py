@@ -9,14 +9,16 @@ A tied head of int8 or fp16 is the embedding's very bytes: its segment then lies
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from ._executorch_model import EMBEDDING, Weights, packed, packed_embedding, stand_in
+from ..quant.recipe import Kind
+from ._executorch_model import EMBEDDING, Weights, embedding_stand_in, packed, packed_embedding
 
 if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
@@ -30,12 +32,17 @@ class _Blob:
     """Bytes that are read when written."""
 
     size: int
-    read: Callable[[], Any]
-    """A buffer of ``size`` bytes."""
+    read: Callable[[], Iterator[Any]]
+    """Buffers of ``size`` bytes together."""
 
 
 def _bytes(data: bytes) -> _Blob:
-    return _Blob(len(data), lambda: data)
+    return _Blob(len(data), lambda: iter([data]))
+
+
+def _rows(weights: Weights, name: str, pack: Callable[[torch.Tensor, Kind], np.ndarray], size: int) -> _Blob:
+    kind = weights.kind(name)
+    return _Blob(size, lambda: (pack(rows, kind).data for rows, _ in weights.blocks(name)))
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,14 @@ def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weight
     stored = {key: _bytes(bytes(named.buffers[entry.buffer_index])) for key, entry in named.pte_data.items()}
     renamed: dict[bytes, bytes] = {}
     keys: dict[str, str] = {}
-    for name, number in weights.numbers.items() if weights.stand_ins else ():
+    for name in weights.numbers:
         kind = weights.kind(name)
-        old = _sha(packed(stand_in(number, kind, weights.source.shape(name)), kind))
+        old = _sha([packed(weights.matrix(name), kind)])
         if old in stored:
-            keys[name] = _sha(packed(_matrix(weights, name), kind))
+            blob = _rows(weights, name, packed, stored.pop(old).size)
+            keys[name] = _sha(blob.read())
             renamed[old.encode()] = keys[name].encode()
-            size = stored.pop(old).size
-            stored[keys[name]] = _Blob(size, lambda name=name, kind=kind: packed(_matrix(weights, name), kind))
+            stored[keys[name]] = blob
     for item in program.backend_delegate_data:
         for old_key, new_key in renamed.items():
             item.data = item.data.replace(old_key, new_key)
@@ -69,7 +76,8 @@ def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weight
     inside: dict[str, int] = {}
     if weights.stand_ins:
         embedding = _embedding(program, weights)
-        constants[embedding] = _real_embedding(weights, constants[embedding].size)
+        size = embedding_stand_in(weights).nbytes
+        constants[embedding] = _rows(weights, EMBEDDING, packed_embedding, size)
         if EMBEDDING in keys and weights.kind(EMBEDDING) == "int8":
             inside[keys[EMBEDDING]] = embedding
     stored = dict(sorted(stored.items()))
@@ -78,26 +86,18 @@ def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weight
     return Written(weight_bytes + sum(blob.size for blob in constants), head_bytes)
 
 
-def _matrix(weights: Weights, name: str) -> torch.Tensor:
-    return weights.plain(name) if weights.kind(name) == "plain" else weights.quantized(name)[0]
-
-
-def _sha(data: Any) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha(pieces: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _embedding(program: Any, weights: Weights) -> int:
     """Which constant is the embedding's stand-in."""
-    kind = weights.kind(EMBEDDING)
-    shape = weights.source.shape(EMBEDDING)
-    wanted = packed_embedding(stand_in(weights.numbers[EMBEDDING], kind, shape), kind).tobytes()
+    wanted = embedding_stand_in(weights).contiguous().numpy().tobytes()
     (index,) = (i for i, buffer in enumerate(program.constant_buffer) if buffer.storage == wanted)
     return index
-
-
-def _real_embedding(weights: Weights, size: int) -> _Blob:
-    kind = weights.kind(EMBEDDING)
-    return _Blob(size, lambda: packed_embedding(_matrix(weights, EMBEDDING), kind))
 
 
 def _aligned(offset: int, alignment: int) -> int:
@@ -170,7 +170,7 @@ def _write(path: Path, program: Any, constants: list[_Blob], named: dict[str, _B
         file.write(head)
         for offset, blob in segments.places:
             file.seek(base + offset)
-            file.write(blob.read())
+            file.writelines(blob.read())
     return base + parsed
 
 

@@ -56,12 +56,12 @@ def runner_tokenizer(path: Path, contract: Contract) -> Callable[[str], list[int
         MissingExtra: it is not installed.
         EdgekdError: it refuses the file.
     """
-    try:
-        from pytorch_tokenizers import CppHFTokenizer
-    except ModuleNotFoundError as error:
-        raise MissingExtra("pytorch-tokenizers", "executorch") from error
-    tokenizer = CppHFTokenizer()
     with silent():
+        try:
+            from pytorch_tokenizers import CppHFTokenizer
+        except ModuleNotFoundError as error:
+            raise MissingExtra("pytorch-tokenizers", "executorch") from error
+        tokenizer = CppHFTokenizer()
         try:
             tokenizer.load(str(path))
         except RuntimeError as error:
