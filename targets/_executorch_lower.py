@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
 from collections import Counter
@@ -39,25 +40,27 @@ class Lowered:
 
 
 def lower(decoder: Decoder, backend: str, constants: Mapping[str, Any]) -> Lowered:
-    """Lower both methods: ``forward``, logits of the last token, and ``all_logits``; they share the cache and the
-    weights.
+    """Lower both methods: ``forward``, logits of the last token, and ``all_logits``, which share cache and weights.
 
     Args:
         backend: ``xnnpack`` or ``vulkan``.
         constants: methods of the program that return a constant, for the runners of apps.
     """
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir import (
+        EdgeCompileConfig,
+        EdgeProgramManager,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
     from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
 
     with _quiet():
-        programs = {name: _export(decoder, name) for name in CHUNK}
-        edge = to_edge_transform_and_lower(
-            programs,
-            partitioner=[_partitioner(backend)],
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            constant_methods=dict(constants),
-        )
-        delegates, delegated, undelegated = _count(edge.exported_program(PREFILL))
+        config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+        forward = to_edge_transform_and_lower(
+            _export(decoder), partitioner=[_partitioner(backend)], compile_config=config
+        ).exported_program()
+        delegates, delegated, undelegated = _count(forward)
+        edge = EdgeProgramManager({PREFILL: forward, ALL: _of_all(forward)}, dict(constants), config)
         planning = MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True)
         manager = edge.to_executorch(
             ExecutorchBackendConfig(memory_planning_pass=planning, emit_mutable_buffer_names=True)
@@ -65,14 +68,13 @@ def lower(decoder: Decoder, backend: str, constants: Mapping[str, Any]) -> Lower
     return Lowered(manager, delegates, delegated, undelegated)
 
 
-def _export(decoder: Decoder, name: str) -> ExportedProgram:
+def _export(decoder: Decoder) -> ExportedProgram:
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 - registers llama::custom_sdpa
     import torch
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 - embedding_byte
     from torch.ao.quantization.fx import _decomposed  # noqa: F401 - quantized_decomposed
 
-    decoder.all_logits = name == ALL
-    most = min(CHUNK[name], decoder.context_length)
+    most = min(CHUNK, decoder.context_length)
     ids = torch.zeros(1, min(8, most), dtype=torch.long)
     shapes = {"tokens": {1: torch.export.Dim("tokens", min=1, max=most)}, "input_pos": None}
     with torch.no_grad():
@@ -80,6 +82,29 @@ def _export(decoder: Decoder, name: str) -> ExportedProgram:
     for node in program.graph.nodes:  # every pass copies where a node came from, and that grows with every pass
         for key in ("from_node", "nn_module_stack", "stack_trace"):
             node.meta.pop(key, None)
+    return program
+
+
+def _of_all(forward: ExportedProgram) -> ExportedProgram:
+    """The lowered program without the step that keeps the last token alone: lowering twice would take twice as long,
+    and the backend's graphs take any number of tokens."""
+    from torch.utils._pytree import tree_map
+
+    tensors = [*forward.state_dict.values(), *forward.constants.values()]
+    program = copy.deepcopy(forward, {id(tensor): tensor for tensor in tensors})
+    graph = program.graph
+    slices = (node for node in graph.nodes if getattr(node.target, "__name__", "") == "aten.slice_copy.Tensor")
+    (last,) = (node for node in slices if node.args[2] == -1)
+    hidden = last.args[0]
+    following = list(graph.nodes)[list(graph.nodes).index(last) + 1 :]
+    last.replace_all_uses_with(hidden)
+    graph.erase_node(last)
+    count = hidden.meta["val"].shape[1]
+    for node in following:
+        node.meta.pop("spec", None)
+        if "val" in node.meta:
+            node.meta["val"] = tree_map(lambda t: t.new_empty(t.shape[0], count, t.shape[2]), node.meta["val"])
+    program.graph_module.recompile()
     return program
 
 

@@ -10,6 +10,7 @@ length, ``V`` vocabulary, ``O`` outputs and ``I`` inputs of a matrix, ``G`` grou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,42 +46,60 @@ class Weights:
 
     def matrix(self, name: str) -> torch.Tensor:
         """Integers int8 ``(O, I)``, or a float32 matrix."""
+        kind, shape = self.kind(name), self.source.shape(name)
         if self.stand_ins:
-            return stand_in(self.numbers.setdefault(name, len(self.numbers)), self.kind(name), self.source.shape(name))
-        return self.quantized(name)[0] if self.kind(name) != "plain" else self.plain(name)
+            return stand_in(self.number(name), shape, torch.float32 if kind == "plain" else torch.int8)
+        return torch.cat([rows for rows, _ in self.blocks(name)])
 
-    def quantized(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """q int8 ``(O, I)`` and scale float32, ``(O, G)`` or ``(O,)``."""
-        assert isinstance(self.source, Grid), name
-        pair = self.source.int4(name) or self.source.int8(name)
-        assert pair is not None, name
-        return pair
+    def number(self, name: str) -> int:
+        """A matrix's number."""
+        return self.numbers.setdefault(name, len(self.numbers))
+
+    def blocks(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Some rows after the others: int8 and their scales, float32 ``(rows, G)`` or ``(rows,)``; of a plain matrix,
+        all of it as float32, and nothing."""
+        if isinstance(self.source, Checkpoint) or self.source.kinds[name] == "plain":
+            yield self.plain(name), torch.empty(0)
+        else:
+            yield from self.source.blocks(name)
+
+    def scale(self, name: str) -> torch.Tensor:
+        """Scales of a quantized matrix, float32 ``(O, G)`` or ``(O,)``."""
+        return torch.cat([scale for _, scale in self.blocks(name)])
 
     def plain(self, name: str) -> torch.Tensor:
         """A tensor that is not quantized, float32."""
         return torch.from_numpy(narrow(self.source, name, "float32"))
 
 
-def stand_in(number: int, kind: Kind, shape: tuple[int, ...]) -> torch.Tensor:
-    """A matrix of integers, or of float32, that takes the memory of a row and a column and tells its number: every row
-    is the one before, from its second element on."""
+def stand_in(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A matrix that takes the memory of a row and a column and tells its number: every row is the one before, from its
+    second element on."""
     digits = [number >> 3 * place & 7 for place in range(_DIGITS)]
-    memory = torch.zeros(sum(shape), dtype=torch.float32 if kind == "plain" else torch.int8)
-    memory[:_DIGITS] = torch.tensor(digits, dtype=memory.dtype)
+    memory = torch.zeros(sum(shape), dtype=dtype)
+    memory[:_DIGITS] = torch.tensor(digits, dtype=dtype)
     return memory.as_strided(shape, (1, 1))  # ExecuTorch refuses a stride of zero
 
 
-def packed(matrix: torch.Tensor, kind: Kind) -> np.ndarray:
-    """The bytes of a matrix as XNNPACK reads them: int4 as codes q + 8, two to a byte, the first one low."""
-    return np.ascontiguousarray(pack_int4(matrix) if kind == "int4" else matrix)
+def packed(rows: torch.Tensor, kind: Kind) -> np.ndarray:
+    """The bytes of a matrix's rows as XNNPACK reads them: int4 as codes q + 8, two to a byte, the first one low."""
+    return np.ascontiguousarray(pack_int4(rows) if kind == "int4" else rows)
 
 
-def packed_embedding(matrix: torch.Tensor, kind: Kind) -> np.ndarray:
-    """The bytes of an embedding as ExecuTorch's kernels read them: int4 with the first code high, plain as fp16."""
+def packed_embedding(rows: torch.Tensor, kind: Kind) -> np.ndarray:
+    """The bytes of an embedding's rows as ExecuTorch's kernels read them: int4 with the first code high, plain as
+    fp16."""
     if kind == "int4":
-        codes = pack_int4(matrix)
+        codes = pack_int4(rows)
         return ((codes << 4) | (codes >> 4)).numpy()
-    return np.ascontiguousarray(matrix if kind == "int8" else matrix.numpy().astype("<f2"))
+    return np.ascontiguousarray(rows if kind == "int8" else rows.numpy().astype("<f2"))
+
+
+def embedding_stand_in(weights: Weights) -> torch.Tensor:
+    """Of the shape and dtype that ``packed_embedding`` gives."""
+    kind, (rows, width) = weights.kind(EMBEDDING), weights.source.shape(EMBEDDING)
+    dtype = {"int4": torch.uint8, "int8": torch.int8, "plain": torch.float16}[kind]
+    return stand_in(weights.number(EMBEDDING), (rows, width // 2 if kind == "int4" else width), dtype)
 
 
 class Linear(nn.Module):
@@ -92,7 +111,7 @@ class Linear(nn.Module):
         self.register_buffer("weight", weights.matrix(name))
         self.register_buffer("bias", weights.plain(bias) if bias else None)
         if self.kind != "plain":
-            scale = weights.quantized(name)[1]
+            scale = weights.scale(name)
             self.register_buffer("scale", scale)
             self.register_buffer("zero", torch.zeros(scale.shape, dtype=torch.int8))
 
@@ -197,10 +216,12 @@ class Embedding(nn.Module):
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self.kind = weights.kind(EMBEDDING)
-        matrix = weights.matrix(EMBEDDING)
-        self.register_buffer("weight", torch.from_numpy(packed_embedding(matrix, self.kind)))
+        if weights.stand_ins:
+            self.register_buffer("weight", embedding_stand_in(weights))
+        else:
+            self.register_buffer("weight", torch.from_numpy(packed_embedding(weights.matrix(EMBEDDING), self.kind)))
         if self.kind != "plain":
-            self.register_buffer("scale", weights.quantized(EMBEDDING)[1].half())  # exact
+            self.register_buffer("scale", weights.scale(EMBEDDING).half())  # exact
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.quantized_decomposed
@@ -212,11 +233,11 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Ids ``(1, T)`` and the position ``(1,)`` of the first to logits of the last ``(1, 1, V)``, or of all."""
+    """Ids ``(1, T)`` and the position ``(1,)`` of the first to logits of the last ``(1, 1, V)``."""
 
     def __init__(self, weights: Weights, arch: Architecture, context_length: int) -> None:
         super().__init__()
-        self.context_length, self.all_logits = context_length, False
+        self.context_length = context_length
         self.embedding = Embedding(weights)
         self.layers = nn.ModuleList(Layer(weights, arch, n, context_length) for n in range(arch.layers))
         self.norm = Norm(weights, "model.norm.weight", arch.hidden, arch.rms_eps)
@@ -233,5 +254,5 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, position, cos, sin)
-        (logits,) = project(self.norm(x if self.all_logits else x[:, -1:]), self.head)
+        (logits,) = project(self.norm(x[:, -1:]), self.head)
         return logits

@@ -9,14 +9,16 @@ A tied head of int8 or fp16 is the embedding's very bytes: its segment then lies
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from ._executorch_model import EMBEDDING, Weights, packed, packed_embedding, stand_in
+from ..quant.recipe import Kind
+from ._executorch_model import EMBEDDING, Weights, embedding_stand_in, packed, packed_embedding
 
 if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
@@ -30,63 +32,101 @@ class _Blob:
     """Bytes that are read when written."""
 
     size: int
-    read: Callable[[], Any]
-    """A buffer of ``size`` bytes."""
+    read: Callable[[], Iterator[Any]]
+    """Buffers of ``size`` bytes together."""
 
 
 def _bytes(data: bytes) -> _Blob:
-    return _Blob(len(data), lambda: data)
+    return _Blob(len(data), lambda: iter([data]))
 
 
-def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weights) -> int:
-    """Write the program with real matrices; the bytes that its weights take."""
+def _rows(weights: Weights, name: str, pack: Callable[[torch.Tensor, Kind], np.ndarray], size: int) -> _Blob:
+    kind = weights.kind(name)
+    return _Blob(size, lambda: (pack(rows, kind).data for rows, _ in weights.blocks(name)))
+
+
+@dataclass(frozen=True)
+class Written:
+    """Sizes of a program file."""
+
+    weight_bytes: int
+    """Of matrices, scales and vectors; a shared matrix counts once."""
+    head_bytes: int
+    """All that the runtime parses lies in the first so many bytes; numbers alone follow."""
+
+
+def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weights) -> Written:
+    """Write the program with real matrices."""
     program, named = manager.executorch_program, manager._named_data
     stored = {key: _bytes(bytes(named.buffers[entry.buffer_index])) for key, entry in named.pte_data.items()}
     renamed: dict[bytes, bytes] = {}
     keys: dict[str, str] = {}
-    for name, number in weights.numbers.items():
+    for name in weights.numbers:
         kind = weights.kind(name)
-        old = _sha(packed(stand_in(number, kind, weights.source.shape(name)), kind))
+        old = _sha([packed(weights.matrix(name), kind)])
         if old in stored:
-            keys[name] = _sha(packed(_matrix(weights, name), kind))
+            blob = _rows(weights, name, packed, stored.pop(old).size)
+            keys[name] = _sha(blob.read())
             renamed[old.encode()] = keys[name].encode()
-            size = stored.pop(old).size
-            stored[keys[name]] = _Blob(size, lambda name=name, kind=kind: packed(_matrix(weights, name), kind))
-    constants, embedding = _constants(program, weights)
+            stored[keys[name]] = blob
     for item in program.backend_delegate_data:
         for old_key, new_key in renamed.items():
             item.data = item.data.replace(old_key, new_key)
-    shared = keys.get(EMBEDDING) if weights.kind(EMBEDDING) == "int8" else None
-    _write(path, program, constants, dict(sorted(stored.items())), {shared: embedding} if shared else {})
-    return sum(blob.size for key, blob in stored.items() if key != shared) + constants[embedding].size
+    constants = [_bytes(buffer.storage) for buffer in program.constant_buffer]
+    inside: dict[str, int] = {}
+    if weights.stand_ins:
+        embedding = _embedding(program, weights)
+        size = embedding_stand_in(weights).nbytes
+        constants[embedding] = _rows(weights, EMBEDDING, packed_embedding, size)
+        if EMBEDDING in keys and weights.kind(EMBEDDING) == "int8":
+            inside[keys[EMBEDDING]] = embedding
+    stored = dict(sorted(stored.items()))
+    head_bytes = _write(path, program, constants, stored, inside)
+    weight_bytes = sum(blob.size for key, blob in stored.items() if key not in inside)
+    return Written(weight_bytes + sum(blob.size for blob in constants), head_bytes)
 
 
-def _matrix(weights: Weights, name: str) -> torch.Tensor:
-    return weights.plain(name) if weights.kind(name) == "plain" else weights.quantized(name)[0]
+def _sha(pieces: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-def _sha(data: Any) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _constants(program: Any, weights: Weights) -> tuple[list[_Blob], int]:
-    """Constants of the program, and which of them is the embedding."""
-    kind = weights.kind(EMBEDDING)
-    wanted = packed_embedding(
-        stand_in(weights.numbers[EMBEDDING], kind, weights.source.shape(EMBEDDING)), kind
-    ).tobytes()
-    blobs = [_bytes(buffer.storage) for buffer in program.constant_buffer]
+def _embedding(program: Any, weights: Weights) -> int:
+    """Which constant is the embedding's stand-in."""
+    wanted = embedding_stand_in(weights).contiguous().numpy().tobytes()
     (index,) = (i for i, buffer in enumerate(program.constant_buffer) if buffer.storage == wanted)
-    blobs[index] = _Blob(len(wanted), lambda: packed_embedding(_matrix(weights, EMBEDDING), kind))
-    return blobs, index
+    return index
 
 
 def _aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def _write(path: Path, program: Any, constants: list[_Blob], named: dict[str, _Blob], inside: dict[str, int]) -> None:
-    """Lay out the segments, then write the flatbuffer and them.
+class _Segments:
+    """Segments as they are laid out behind the program."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[int, _Blob]] = []
+        self.table: list[tuple[int, int]] = []  # offset and size
+        self.end = 0
+
+    def put(self, blob: _Blob, alignment: int = _ALIGNMENT) -> int:
+        """Where the blob begins."""
+        offset = _aligned(self.end, alignment)
+        self.places.append((offset, blob))
+        self.end = offset + blob.size
+        return offset
+
+    def segment(self, offset: int, size: int) -> int:
+        """Number of a segment; two may overlap."""
+        self.table.append((offset, size))
+        return len(self.table) - 1
+
+
+def _write(path: Path, program: Any, constants: list[_Blob], named: dict[str, _Blob], inside: dict[str, int]) -> int:
+    """Lay out the segments, write the flatbuffer and them, and return the end of what is parsed.
 
     Args:
         inside: named tensors that are one of the constants.
@@ -99,47 +139,39 @@ def _write(path: Path, program: Any, constants: list[_Blob], named: dict[str, _B
         SubsegmentOffsets,
     )
 
-    offsets, end = [], 0
-    places: list[tuple[int, _Blob]] = []
-    for blob in constants:
-        # Where the head shares the embedding, it wants a segment's alignment.
-        end = _aligned(end, _ALIGNMENT if len(offsets) in inside.values() else _TENSOR_ALIGNMENT)
-        offsets.append(end)
-        places.append((end, blob))
-        end += blob.size
-    segments = [DataSegment(0, end)]
-
-    def add(blob: _Blob) -> int:
-        nonlocal end
-        end = _aligned(end, _ALIGNMENT)
-        segments.append(DataSegment(end, blob.size))
-        places.append((end, blob))
-        end += blob.size
-        return len(segments) - 1
-
+    segments = _Segments()
+    of: dict[int, int] = {}
     for plan in program.execution_plan:
         for delegate in plan.delegates:
-            data = program.backend_delegate_data[delegate.processed.index].data
-            segment = add(_bytes(data))
-            delegate.processed = BackendDelegateDataReference(DataLocation.SEGMENT, segment)
-    program.backend_delegate_data = []
-    program.named_data = []
-    for key, blob in named.items():
-        if key in inside:
-            segments.append(DataSegment(offsets[inside[key]], blob.size))
-            segment = len(segments) - 1
-        else:
-            segment = add(blob)
-        program.named_data.append(NamedData(key, segment))
-    program.constant_segment, program.constant_buffer = SubsegmentOffsets(0, offsets), []
-    program.segments = segments
-    head = _flatbuffer(program, end)
+            index = delegate.processed.index
+            if index not in of:  # both methods share the backend's graphs
+                blob = _bytes(program.backend_delegate_data[index].data)
+                of[index] = segments.segment(segments.put(blob), blob.size)
+            delegate.processed = BackendDelegateDataReference(DataLocation.SEGMENT, of[index])
+    parsed = segments.end
+    # A constant that is a named tensor too wants a segment's alignment.
+    shared = set(inside.values())
+    offsets = [
+        segments.put(blob, _TENSOR_ALIGNMENT if i and i not in shared else _ALIGNMENT)
+        for i, blob in enumerate(constants)
+    ]
+    first = offsets[0]
+    constant = segments.segment(first, segments.end - first)
+    program.named_data = [
+        NamedData(key, segments.segment(offsets[inside[key]] if key in inside else segments.put(blob), blob.size))
+        for key, blob in named.items()
+    ]
+    program.constant_segment = SubsegmentOffsets(constant, [offset - first for offset in offsets])
+    program.constant_buffer, program.backend_delegate_data = [], []
+    program.segments = [DataSegment(offset, size) for offset, size in segments.table]
+    head = _flatbuffer(program, segments.end)
+    base = _aligned(len(head), _ALIGNMENT)
     with path.open("wb") as file:
         file.write(head)
-        base = _aligned(len(head), _ALIGNMENT)
-        for offset, blob in places:
+        for offset, blob in segments.places:
             file.seek(base + offset)
-            file.write(blob.read())
+            file.writelines(blob.read())
+    return base + parsed
 
 
 def _flatbuffer(program: Any, segments_bytes: int) -> bytes:

@@ -5,10 +5,15 @@ Shapes: ``T`` tokens, ``V`` vocabulary. Logits are float32.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +25,10 @@ from ..session import check_ids, check_room, generate
 from ._tokenizer import JsonTokenizer
 
 PREFILL, ALL = "forward", "all_logits"
-CHUNK = {PREFILL: 512, ALL: 128}
-"""Most tokens of a call: memory for the results of so many is planned, and ``all_logits`` has that many rows."""
+CHUNK = 512
+"""Most tokens of a call: memory for the results of so many is planned."""
+_ROWS = 128
+"""Rows of logits to ask for at once: the memory for those of a whole chunk is planned, but costs only if touched."""
 
 
 def runtime() -> Any:
@@ -49,12 +56,12 @@ def runner_tokenizer(path: Path, contract: Contract) -> Callable[[str], list[int
         MissingExtra: it is not installed.
         EdgekdError: it refuses the file.
     """
-    try:
-        from pytorch_tokenizers import CppHFTokenizer
-    except ModuleNotFoundError as error:
-        raise MissingExtra("pytorch-tokenizers", "executorch") from error
-    tokenizer = CppHFTokenizer()
     with silent():
+        try:
+            from pytorch_tokenizers import CppHFTokenizer
+        except ModuleNotFoundError as error:
+            raise MissingExtra("pytorch-tokenizers", "executorch") from error
+        tokenizer = CppHFTokenizer()
         try:
             tokenizer.load(str(path))
         except RuntimeError as error:
@@ -73,6 +80,50 @@ def silent() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
+
+
+def head_sha256(path: Path, size: int) -> str:
+    """Hex digest of the first bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(size)).hexdigest()
+
+
+def check_program(path: Path, details: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+    """Compare what the runtime parses with what was exported: on a changed byte there it may end the process. A program
+    of another ExecuTorch is tried in a process of its own.
+
+    Raises:
+        BadArtifact: it is another file, or this ExecuTorch does not run it.
+        MissingExtra: ExecuTorch is not installed.
+    """
+    size = path.stat().st_size if path.is_file() else -1
+    if size != details["file_bytes"]:
+        what = f"has {size} bytes, not {details['file_bytes']}" if size >= 0 else "is missing"
+        raise BadArtifact(f"{path} {what}.", "Export the artifact again.")
+    if head_sha256(path, details["head_bytes"]) != details["head_sha256"]:
+        raise BadArtifact(f"{path} is not the program that was exported.", "Export the artifact again.")
+    try:
+        here, there = version("executorch"), versions["executorch"]
+    except PackageNotFoundError as error:
+        raise MissingExtra("executorch", "executorch") from error
+    if here != there and (reason := try_program(path)):
+        raise BadArtifact(
+            f"{path} was made by ExecuTorch {there}; this is {here}, which {reason}.",
+            f"Export the artifact again, or install executorch=={there}.",
+        )
+
+
+def try_program(path: Path) -> str:
+    """How a program fails to run in a process of its own; empty where it runs."""
+    code = (
+        "import sys; from pathlib import Path; from edgekd.targets import _executorch_session as s\n"
+        "with s.silent(): method = s.runtime().load_program(Path(sys.argv[1])).load_method(s.PREFILL)\n"
+        "import torch; method.execute([torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        return f"dies of it by {signal.Signals(-done.returncode).name}"
+    return "" if done.returncode == 0 else f"refuses it: {done.stderr.strip().splitlines()[-1]}"
 
 
 def set_threads(threads: int) -> None:
@@ -143,8 +194,8 @@ class ExecutorchSession:
             raise ValueError("no ids to prefill")
         check_ids(ids, self.vocab_size)
         self._check_room(len(ids))
-        name = ALL if all_logits else PREFILL
-        rows = [self._feed(name, ids[i : i + CHUNK[name]]) for i in range(0, len(ids), CHUNK[name])]
+        name, most = (ALL, _ROWS) if all_logits else (PREFILL, CHUNK)
+        rows = [self._feed(name, ids[i : i + most]) for i in range(0, len(ids), most)]
         return np.concatenate(rows) if all_logits else rows[-1][0]
 
     def decode(self, token: int) -> np.ndarray:

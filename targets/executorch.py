@@ -20,9 +20,9 @@ from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from ._common import build_artifact
 from ._decoder import Architecture, check_context, check_weights, read_config
-from ._executorch_session import CHUNK, PREFILL, ExecutorchSession, runner_tokenizer
+from ._executorch_session import CHUNK, ExecutorchSession, check_program, head_sha256, runner_tokenizer
 from ._recipes import load_recipe
-from ._tokenizer import compare_tokenizers, contract_of
+from ._tokenizer import check_has_tokenizer, compare_tokenizers, contract_of
 
 if TYPE_CHECKING:
     from ..quant.folder import Grid
@@ -47,13 +47,13 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
         load_recipe(recipe, "executorch")
     if len(spec.providers) != 1 or spec.providers[0] not in PROVIDERS:
         raise SpecError(
-            f"targets: providers {spec.providers} for executorch; a program is lowered for one, {' or '.join(PROVIDERS)}."
+            f"targets: providers {spec.providers} for executorch: a program is lowered for one, "
+            f"{' or '.join(PROVIDERS)}."
         )
     arch = read_config(config, "ExecuTorch")
     check_context(spec, arch)
     _check_cache(arch, spec.context or arch.context_length)
-    if not (tokenizer_folder / "tokenizer.json").is_file():
-        raise EdgekdError(f"{tokenizer_folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+    check_has_tokenizer(tokenizer_folder)
     for package, module in (
         ("executorch", "executorch.exir"),
         ("torchao", "torchao"),
@@ -122,6 +122,7 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
             f"{artifact.folder}: the program is for {', '.join(details['providers'])}, which is not run here.",
             "Run it on a phone, or export with providers: [cpu].",
         )
+    check_program(artifact.main_file, details, artifact.manifest.versions)
     cores = threads or psutil.cpu_count(logical=False) or 1
     return ExecutorchSession(artifact.main_file, artifact.manifest.contract, details, cores)
 
@@ -146,9 +147,9 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
         warnings.warn(
             f"{provider} does not run {', '.join(lowered.heavy)} of this model: generation will be slow.", stacklevel=2
         )
-    weight_bytes = write_program(folder / MAIN_FILE, lowered.manager, weights)
+    written = write_program(folder / MAIN_FILE, lowered.manager, weights)
     return {
-        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "bits_per_weight": round(8 * written.weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
         "versions": {package: version(package) for package in ("edgekd", "executorch", "torch", "torchao")},
         "details": {
@@ -157,9 +158,12 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
             "delegated": lowered.delegated,
             "undelegated": lowered.undelegated,
             "undelegated_heavy": lowered.heavy,
-            "chunk_tokens": CHUNK[PREFILL],
+            "chunk_tokens": CHUNK,
             "cache_bytes": cache_bytes(arch, context),
             "tokenizer": told,
+            "file_bytes": (folder / MAIN_FILE).stat().st_size,
+            "head_bytes": written.head_bytes,
+            "head_sha256": head_sha256(folder / MAIN_FILE, written.head_bytes),
         },
     }
 
@@ -173,7 +177,7 @@ def runner_methods(arch: Architecture, contract: Contract) -> dict[str, Any]:
         "get_vocab_size": contract.vocab_size,
         "get_n_layers": arch.layers,
         "get_max_context_len": contract.context_length,
-        "get_max_seq_len": min(CHUNK[PREFILL], contract.context_length),
+        "get_max_seq_len": min(CHUNK, contract.context_length),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,

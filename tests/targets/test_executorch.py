@@ -1,0 +1,490 @@
+"""The ExecuTorch target against transformers in fp32, on two-layer random models, through ExecuTorch's own runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("executorch")
+
+from edgekd import targets
+from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
+from edgekd.manifest import Artifact, load_artifact
+from edgekd.quant.folder import load_dequantized, open_grid
+from edgekd.quant.quantize import quantize
+from edgekd.session import Session, stream_text
+from edgekd.spec import TargetSpec
+from edgekd.student import Checkpoint, load_model
+from edgekd.targets import _executorch_session as session_
+from edgekd.targets import load_recipe
+
+IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+CASES = {
+    "llama tied": ("llama", {}, "fp16"),
+    "llama untied, 3.1 rope": ("llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}, "fp16"),
+    "qwen2": ("qwen2", {"head_dim": 16}, "fp16"),
+    "qwen3": ("qwen3", {"head_dim": 128}, "fp16"),
+    "llama untied int4": ("llama", {"tie_word_embeddings": False}, "portable-int4"),
+    "qwen2 int4": ("qwen2", {"head_dim": 16}, "portable-int4"),
+    "qwen3 head4": ("qwen3", {}, "portable-int4-head4"),
+    "qwen3 odd width": ("qwen3", {"intermediate_size": 80, "hidden_size": 72, "head_dim": 32}, "int8"),
+}
+FAST = ("llama tied", "qwen2 int4")
+
+
+def spec(*recipes: str, **options: Any) -> TargetSpec:
+    return TargetSpec(target="executorch", recipes=list(recipes) or ["fp16"], **options)
+
+
+def export(student: Path, recipe: str, out: Path, grid: Path | None = None, **options: Any) -> Artifact:
+    return targets.export(student, spec(recipe, **options), recipe, out, name="tiny", grid=grid)
+
+
+@torch.no_grad()
+def reference(folder: Path, ids: list[int], grid: Path | None = None) -> np.ndarray:
+    """Logits of transformers, of the student or with the grid's weights."""
+    model = load_model(folder) if grid is None else load_dequantized(open_grid(grid))
+    return model(input_ids=torch.tensor([ids])).logits[0].numpy()
+
+
+def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
+    """KL(p || q) of two arrays of logits ``(T, V)``, nats per token."""
+    log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (p, q))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def make_case(name: str, folder: Path, student_factory: Any) -> tuple[Artifact, Path, Path | None]:
+    """Artifact, student and grid of a case."""
+    kind, settings, recipe = CASES[name]
+    student = student_factory(folder / "student", kind, **settings)  # weights are exact in fp16
+    grid = None
+    if recipe != "fp16":
+        grid = folder / "grid"
+        quantize(student, grid, load_recipe(recipe))
+    return export(student, recipe, folder / "out", grid), student, grid
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, student_factory: Any
+) -> dict[str, tuple[Artifact, Path, Path | None]]:
+    """The artifacts that many tests look at: an export takes seconds."""
+    return {name: make_case(name, tmp_path_factory.mktemp("case"), student_factory) for name in FAST}
+
+
+@pytest.fixture
+def session(made: Any) -> Iterator[Session]:
+    session = targets.open_artifact(made["llama tied"][0], threads=1)
+    yield session
+    session.close()
+
+
+def check_case(artifact: Artifact, student: Path, grid: Path | None) -> None:
+    session = targets.open_artifact(artifact, threads=1)
+    actual = session.prefill(IDS, all_logits=True)
+    session.close()
+    expected = reference(student, IDS, grid)
+    assert actual.shape == (200, 700) and actual.dtype == np.float32
+    if grid is None:  # the order of sums alone differs
+        assert np.abs(expected - actual).max() < 1e-4 and (expected.argmax(-1) == actual.argmax(-1)).all()
+    else:  # and activations are int8
+        assert 1e-6 < mean_kl(expected, actual) < 0.01
+        assert mean_kl(reference(student, IDS), actual) > mean_kl(expected, actual) / 2
+    assert artifact.manifest.details["undelegated_heavy"] == []
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_logits_are_the_models(name: str, made: Any) -> None:
+    check_case(*made[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FAST])
+def test_logits_are_the_models_of_every_architecture(name: str, tmp_path: Path, student_factory: Any) -> None:
+    artifact, student, grid = make_case(name, tmp_path, student_factory)
+    check_case(artifact, student, grid)
+    if grid is not None:
+        check_bits(artifact, grid)
+
+
+class Flatbuffer:
+    """A flatbuffer read by the format's own rules, without a schema's code: tables by field number."""
+
+    def __init__(self, data: bytes, at: int | None = None) -> None:
+        self.data = data
+        self.at = self._u32(0) if at is None else at
+
+    def _u32(self, at: int) -> int:
+        return int.from_bytes(self.data[at : at + 4], "little")
+
+    def place(self, field: int) -> int:
+        """Where a field lies; 0 where it is absent."""
+        table = self.at - int.from_bytes(self.data[self.at : self.at + 4], "little", signed=True)
+        size = int.from_bytes(self.data[table : table + 2], "little")
+        entry = 4 + 2 * field
+        offset = int.from_bytes(self.data[table + entry : table + entry + 2], "little") if entry < size else 0
+        return self.at + offset if offset else 0
+
+    def number(self, field: int, size: int = 4) -> int:
+        place = self.place(field)
+        return int.from_bytes(self.data[place : place + size], "little") if place else 0
+
+    def table(self, field: int) -> Flatbuffer:
+        place = self.place(field)
+        return Flatbuffer(self.data, place + self._u32(place))
+
+    def text(self, field: int) -> str:
+        place = self.place(field)
+        start = place + self._u32(place)
+        return self.data[start + 4 : start + 4 + self._u32(start)].decode()
+
+    def vector(self, field: int) -> list[int]:
+        """Places of a vector's 4-byte elements."""
+        place = self.place(field)
+        if not place:
+            return []
+        start = place + self._u32(place)
+        return [start + 4 + 4 * i for i in range(self._u32(start))]
+
+    def tables(self, field: int) -> list[Flatbuffer]:
+        return [Flatbuffer(self.data, at + self._u32(at)) for at in self.vector(field)]
+
+
+def read_program(artifact: Artifact) -> tuple[list[dict[str, Any]], dict[str, bytes], list[bytes]]:
+    """What a .pte holds, by schema/program.fbs and XNNPACK's schema.fbs: matrices of the XNNPACK graphs of ``forward``
+    in order, named tensors, and constants."""
+    data = artifact.main_file.read_bytes()
+    assert data[4:8] == b"ET12" and data[8:12] == b"eh00"
+    base = int.from_bytes(data[24:32], "little")
+    program = Flatbuffer(data)
+    segments = [data[base + t.number(0, 8) :][: t.number(1, 8)] for t in program.tables(4)]
+    named = {entry.text(0): segments[entry.number(1)] for entry in program.tables(7)}
+    constant = program.table(5)
+    place = constant.place(1)
+    start = place + int.from_bytes(data[place : place + 4], "little")
+    count = int.from_bytes(data[start : start + 4], "little")
+    first = start + 4
+    offsets = [int.from_bytes(data[first + 8 * i : first + 8 * i + 8], "little") for i in range(count)]
+    whole = segments[constant.number(0)]
+    constants = [whole[a:b] for a, b in zip(offsets, [*offsets[1:], len(whole)], strict=True)]
+    (forward,) = (plan for plan in program.tables(1) if plan.text(0) == "forward")
+    matrices: list[dict[str, Any]] = []
+    for delegate in forward.tables(7):
+        assert delegate.text(0) == "XnnpackBackend"
+        blob = segments[delegate.table(1).number(1)]
+        assert blob[4:8] == b"XH00"
+        offset, size = (int.from_bytes(blob[at : at + 4], "little") for at in (10, 14))
+        matrices += xnnpack_matrices(Flatbuffer(blob[offset : offset + size]))
+    return matrices, named, constants
+
+
+def xnnpack_matrices(graph: Flatbuffer) -> list[dict[str, Any]]:
+    """Datatype, shape and keys of the weights of every fully connected node, in order."""
+    keys = [entry.text(2) if entry.place(2) else "" for entry in graph.tables(8)]
+    values = graph.tables(2)
+    found = []
+    for node in graph.tables(1):
+        if node.number(0, 1) != 2:  # XNNFullyConnected, the second of the union
+            continue
+        value = values[node.table(1).number(1)]
+        quantized = value.number(0, 1) == 2  # XNNQuantizedTensorValue
+        tensor = value.table(1).table(0) if quantized else value.table(1)
+        shape = [int.from_bytes(graph.data[at : at + 4], "little") for at in tensor.vector(2)]
+        found.append({"datatype": tensor.number(0, 2), "shape": shape, "q": keys[tensor.number(3)]})
+        if quantized:
+            params = value.table(1).table(2)
+            grouped = value.table(1).number(1, 1) == 4  # PerChannelGroupQuant
+            found[-1] |= {
+                "group": params.number(2) if grouped else None,
+                "scale": keys[params.number(4 if grouped else 2)],
+            }
+    return found
+
+
+def check_bits(artifact: Artifact, grid_folder: Path) -> None:
+    """Compare integers and scales of every matrix with the grid's."""
+    grid = open_grid(grid_folder)
+    matrices, named, constants = read_program(artifact)
+    order = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    embedding = "model.embed_tokens.weight"
+    names = [f"model.layers.{n}.{p}.weight" for n in range(2) for p in order]
+    names.append(embedding if grid.tied else "lm_head.weight")
+    quantized = [m for m in matrices if "scale" in m]
+    assert len(quantized) == len(names)
+    for name, found in zip(names, quantized, strict=True):
+        q, scale = held(grid, name)
+        assert found["shape"] == list(q.shape), name
+        codes = np.frombuffer(named[found["q"]], np.uint8)
+        if grid.kinds[name] == "int4":
+            assert found["group"] == 32
+            codes = (np.stack([codes & 15, codes >> 4], -1).reshape(q.shape).astype(np.int8)) - 8
+            bits = np.frombuffer(named[found["scale"]], np.uint16).astype(np.uint32) << 16  # bfloat16
+            scales = bits.view(np.float32)
+        else:
+            codes = codes.view(np.int8).reshape(q.shape)
+            scales = np.frombuffer(named[found["scale"]], np.float32)
+        assert np.array_equal(codes, q) and np.array_equal(scales.reshape(scale.shape), scale), name
+    q, scale = held(grid, embedding)
+    rows = 2 * q.nbytes // 4 if grid.kinds[embedding] == "int4" else q.nbytes
+    (at,) = (i for i, c in enumerate(constants) if len(c) >= rows and is_embedding(c[:rows], q, grid.kinds[embedding]))
+    near = [np.frombuffer(c[: 2 * scale.size], np.float16) for c in constants[at - 1 : at + 2]]
+    assert any(np.array_equal(c.astype(np.float32), scale.ravel()) for c in near)
+
+
+def is_embedding(data: bytes, q: np.ndarray, kind: str) -> bool:
+    codes = np.frombuffer(data, np.uint8)
+    if kind == "int4":  # the first code is the high one
+        return np.array_equal(np.stack([codes >> 4, codes & 15], -1).reshape(q.shape).astype(np.int8) - 8, q)
+    return np.array_equal(codes.view(np.int8).reshape(q.shape), q)
+
+
+def held(grid: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The grid's integers ``(O, I)`` and scales ``(O, G)``, of int8 rows ``(O, 1)``."""
+    pair = grid.int4(name) or grid.int8(name)
+    q, scale = (part.numpy() for part in pair)
+    return q, scale.reshape(len(q), -1)
+
+
+def test_the_file_holds_the_grid_bit_for_bit(made: Any) -> None:
+    artifact, _, grid = made["qwen2 int4"]
+    assert artifact.manifest.grid_digest == open_grid(grid).digest
+    check_bits(artifact, grid)
+
+
+def test_shared_bytes_are_stored_once(made: Any) -> None:
+    artifact, _, grid = made["qwen2 int4"]
+    q = open_grid(grid).int8("model.embed_tokens.weight")[0].numpy().tobytes()
+    data = artifact.main_file.read_bytes()
+    assert data.count(q[:4096]) == 1  # both the embedding, by its offset, and the head, by its key
+
+
+def test_the_runner_of_apps_gives_the_same_tokens(made: Any) -> None:
+    """ExecuTorch's own text runner, which apps embed. Its callback dies where a token ends inside a character, so of
+    each text what came till then is compared."""
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    artifact, student, _ = made["llama tied"]
+    session, model, count = targets.open_artifact(artifact, threads=1), load_model(student), 0
+    with session_.silent():
+        runner = TextLLMRunner(str(artifact.main_file), str(artifact.folder / "tokenizer.json"))
+    for number in range(24):
+        prompt = f"def f(x):\n    return x + {number}\n"
+        ids = session.tokenize(prompt)
+        ours = list(session.generate(ids, 12))
+        with torch.no_grad():
+            expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        assert ours == [token for token in expected if token not in artifact.manifest.contract.eos_ids]
+        said: list[bytes] = []
+
+        def hear(text: str, said: list[bytes] = said) -> None:
+            said.append(text.encode())
+
+        with session_.silent(), contextlib.suppress(UnicodeDecodeError):
+            runner.reset()
+            runner.generate(prompt, GenerationConfig(max_new_tokens=12, temperature=0.0, echo=False), hear)
+        texts = b"".join(session.token_bytes(token) for token in ours)
+        assert texts.startswith(b"".join(said))
+        count += len(said)
+    session.close()
+    assert count > 24
+
+
+@pytest.mark.parametrize("size", [1, 7, 32])
+def test_chunked_prefill(session: Session, size: int) -> None:
+    whole = session.prefill(IDS, all_logits=True)
+    session.reset()
+    for i in range(0, len(IDS), size):
+        last = session.prefill(IDS[i : i + size])
+    assert last.shape == (700,) and last.dtype == np.float32 and np.abs(last - whole[-1]).max() < 1e-4
+
+
+def test_decode_equals_prefill(session: Session) -> None:
+    whole = session.prefill(IDS, all_logits=True)
+    session.reset()
+    session.prefill(IDS[:100])
+    kept = session.decode(IDS[100])
+    again = kept.copy()
+    for position in range(101, 200):
+        assert np.abs(session.decode(IDS[position]) - whole[position]).max() < 1e-4
+    assert np.array_equal(kept, again)  # what was returned is the caller's own
+
+
+def test_generate_streams_whole_characters(session: Session) -> None:
+    text = "naïve ᚠ 𝄞 漢"
+    ids = session.tokenize(text)
+    assert any(session.token_bytes(token).decode("utf-8", "ignore") == "" for token in ids)
+    assert "".join(stream_text(session, ids)) == text
+    drawn = [list(session.generate(IDS[:50], 40, temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(list(session.generate(IDS + IDS[:51], 40, temperature=1.0, seed=3))) <= 6
+
+
+def test_wrong_calls_are_refused(session: Session) -> None:
+    for ids, cause in (([], "no ids"), ([700], "outside"), ([-1], "outside"), ([3] * 257, "exceed")):
+        with pytest.raises(ValueError, match=cause):
+            session.prefill(ids)
+    for call in (session.decode, session.token_bytes):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            call(700)
+    session.prefill([3] * 256)
+    with pytest.raises(ValueError, match="exceed the context of 256"):
+        session.decode(3)
+    session.close()
+    session.close()
+    for closed in (lambda: session.tokenize("a"), session.reset, lambda: session.decode(3)):
+        with pytest.raises(ValueError, match="closed"):
+            closed()
+
+
+def test_two_exports_are_the_same_bytes(made: Any, tmp_path: Path) -> None:
+    artifact, student, _ = made["qwen2 int4"]
+    again = export(student, "portable-int4", tmp_path / "computed")  # and from a grid of its own
+    assert again.manifest.files == artifact.manifest.files
+    assert sorted(again.manifest.files) == [
+        "chat_template.jinja",
+        "model.pte",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_the_artifact_tells_what_it_is(made: Any) -> None:
+    artifact, student, _ = made["qwen2 int4"]
+    assert load_artifact(artifact.folder) == artifact
+    manifest, details = artifact.manifest, artifact.manifest.details
+    assert (manifest.target, manifest.recipe, manifest.main_file) == ("executorch", "portable-int4", "model.pte")
+    assert manifest.student_digest == Checkpoint(student).digest
+    assert set(manifest.versions) == {"edgekd", "executorch", "torch", "torchao"}
+    assert details["providers"] == {"cpu": "tested"}
+    assert details["delegates"] == 2 + 2  # between the attentions, and the head
+    assert details["undelegated"]["llama.custom_sdpa"] == 2 and "aten.linear" not in details["undelegated"]
+    assert details["delegated"]["quantized_decomposed.dequantize_per_channel_group"] == 2 * 7
+    assert details["tokenizer"]["used"] in ("executorch", "tokenizers")
+    program = session_.runtime().load_program(artifact.main_file)
+    assert program.method_names >= {"forward", "all_logits", "get_eos_ids"}
+    told = {
+        name: program.load_method(name).execute([]) for name in program.method_names if name.startswith(("get", "use"))
+    }
+    assert told["get_max_context_len"] == told["get_max_seq_len"] == [256] and told["get_n_layers"] == [2]
+    assert told["get_eos_ids"] == manifest.contract.eos_ids and told["get_vocab_size"] == [700]
+
+
+def test_a_damaged_artifact_is_refused(made: Any, tmp_path: Path) -> None:
+    import shutil
+
+    artifact = Artifact(tmp_path / "copy", made["qwen2 int4"][0].manifest)
+    shutil.copytree(made["qwen2 int4"][0].folder, artifact.folder)
+    whole = artifact.main_file.read_bytes()
+    head = artifact.manifest.details["head_bytes"]
+    for size in (0, 7, 64, head // 2, len(whole) // 2, len(whole) - 1):
+        artifact.main_file.write_bytes(whole[:size])
+        with pytest.raises(BadArtifact, match=rf"model\.pte has {size} bytes, not {len(whole)}"):
+            targets.open_artifact(artifact, threads=1)
+    for at in np.random.default_rng(0).integers(head, size=50):
+        artifact.main_file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(BadArtifact, match="not the program that was exported"):
+            targets.open_artifact(artifact, threads=1)
+    with pytest.raises(BadArtifact, match="not the file its manifest names"):
+        targets.open_artifact(artifact.folder)
+    artifact.main_file.unlink()
+    with pytest.raises(BadArtifact, match="missing"):
+        targets.open_artifact(artifact, threads=1)
+
+
+def other_version(artifact: Artifact) -> Artifact:
+    versions = artifact.manifest.versions | {"executorch": "0.9.0"}
+    return Artifact(artifact.folder, artifact.manifest.model_copy(update={"versions": versions}))
+
+
+def test_a_program_of_another_version_is_tried_apart(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = other_version(made["llama tied"][0])
+    targets.open_artifact(artifact, threads=1).close()  # this one runs
+    monkeypatch.setattr(session_, "try_program", lambda path: "dies of it by SIGABRT")
+    with pytest.raises(BadArtifact, match=r"made by ExecuTorch 0\.9\.0; this is .* dies of it by SIGABRT"):
+        targets.open_artifact(artifact, threads=1)
+
+
+def test_what_the_runtime_does_with_damage_is_told(made: Any, tmp_path: Path) -> None:
+    whole = made["qwen2 int4"][0].main_file.read_bytes()
+    path = tmp_path / "model.pte"
+    path.write_bytes(whole[:4] + b"ET11" + whole[8:])
+    assert session_.try_program(path).startswith("refuses it:")
+    path.write_bytes(whole)
+    assert session_.try_program(path) == ""
+
+
+def test_opening_loads_no_transformers(made: Any) -> None:
+    code = (
+        "import sys; from pathlib import Path; from edgekd.targets import open_artifact\n"
+        "session = open_artifact(Path(sys.argv[1]), threads=1); session.prefill([3, 4]); session.decode(5)\n"
+        "session.prefill([3, 4], all_logits=True); session.tokenize('a'); session.close()\n"
+        "print([n for n in ('transformers', 'safetensors') if n in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(made["llama tied"][0].folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.* no ExecuTorch"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"head_dim": 33}, "head_dim 33"),
+        ({"max_position_embeddings": 2**24}, "cache of 16777216 tokens takes"),
+    ],
+)
+def test_what_executorch_cannot_hold_is_refused(change: dict[str, Any], cause: str, made: Any) -> None:
+    student = made["llama tied"][1]
+    config = Checkpoint(student).config
+    targets.check(config, student, spec("fp16", "int8", "portable-int4", "portable-int4-head4"))
+    with pytest.raises(Unsupported, match=cause):
+        targets.check(config | change, student, spec())
+
+
+def test_wrong_specs_are_refused(made: Any, tmp_path: Path) -> None:
+    student = made["llama tied"][1]
+    config = Checkpoint(student).config
+    with pytest.raises(SpecError, match="executorch has no recipe 'gguf-q4_0'"):
+        targets.check(config, student, spec("gguf-q4_0"))
+    with pytest.raises(SpecError, match="context 512 is longer than the student's 256"):
+        targets.check(config, student, spec(context=512))
+    for providers in (["cuda"], ["cpu", "vulkan"]):
+        with pytest.raises(SpecError, match="lowered for one, cpu or vulkan"):
+            targets.check(config, student, spec(providers=providers))
+    with pytest.raises(EdgekdError, match=r"no tokenizer\.json"):
+        targets.check(config, tmp_path, spec())
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "nan"])
+def test_a_student_that_does_not_fit_leaves_nothing_behind(
+    damage: str, tmp_path: Path, student_factory: Any, damage_student: Any
+) -> None:
+    student = student_factory(tmp_path / "student", num_hidden_layers=1)
+    name = damage_student(student, damage)
+    with pytest.raises(EdgekdError, match=name):
+        export(student, "fp16", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.slow
+def test_vulkan_is_lowered_and_not_run(tmp_path: Path, student_factory: Any) -> None:
+    student = student_factory(tmp_path / "student", "llama")
+    artifact = export(student, "portable-int4", tmp_path / "out", providers=["vulkan"])
+    assert artifact.manifest.details["providers"] == {"vulkan": "not run"}
+    assert artifact.manifest.details["delegates"] >= 1
+    with pytest.raises(EdgekdError, match="the program is for vulkan, which is not run here"):
+        targets.open_artifact(artifact, threads=1)
