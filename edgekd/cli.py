@@ -179,7 +179,7 @@ def quantize(
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write the artifact to; must not exist.")],
-    target: Annotated[str, typer.Option(help="gguf or onnx")] = "gguf",
+    target: Annotated[str, typer.Option(help="gguf, onnx or executorch")] = "gguf",
     recipe: Annotated[
         str, typer.Option(help="fp16, int8, portable-int4, portable-int4-head4, or one such as gguf-q4_k_m.")
     ] = "portable-int4",

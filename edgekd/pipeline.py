@@ -338,6 +338,7 @@ def _versions() -> dict[str, str]:
         "onnx",
         "onnxruntime",
         "onnxruntime-genai",
+        "executorch",
     ):
         try:
             found[name] = metadata.version(name)

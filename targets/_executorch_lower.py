@@ -43,7 +43,7 @@ def lower(decoder: Decoder, backend: str, constants: Mapping[str, Any]) -> Lower
     """Lower both methods: ``forward``, logits of the last token, and ``all_logits``, which share cache and weights.
 
     Args:
-        backend: ``xnnpack`` or ``vulkan``.
+        backend: ``cpu``, which is XNNPACK, or ``vulkan``.
         constants: methods of the program that return a constant, for the runners of apps.
     """
     from executorch.exir import (
