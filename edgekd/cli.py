@@ -180,13 +180,14 @@ def quantize(
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write the artifact to; must not exist.")],
-    target: Annotated[str, typer.Option(help="gguf, onnx or coreml")] = "gguf",
+    target: Annotated[str, typer.Option(help="gguf, onnx, coreml or executorch")] = "gguf",
     recipe: Annotated[
         str, typer.Option(help="fp16, int8, portable-int4, portable-int4-head4, or one such as gguf-q4_k_m.")
     ] = "portable-int4",
     context: Annotated[int | None, typer.Option(min=1, help="Context length. Default: the model's.")] = None,
     provider: Annotated[
-        list[str] | None, typer.Option(help="Execution provider of onnx, the preferred first. Default: cpu.")
+        list[str] | None,
+        typer.Option(help="Execution provider of onnx, the preferred first; or of executorch, its one. Default: cpu."),
     ] = None,
     grid: Annotated[
         Path | None, typer.Option(help="A quantized student whose integers to pack. Default: round to nearest.")

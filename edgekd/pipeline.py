@@ -341,6 +341,7 @@ def _versions() -> dict[str, str]:
         "onnxruntime",
         "onnxruntime-genai",
         "coremltools",
+        "executorch",
     ):
         try:
             found[name] = metadata.version(name)

@@ -219,21 +219,54 @@ def onnx() -> str:
 
 
 def executorch() -> str:
-    """Lower a linear layer to XNNPACK and run the program."""
+    """Lower a tiny model on the grid to XNNPACK, and run it over a prompt at once and token by token."""
+    import numpy as np
     import torch
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .manifest import Contract
+    from .quant.folder import load_dequantized, open_grid
+    from .quant.quantize import quantize
+    from .targets import load_recipe
+    from .targets._decoder import read_config
+    from .targets._executorch_lower import lower
+    from .targets._executorch_model import Decoder, Weights
+    from .targets._executorch_pack import write_program
+    from .targets._executorch_session import ExecutorchSession
 
     torch.manual_seed(0)
-    layer, x = torch.nn.Linear(32, 32).eval(), torch.randn(4, 32)
-    exported = torch.export.export(layer, (x,))
-    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
-    method = Runtime.get().load_program(program.buffer).load_method("forward")
-    (y,) = method.execute([x])
-    if not torch.allclose(y, layer(x), atol=1e-4):
-        raise RuntimeError("the XNNPACK program's result is wrong")
-    return f"executorch {metadata.version('executorch')}: a program was lowered to XNNPACK and ran"
+    config = LlamaConfig(
+        vocab_size=_VOCAB, hidden_size=_HIDDEN, intermediate_size=_MLP, num_hidden_layers=1, num_attention_heads=_HEADS,
+        num_key_value_heads=_HEADS, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    ids = np.random.default_rng(1).integers(_VOCAB, size=_PROMPT).tolist()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        LlamaForCausalLM(config).save_pretrained(folder / "student")
+        quantize(folder / "student", folder / "grid", load_recipe("portable-int4"))
+        opened = open_grid(folder / "grid")
+        weights = Weights(opened, stand_ins=True)
+        arch = read_config(opened.config, "ExecuTorch")
+        lowered = lower(Decoder(weights, arch, arch.context_length).eval(), "cpu", {})
+        write_program(folder / "model.pte", lowered.manager, weights)
+        with torch.no_grad():
+            expected = load_dequantized(opened)(input_ids=torch.tensor([ids])).logits[0].numpy()  # (T, V)
+        contract = Contract(
+            context_length=64, vocab_size=_VOCAB, bos_id=None, eos_ids=[0], add_bos=False, chat_template=None
+        )
+        session = ExecutorchSession(folder / "model.pte", contract, {}, 1)
+        whole = session.prefill(ids, all_logits=True)
+        session.reset()
+        single = np.stack([session.decode(token) for token in ids])
+        session.close()
+    if (similar := float(np.corrcoef(whole.ravel(), expected.ravel())[0, 1])) < 0.999:
+        raise RuntimeError(f"ExecuTorch's logits and the weights disagree: the correlation is {similar:.3f}")
+    if (similar := float(np.corrcoef(whole.ravel(), single.ravel())[0, 1])) < 0.999:
+        raise RuntimeError(f"ExecuTorch's prefill and decode disagree: the correlation is {similar:.3f}")
+    return (
+        f"executorch {metadata.version('executorch')}: an int4 program was lowered to XNNPACK; prefill of {_PROMPT} "
+        "tokens and decode agree"
+    )
 
 
 def coreml() -> str:
@@ -283,7 +316,7 @@ MODULES = {
     "grid": ("torch", "transformers", "accelerate"),
     "gguf": ("gguf", "llama_cpp"),
     "onnx": ("onnx", "onnxruntime", "onnxruntime_genai"),
-    "executorch": ("executorch",),
+    "executorch": ("executorch", "torchao", "torch", "transformers"),
     "coreml": ("coremltools", "torch", "transformers", "tokenizers"),
 }
 """What each test imports, to tell a runtime that is absent from one that does not load."""

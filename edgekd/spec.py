@@ -162,13 +162,14 @@ class QuantizeSpec(_Strict):
 class TargetSpec(_Strict):
     """One runtime, and the recipes to export for it."""
 
-    target: str = Field(description="gguf onnx coreml")
+    target: str = Field(description="gguf onnx coreml executorch")
     recipes: Annotated[list[str], Field(min_length=1)] = Field(
         description="fp16, int8, portable-int4, portable-int4-head4, or a runtime's own, such as gguf-q4_k_m."
     )
     providers: Annotated[list[str], Field(min_length=1)] = Field(
         ["cpu"],
-        description="For onnx: execution providers, the preferred one first: cpu (tested) cuda dml webgpu (not run).",
+        description="For onnx: execution providers, the preferred one first: cpu (tested) cuda dml webgpu (not run). For "
+        "executorch, one: cpu, which is XNNPACK (tested), or vulkan (not run).",
     )
     minimum_ios: Count = Field(18, description="For coreml: the oldest iOS to run on; 18 (macOS 15) is the least.")
     context: Count | None = Field(None, description="Context length of the artifact; default: the student's.")

@@ -116,7 +116,7 @@ def export(
 
 
 def open_artifact(artifact: Artifact | Path, *, threads: int | None = None) -> Session:
-    """The artifact in its own runtime. Imports neither torch nor transformers.
+    """The artifact in its own runtime. Imports no transformers, and torch only where the runtime does: ExecuTorch.
 
     Args:
         artifact: taken as checked when it is an ``Artifact``; a folder is checked against its sha256 sums first.

@@ -36,8 +36,8 @@ class Weights:
 
     source: Checkpoint | Grid
     stand_ins: bool
-    """Give every matrix a stand-in: What is lowered is then small, and the packer knows each matrix by its
-    number."""
+    """Give every matrix a stand-in: what is lowered is then small, and the packer knows each matrix by its number. For
+    XNNPACK alone: Vulkan rearranges weights when it lowers, and gets the real ones."""
     numbers: dict[str, int] = field(default_factory=dict)
 
     def kind(self, name: str) -> Kind:
@@ -107,7 +107,7 @@ class Linear(nn.Module):
 
     def __init__(self, weights: Weights, name: str, bias: str | None = None) -> None:
         super().__init__()
-        self.kind = weights.kind(name)
+        self.kind, self.affine = weights.kind(name), not weights.stand_ins
         self.register_buffer("weight", weights.matrix(name))
         self.register_buffer("bias", weights.plain(bias) if bias else None)
         if self.kind != "plain":
@@ -119,7 +119,9 @@ class Linear(nn.Module):
         ops = torch.ops.quantized_decomposed
         if self.kind == "plain":
             return functional.linear(x, self.weight, self.bias)
-        if self.kind == "int4":
+        if self.affine:
+            weight = self._affine()
+        elif self.kind == "int4":
             weight = ops.dequantize_per_channel_group(
                 self.weight, self.scale, self.zero, -8, 7, torch.int8, GROUP, torch.float32
             )
@@ -127,9 +129,21 @@ class Linear(nn.Module):
             weight = ops.dequantize_per_channel(self.weight, self.scale, self.zero, 0, -127, 127, torch.int8)
         return functional.linear(x, weight, self.bias)
 
+    def _affine(self) -> torch.Tensor:
+        """The weight by torchao's operator, the one that Vulkan's patterns know."""
+        low, high, block = (-8, 7, GROUP) if self.kind == "int4" else (-127, 127, self.weight.shape[1])
+        scale, zero = (part.view(len(self.weight), -1) for part in (self.scale, self.zero))
+        return torch.ops.torchao.dequantize_affine(
+            self.weight, [1, block], scale, zero, torch.int8, low, high, output_dtype=torch.float32
+        )
 
-def round_activations(x: torch.Tensor) -> torch.Tensor:
-    """``x`` rounded to int8 with a scale and a zero point a token: what XNNPACK's kernels do on the way in."""
+
+def round_activations(x: torch.Tensor, *, affine: bool) -> torch.Tensor:
+    """``x`` rounded to int8 with a scale and a zero point a token: what the backend's kernels do on the way in."""
+    if affine:
+        from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as torchao
+
+        return torchao._apply_int8_act_asym_per_token_quant_dequant(x)
     ops = torch.ops.quantized_decomposed
     scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
     q = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
@@ -138,7 +152,8 @@ def round_activations(x: torch.Tensor) -> torch.Tensor:
 
 def project(x: torch.Tensor, *matrices: Linear) -> list[torch.Tensor]:
     """Products of ``x``, rounded once, with several matrices."""
-    rounded = round_activations(x) if any(matrix.kind != "plain" for matrix in matrices) else x
+    wanted = any(matrix.kind != "plain" for matrix in matrices)
+    rounded = round_activations(x, affine=matrices[0].affine) if wanted else x
     return [matrix(x if matrix.kind == "plain" else rounded) for matrix in matrices]
 
 

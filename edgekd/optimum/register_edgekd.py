@@ -24,11 +24,13 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
         """Declare them."""
         parser.add_argument("model", help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")
         parser.add_argument("out", type=Path, help="Folder to write the artifact to; must not exist.")
-        parser.add_argument("--target", required=True, help="gguf, onnx or coreml.")
+        parser.add_argument("--target", required=True, help="gguf, onnx, coreml or executorch.")
         parser.add_argument("--recipe", required=True, help="One of the target's, such as fp16 or portable-int4.")
         parser.add_argument("--context", type=int, help="Context length. Default: the model's.")
         parser.add_argument(
-            "--provider", action="append", help="Execution provider of onnx, the preferred first. Default: cpu."
+            "--provider",
+            action="append",
+            help="Execution provider of onnx, the preferred first; or of executorch, its one. Default: cpu.",
         )
         parser.add_argument("--grid", type=Path, help="A quantized student whose integers to pack. Default: round.")
         parser.add_argument(
