@@ -127,9 +127,7 @@ def _partitioner(backend: str) -> Partitioner:
         def __init__(self) -> None:
             super().__init__()
             # This key leaves out all of the backend's passes but one; this model needs none of the others.
-            self.delegation_spec = DelegationSpec(
-                self.delegation_spec.backend_id, [CompileSpec("dqlinear_partitioner", b"")]
-            )
+            self.delegation_spec = DelegationSpec("XnnpackBackend", [CompileSpec("dqlinear_partitioner", b"")])
 
         def partition(self, exported_program: ExportedProgram) -> PartitionResult:
             taken = {node for group in self.get_matched_nodes_from_configs(exported_program) for node in group}

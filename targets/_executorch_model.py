@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,23 +88,27 @@ def packed(rows: torch.Tensor, kind: Kind) -> np.ndarray:
 
 
 def packed_embedding(rows: torch.Tensor, kind: Kind) -> np.ndarray:
-    """The bytes of an embedding's rows as ExecuTorch's kernels read them: int4 with the first code high, plain as
-    fp16."""
+    """The bytes of an embedding's rows as ExecuTorch's kernels read them: int4 with the first code high."""
     if kind == "int4":
         codes = pack_int4(rows)
         return ((codes << 4) | (codes >> 4)).numpy()
-    return np.ascontiguousarray(rows if kind == "int8" else rows.numpy().astype("<f2"))
+    return np.ascontiguousarray(rows)
 
 
 def embedding_stand_in(weights: Weights) -> torch.Tensor:
     """Of the shape and dtype that ``packed_embedding`` gives."""
     kind, (rows, width) = weights.kind(EMBEDDING), weights.source.shape(EMBEDDING)
-    dtype = {"int4": torch.uint8, "int8": torch.int8, "plain": torch.float16}[kind]
+    dtype = {"int4": torch.uint8, "int8": torch.int8, "plain": torch.float32}[kind]
     return stand_in(weights.number(EMBEDDING), (rows, width // 2 if kind == "int4" else width), dtype)
 
 
 class Linear(nn.Module):
     """``x W^T + b``; of a quantized ``W``, with activations rounded to int8, token by token."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor
+    zero: torch.Tensor
 
     def __init__(self, weights: Weights, name: str, bias: str | None = None) -> None:
         super().__init__()
@@ -160,6 +165,10 @@ def project(x: torch.Tensor, *matrices: Linear) -> list[torch.Tensor]:
 class Norm(nn.Module):
     """RMSNorm over the last ``size`` elements."""
 
+    weight: torch.Tensor
+    mean: torch.Tensor
+    eps: torch.Tensor
+
     def __init__(self, weights: Weights, name: str, size: int, eps: float) -> None:
         super().__init__()
         self.register_buffer("weight", weights.plain(name))
@@ -172,6 +181,8 @@ class Norm(nn.Module):
 
 class Rotary(nn.Module):
     """The rotary embedding of heads ``(1, T, H, D)``; cosines and sines are ``(T, 1, D)``."""
+
+    turn: torch.Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -186,6 +197,16 @@ class Rotary(nn.Module):
 
 class Layer(nn.Module):
     """One decoder layer with its cache."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    q_norm: Norm
+    k_norm: Norm
 
     def __init__(self, weights: Weights, arch: Architecture, number: int, context_length: int) -> None:
         super().__init__()
@@ -228,6 +249,9 @@ class Layer(nn.Module):
 class Embedding(nn.Module):
     """Rows of the embedding ``(V, E)`` for ids ``(1, T)``."""
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self.kind = weights.kind(EMBEDDING)
@@ -244,11 +268,15 @@ class Embedding(nn.Module):
             return ops.embedding_4bit.dtype(self.weight, self.scale, None, -8, 7, ids, dtype=torch.float32)
         if self.kind == "int8":
             return ops.embedding_byte.dtype(self.weight, self.scale, None, -127, 127, ids, dtype=torch.float32)
-        return functional.embedding(ids, self.weight).float()
+        return functional.embedding(ids, self.weight)
 
 
 class Decoder(nn.Module):
     """Ids ``(1, T)`` and the position ``(1,)`` of the first to logits of the last ``(1, 1, V)``."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    head: Linear
 
     def __init__(self, weights: Weights, arch: Architecture, context_length: int) -> None:
         super().__init__()
@@ -261,7 +289,8 @@ class Decoder(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.concatenate([half, half], -1)).unsqueeze(1))
 
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
-        position, count = input_pos[0].item(), tokens.shape[1]
+        position: Any = input_pos[0].item()  # a number that torch.export keeps as a symbol
+        count = tokens.shape[1]
         torch._check(position >= 0)
         torch._check(position < self.context_length)
         torch._check(position + count <= self.context_length)

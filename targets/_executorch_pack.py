@@ -3,7 +3,7 @@
 A ``.pte`` is a flatbuffer and segments behind it: one of constants for the kernels outside the backend, one for each of
 the backend's graphs, and one for each named tensor these refer to by a key. XNNPACK's keys are the sha256 of the bytes
 (its cache of packed weights is shared by all programs of a process and goes by the key), so real weights get real keys.
-A tied head of int8 or fp16 is the embedding's very bytes: its segment then lies inside the constants.
+A tied head of int8 or fp32 is the embedding's very bytes: its segment then lies inside the constants.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weight
         embedding = _embedding(program, weights)
         size = embedding_stand_in(weights).nbytes
         constants[embedding] = _rows(weights, EMBEDDING, packed_embedding, size)
-        if EMBEDDING in keys and weights.kind(EMBEDDING) == "int8":
+        if EMBEDDING in keys and weights.kind(EMBEDDING) != "int4":
             inside[keys[EMBEDDING]] = embedding
     stored = dict(sorted(stored.items()))
     head_bytes = _write(path, program, constants, stored, inside)
