@@ -168,8 +168,8 @@ class TargetSpec(_Strict):
     )
     providers: Annotated[list[str], Field(min_length=1)] = Field(
         ["cpu"],
-        description="For onnx: execution providers, the preferred one first: cpu (tested) cuda dml webgpu (not run). For "
-        "executorch, one: cpu, which is XNNPACK (tested), or vulkan (not run).",
+        description="For onnx: execution providers, the preferred one first: cpu (tested) cuda dml webgpu (not run). "
+        "For executorch, one: cpu, which is XNNPACK (tested), or vulkan (not run).",
     )
     minimum_ios: Count = Field(18, description="For coreml: the oldest iOS to run on; 18 (macOS 15) is the least.")
     context: Count | None = Field(None, description="Context length of the artifact; default: the student's.")
