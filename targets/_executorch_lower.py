@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ._executorch_model import Decoder
-from ._executorch_session import ALL, CHUNK, PREFILL
+from ._executorch_session import ALL, CHUNK, PREFILL, ROWS
 
 if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
@@ -91,6 +91,7 @@ def _of_all(forward: ExportedProgram) -> ExportedProgram:
     """The lowered program without the step that keeps the last token alone: lowering twice would take twice as long,
     and the backend's graphs take any number of tokens."""
     from torch.utils._pytree import tree_map
+    from torch.utils._sympy.value_ranges import ValueRanges
 
     tensors = [*forward.state_dict.values(), *forward.constants.values()]
     program = copy.deepcopy(forward, {id(tensor): tensor for tensor in tensors})
@@ -106,6 +107,9 @@ def _of_all(forward: ExportedProgram) -> ExportedProgram:
         node.meta.pop("spec", None)
         if "val" in node.meta:
             node.meta["val"] = tree_map(lambda t: t.new_empty(t.shape[0], count, t.shape[2]), node.meta["val"])
+    # The runtime fills all planned memory with zeros, and a row of logits is large.
+    symbol = count.node.expr
+    program.range_constraints[symbol] = program.range_constraints[symbol] & ValueRanges(1, ROWS)
     program.graph_module.recompile()
     return program
 

@@ -27,8 +27,8 @@ from ._tokenizer import JsonTokenizer
 PREFILL, ALL = "forward", "all_logits"
 CHUNK = 512
 """Most tokens of a call: memory for the results of so many is planned."""
-_ROWS = 128
-"""Rows of logits to ask for at once: the memory for those of a whole chunk is planned, but costs only if touched."""
+ROWS = 128
+"""Most tokens of a call of ``all_logits``."""
 
 
 def runtime() -> Any:
@@ -194,7 +194,7 @@ class ExecutorchSession:
             raise ValueError("no ids to prefill")
         check_ids(ids, self.vocab_size)
         self._check_room(len(ids))
-        name, most = (ALL, _ROWS) if all_logits else (PREFILL, CHUNK)
+        name, most = (ALL, ROWS) if all_logits else (PREFILL, CHUNK)
         rows = [self._feed(name, ids[i : i + most]) for i in range(0, len(ids), most)]
         return np.concatenate(rows) if all_logits else rows[-1][0]
 
