@@ -27,14 +27,16 @@ class Interpreter:
 
     Args:
         path: the ``.mlpackage`` folder.
+        rounded: round to half precision where the program declares it. False keeps float32, in states too: what the
+            program says, without what its types cost.
 
     Raises:
         BadArtifact: the package is incomplete or damaged.
         Unsupported: it holds operators or types that the interpreter does not know; unknown operators are all named.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, *, rounded: bool = True) -> None:
+        self.path, self._rounded = Path(path), rounded
         self._package = Package(self.path)
         self._program = parse(self._package)
         self._constants: dict[str, Tensor] = {}
@@ -64,7 +66,7 @@ class Interpreter:
         state = {}
         for name, one in self.states.items():
             shape: Any = one.shape  # no axis of a state is flexible
-            state[name] = torch.zeros(shape, dtype=getattr(torch, one.dtype))
+            state[name] = torch.zeros(shape, dtype=self._held(getattr(torch, one.dtype)))
         return state
 
     def run(self, inputs: Mapping[str, np.ndarray], state: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
@@ -80,13 +82,19 @@ class Interpreter:
         """
         states = dict(state or {})
         _check("input", self.inputs, inputs)
-        _check("state", self.states, states)
+        _check("state", self.states, states, widened=not self._rounded)
         values = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
-        with torch.no_grad():
-            for step in self._program.steps:
-                self._execute(step, values, states)
-                for name in step.dying:
-                    values.pop(name, None)
+        # One thread: beside other work, threads that meet after every small operator wait more than they gain.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.no_grad():
+                for step in self._program.steps:
+                    self._execute(step, values, states)
+                    for name in step.dying:
+                        values.pop(name, None)
+        finally:
+            torch.set_num_threads(threads)
         return {name: values[name].numpy().copy() for name in self.outputs}
 
     def weight(self, name: str) -> np.ndarray | tuple[np.ndarray, ...]:
@@ -134,10 +142,14 @@ class Interpreter:
             for declared, result in zip(step.outputs, results, strict=True):
                 if not declared.fits(result.shape):
                     raise ValueError(f"its result has the shape {list(result.shape)}, not {list(declared.shape or ())}")
-                values[declared.name] = result.to(declared.dtype)
+                values[declared.name] = result.to(self._held(declared.dtype))
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
             what = f"cannot execute {step.type} {step.name!r}: {error}"
             raise bad(self._package, what, "Check the inputs, or export the package again.") from error
+
+    def _held(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which values declared as ``dtype`` are kept."""
+        return dtype if self._rounded or dtype != torch.float16 else torch.float32
 
     def _results(self, step: Step, values: dict[str, Tensor], states: Mapping[str, Tensor]) -> Sequence[Tensor]:
         if step.state and step.type != READ:
@@ -175,7 +187,7 @@ def _make_writable(memory: Tensor, step: Step, values: dict[str, Tensor]) -> Non
             values[name] = value.clone()
 
 
-def _check(kind: str, features: Mapping[str, Feature], given: Mapping[str, Any]) -> None:
+def _check(kind: str, features: Mapping[str, Feature], given: Mapping[str, Any], *, widened: bool = False) -> None:
     """Every feature is given, no other, each of its type and of a shape it allows."""
     for name in sorted({*features, *given}):
         if name not in given:
@@ -184,7 +196,7 @@ def _check(kind: str, features: Mapping[str, Feature], given: Mapping[str, Any])
             raise ValueError(f"there is no {kind} {name!r}: the program has {sorted(features)}")
         feature, value = features[name], given[name]
         dtype = str(value.dtype).removeprefix("torch.")
-        if dtype != feature.dtype:
+        if dtype != feature.dtype and not (widened and (dtype, feature.dtype) == ("float32", "float16")):
             raise ValueError(f"the {kind} {name!r} is {feature.dtype}, not {dtype}")
         if not feature.fits(tuple(value.shape)):
             raise ValueError(f"the {kind} {name!r} has the shape {list(feature.shape)}, not {list(value.shape)}")

@@ -29,6 +29,7 @@ from edgekd.spec import TargetSpec
 from edgekd.student import Checkpoint, load_model
 from edgekd.targets import load_recipe
 from edgekd.targets._coreml_pack import WeightFile, palettize
+from edgekd.targets._coreml_session import step_inputs
 from edgekd.targets.mil import Interpreter
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="there, sessions use Core ML itself")
@@ -339,6 +340,21 @@ def test_the_tied_embedding_is_stored_once(tmp_path: Path, student_factory: Any)
         sizes[tied] = export(student, "int8", tmp_path / f"out {tied}").manifest.details["weight_bytes"]
     head = 700 * (64 + 2)
     assert 0 <= sizes[False] - sizes[True] - head < 3 * 64
+
+
+def test_without_rounding_little_is_left(tmp_path: Path, student_factory: Any) -> None:
+    student = student_factory(tmp_path / "student", "qwen3")
+    package = export(student, "fp16", tmp_path / "out").main_file.parent
+    expected, gaps = reference(student, IDS), []
+    for rounded in (True, False):
+        program = Interpreter(package, rounded=rounded)
+        state = program.make_state()
+        assert {str(one.dtype) for one in state.values()} == {"torch.float16" if rounded else "torch.float32"}
+        half = len(IDS) // 2
+        first = program.run(step_inputs(IDS[:half], 0, all_logits=True), state)["logits"]
+        second = program.run(step_inputs(IDS[half:], half, all_logits=True), state)["logits"]
+        gaps.append(np.abs(np.concatenate([first[0], second[0]]).astype(np.float32) - expected).max())
+    assert gaps[1] < gaps[0] / 3  # the tables of the rotary embedding are in float16 still
 
 
 @pytest.fixture(scope="module")
