@@ -65,7 +65,9 @@ def lower(decoder: Decoder, backend: str, constants: Mapping[str, Any]) -> Lower
         edge = EdgeProgramManager(programs, dict(constants), config)
         planning = MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True)
         manager = edge.to_executorch(
-            ExecutorchBackendConfig(memory_planning_pass=planning, emit_mutable_buffer_names=True)
+            ExecutorchBackendConfig(
+                memory_planning_pass=planning, emit_mutable_buffer_names=True, sym_shape_eval_pass=_bounds()
+            )
         )
     return Lowered(manager, delegates, delegated, undelegated)
 
@@ -91,7 +93,6 @@ def _of_all(forward: ExportedProgram) -> ExportedProgram:
     """The lowered program without the step that keeps the last token alone: lowering twice would take twice as long,
     and the backend's graphs take any number of tokens."""
     from torch.utils._pytree import tree_map
-    from torch.utils._sympy.value_ranges import ValueRanges
 
     tensors = [*forward.state_dict.values(), *forward.constants.values()]
     program = copy.deepcopy(forward, {id(tensor): tensor for tensor in tensors})
@@ -107,11 +108,28 @@ def _of_all(forward: ExportedProgram) -> ExportedProgram:
         node.meta.pop("spec", None)
         if "val" in node.meta:
             node.meta["val"] = tree_map(lambda t: t.new_empty(t.shape[0], count, t.shape[2]), node.meta["val"])
-    # The runtime fills all planned memory with zeros, and a row of logits is large.
-    symbol = count.node.expr
-    program.range_constraints[symbol] = program.range_constraints[symbol] & ValueRanges(1, ROWS)
     program.graph_module.recompile()
     return program
+
+
+def _bounds() -> dict[str, Any]:
+    """How many tokens memory is planned for, by method: the runtime fills all of it with zeros, and a row of logits is
+    large."""
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    class _Rows(ConstraintBasedSymShapeEvalPass):
+        def call(self, graph_module: Any) -> Any:
+            (ids,) = (node for node in graph_module.graph.nodes if node.name == "tokens")
+            count = ids.meta["val"].shape[1].node
+            ranges, whole = count.shape_env.var_to_range, count.shape_env.var_to_range[count.expr]
+            ranges[count.expr] = whole & ValueRanges(1, ROWS)
+            try:
+                return super().call(graph_module)
+            finally:
+                ranges[count.expr] = whole
+
+    return {PREFILL: ConstraintBasedSymShapeEvalPass(), ALL: _Rows()}
 
 
 def _partitioner(backend: str) -> Partitioner:
