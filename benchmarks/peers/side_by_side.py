@@ -10,7 +10,7 @@ Prints a table, every speed as a ratio to the first artifact's, then one line of
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ import typer
 from ...manifest import Artifact, load_artifact
 from ...spec import BenchSpec
 from ...targets import open_artifact
-from ..harness import OpenSession, bench
+from ..harness import bench
 from ..metrics import median
 
 
@@ -100,17 +100,17 @@ def _size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _row(figures: list[dict[str, Any]]) -> dict[str, Any]:
+def _merged(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    samples = [float(sample) for figure in figures for sample in figure["samples"]]
+    return {"median": median(samples), "samples": samples}
+
+
+def _row(turns: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the turns of one contender, with their samples."""
-
-    def of(read: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-        samples = [float(sample) for figure in figures for sample in read(figure)["samples"]]
-        return {"median": median(samples), "samples": samples}
-
-    lengths = figures[0]["settings"]["prompt_tokens"]
-    row = {f"ttft_{n}_s": of(lambda f, n=n: f["ttft_s"][str(n)]) for n in lengths}
+    lengths = turns[0]["settings"]["prompt_tokens"]
+    row = {f"ttft_{n}_s": _merged([turn["ttft_s"][str(n)] for turn in turns]) for n in lengths}
     keys = ("decode_tokens_per_s", "peak_rss_bytes", "load_s")
-    return row | {key: of(lambda f, key=key: f[key]) for key in keys}
+    return row | {key: _merged([turn[key] for turn in turns]) for key in keys}
 
 
 def main(
@@ -124,7 +124,7 @@ def main(
 ) -> None:
     """Measure all in turns and print a table."""
     loaded = [load_artifact(folder) for folder in artifacts]
-    contenders: list[tuple[str, OpenSession, Artifact]] = [(a.folder.name, open_artifact, a) for a in loaded]
+    contenders: list[tuple[str, Any, Artifact]] = [(a.folder.name, open_artifact, a) for a in loaded]
     for name, opener, folders in (("genai", Genai, genai or []), ("transformers", Transformers, transformers or [])):
         contenders += [(f"{name} {folder.name}", opener, Artifact(folder, loaded[0].manifest)) for folder in folders]
     spec = BenchSpec(prompt_tokens=prompt or [128, 896], decode_tokens=decode, runs=1, threads=threads)
