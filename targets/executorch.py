@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,15 +54,10 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
     check_context(spec, arch)
     _check_cache(arch, spec.context or arch.context_length)
     check_has_tokenizer(tokenizer_folder)
-    for package, module in (
-        ("executorch", "executorch.exir"),
-        ("torchao", "torchao"),
-        ("pytorch-tokenizers", "pytorch_tokenizers"),
-        ("tokenizers", "tokenizers"),
-    ):
+    for package in ("executorch", "torchao", "pytorch-tokenizers", "tokenizers"):
         try:
-            __import__(module)
-        except ModuleNotFoundError as error:
+            version(package)
+        except PackageNotFoundError as error:
             raise MissingExtra(package, "executorch") from error
 
 
