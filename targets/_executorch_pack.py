@@ -49,8 +49,8 @@ def _rows(weights: Weights, name: str, pack: Callable[[torch.Tensor, Kind], np.n
 class Written:
     """Sizes of a program file."""
 
-    weight_bytes: int
-    """Of matrices, scales and vectors; a shared matrix counts once."""
+    tensor_bytes: int
+    """Of matrices, scales and vectors, and the rotary tables; a shared matrix counts once."""
     head_bytes: int
     """All that the runtime parses lies in the first so many bytes; numbers alone follow."""
 
@@ -82,8 +82,8 @@ def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weight
             inside[keys[EMBEDDING]] = embedding
     stored = dict(sorted(stored.items()))
     head_bytes = _write(path, program, constants, stored, inside)
-    weight_bytes = sum(blob.size for key, blob in stored.items() if key not in inside)
-    return Written(weight_bytes + sum(blob.size for blob in constants), head_bytes)
+    tensor_bytes = sum(blob.size for key, blob in stored.items() if key not in inside)
+    return Written(tensor_bytes + sum(blob.size for blob in constants), head_bytes)
 
 
 def _sha(pieces: Iterable[Any]) -> str:

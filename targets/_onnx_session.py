@@ -237,7 +237,7 @@ class OnnxSession:
         self._token[0, 0] = token
         self._reserve(self._used + 1)
         self._run(self._one, 1)
-        return self._logits[0, 0].astype(np.float32)
+        return np.asarray(self._logits[0, 0], np.float32)  # no copy where they are float32
 
     def _run(self, binding: Any, count: int) -> None:
         """Run ``count`` tokens that the cache has room for."""

@@ -143,8 +143,9 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
             f"{provider} does not run {', '.join(lowered.heavy)} of this model: generation will be slow.", stacklevel=2
         )
     written = write_program(folder / MAIN_FILE, lowered.manager, weights)
+    weight_bytes = written.tensor_bytes - 2 * 4 * context * arch.head_dim  # without cosines and sines, float32
     return {
-        "bits_per_weight": round(8 * written.weight_bytes / checkpoint.parameters, 4),
+        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
         "versions": {package: version(package) for package in ("edgekd", "executorch", "torch", "torchao")},
         "details": {

@@ -2,7 +2,13 @@
 
     python -m onnxruntime_genai.models.builder -i STUDENT -o BUILDER -p int4 -e cpu -c CACHE \\
         --extra_options int4_accuracy_level=4
-    python -m edgekd.benchmarks.peers.side_by_side ARTIFACT... --genai BUILDER --transformers STUDENT
+    python -m executorch.extension.llm.export.export_llm base.model_class=llama3 base.params=PARAMS.json \\
+        model.use_kv_cache=True model.use_sdpa_with_kv_cache=True model.dtype_override=fp32 \\
+        export.max_seq_length=512 export.max_context_length=1024 export.output_name=PROGRAM.pte \\
+        quantization.qmode=8da4w quantization.group_size=32 quantization.embedding_quantize="'8,0'" \\
+        backend.xnnpack.enabled=True backend.xnnpack.extended_ops=True
+    python -m edgekd.benchmarks.peers.side_by_side ARTIFACT... \\
+        --genai BUILDER --transformers STUDENT --pte PROGRAM.pte
 
 Prints a table, every speed as a ratio to the first artifact's, then one line of JSON with every sample.
 """
@@ -96,8 +102,37 @@ class Transformers(_Peer):
         return self.prefill([token])
 
 
-def _size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+class Program(_Peer):
+    """A program of ExecuTorch's export_llm in ExecuTorch's runtime."""
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        import torch
+        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - attention and its cache
+        from executorch.extension.pybindings import portable_lib
+        from executorch.kernels import quantized  # noqa: F401 - embedding kernels
+        from executorch.runtime import Runtime
+
+        super().__init__(artifact)
+        if threads:
+            portable_lib._unsafe_reset_threadpool(threads)
+        self._torch, self._used = torch, 0
+        self._program = Runtime.get().load_program(artifact.folder)
+        self._forward = self._program.load_method("forward")
+
+    def reset(self) -> None:
+        self._used = 0
+
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
+        (logits,) = self._forward.execute([self._torch.tensor([list(ids)]), self._torch.tensor([self._used])])
+        self._used += len(ids)
+        return logits.reshape(-1, self.vocab_size)[-1].numpy()  # type: ignore[no-any-return]
+
+    def decode(self, token: int) -> np.ndarray:
+        return self.prefill([token])
+
+
+def _size_bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(_size_bytes(inner) for inner in path.iterdir())
 
 
 def _merged(figures: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,6 +152,7 @@ def main(
     artifacts: Annotated[list[Path], typer.Argument(help="Artifacts of any target; the first is what ratios are to.")],
     genai: Annotated[list[Path] | None, typer.Option(help="A folder that onnxruntime-genai runs.")] = None,
     transformers: Annotated[list[Path] | None, typer.Option(help="A model folder.")] = None,
+    pte: Annotated[list[Path] | None, typer.Option(help="A program of export_llm with the same vocabulary.")] = None,
     prompt: Annotated[list[int] | None, typer.Option(help="Prompt lengths in tokens.")] = None,
     decode: int = 64,
     runs: int = 5,
@@ -125,8 +161,9 @@ def main(
     """Measure all in turns and print a table."""
     loaded = [load_artifact(folder) for folder in artifacts]
     contenders: list[tuple[str, Any, Artifact]] = [(a.folder.name, open_artifact, a) for a in loaded]
-    for name, opener, folders in (("genai", Genai, genai or []), ("transformers", Transformers, transformers or [])):
-        contenders += [(f"{name} {folder.name}", opener, Artifact(folder, loaded[0].manifest)) for folder in folders]
+    peers = (("genai", Genai, genai), ("transformers", Transformers, transformers), ("export_llm", Program, pte))
+    for name, opener, paths in peers:
+        contenders += [(f"{name} {path.name}", opener, Artifact(path, loaded[0].manifest)) for path in paths or []]
     spec = BenchSpec(prompt_tokens=prompt or [128, 896], decode_tokens=decode, runs=1, threads=threads)
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in contenders}
     for _ in range(runs):
