@@ -224,7 +224,6 @@ def executorch() -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from .manifest import Contract
     from .quant.folder import load_dequantized, open_grid
     from .quant.quantize import quantize
     from .targets import load_recipe
@@ -232,7 +231,7 @@ def executorch() -> str:
     from .targets._executorch_lower import lower
     from .targets._executorch_model import Decoder, Weights
     from .targets._executorch_pack import write_program
-    from .targets._executorch_session import ExecutorchSession
+    from .targets._executorch_session import ExecutorchEngine
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -251,14 +250,9 @@ def executorch() -> str:
         write_program(folder / "model.pte", lowered.manager, weights)
         with torch.no_grad():
             expected = load_dequantized(opened)(input_ids=torch.tensor([ids])).logits[0].numpy()  # (T, V)
-        contract = Contract(
-            context_length=64, vocab_size=_VOCAB, bos_id=None, eos_ids=[0], add_bos=False, chat_template=None
-        )
-        session = ExecutorchSession(folder / "model.pte", contract, {}, 1)
-        whole = session.prefill(ids, all_logits=True)
-        session.reset()
-        single = np.stack([session.decode(token) for token in ids])
-        session.close()
+        engine = ExecutorchEngine(folder / "model.pte", 1)
+        whole = engine.feed_all(ids, 0)
+        single = np.stack([engine.feed([token], i) for i, token in enumerate(ids)])
     if (similar := float(np.corrcoef(whole.ravel(), expected.ravel())[0, 1])) < 0.999:
         raise RuntimeError(f"ExecuTorch's logits and the weights disagree: the correlation is {similar:.3f}")
     if (similar := float(np.corrcoef(whole.ravel(), single.ravel())[0, 1])) < 0.999:
@@ -281,7 +275,7 @@ def coreml() -> str:
     from .targets import _coreml_graph as graph_
     from .targets import load_recipe, stand_in
     from .targets._coreml_pack import write_package
-    from .targets._coreml_session import open_engine, step_inputs
+    from .targets._coreml_session import open_runner, step_inputs
     from .targets._decoder import read_config
 
     torch.manual_seed(0)
@@ -298,14 +292,14 @@ def coreml() -> str:
         settings = graph_.Settings(dict(grid.kinds), grid.tied, _PROMPT)
         graph = graph_.build(arch, settings)
         write_package(package, graph, graph_.describe(arch, settings, {}), grid, arch)
-        engine, half = open_engine(package), _PROMPT // 2
-        pieces = [engine.run(step_inputs(ids[i : i + half], i, all_logits=True))[0] for i in (0, half)]  # (T, V)
+        runner, half = open_runner(package), _PROMPT // 2
+        pieces = [runner.run(step_inputs(ids[i : i + half], i, all_logits=True))[0] for i in (0, half)]  # (T, V)
         with torch.no_grad():
             expected = load_dequantized(grid)(torch.tensor([ids])).logits[0].numpy()
     if (similar := float(np.corrcoef(np.ravel(pieces), expected.ravel())[0, 1])) < 0.999:
         raise RuntimeError(f"the package's logits and the model's disagree: their correlation is {similar:.3f}")
-    runner = stand_in("coreml") or "Core ML"
-    return f"coremltools {metadata.version('coremltools')}: an int4 model was converted, and agrees as run by {runner}"
+    by = stand_in("coreml") or "Core ML"
+    return f"coremltools {metadata.version('coremltools')}: an int4 model was converted, and agrees as run by {by}"
 
 
 TESTS: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""What the exporters share that concerns the artifact's folder."""
+"""What the targets share that concerns the artifact's folder and how it is opened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EdgekdError
+import psutil
+
+from ..errors import BadArtifact, EdgekdError
 from ..manifest import Artifact, write_artifact
 from ..quant.recipe import Recipe
 from ..student import Checkpoint
@@ -53,3 +55,31 @@ def build_artifact(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Artifact(out_dir, artifact.manifest)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a file that is not whole.
+
+    Raises:
+        BadArtifact: it is missing, or of another size.
+    """
+    found = path.stat().st_size if path.is_file() else -1
+    if found != size:
+        what = f"has {found} bytes, not {size}" if found >= 0 else "is missing"
+        raise BadArtifact(f"{path} {what}.", "Export the artifact again.")
+
+
+def details_of(artifact: Artifact) -> dict[str, Any]:
+    """What the exporter told of its artifact.
+
+    Raises:
+        BadArtifact: it told nothing.
+    """
+    if not artifact.manifest.details:
+        raise BadArtifact(f"{artifact.folder}: the manifest has no details.", "Export the artifact again.")
+    return artifact.manifest.details
+
+
+def cores(threads: int | None = None) -> int:
+    """Threads to run with: as asked, else one for each physical core."""
+    return threads or psutil.cpu_count(logical=False) or 1

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ import numpy as np
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..manifest import Contract
-from ..session import check_ids, check_room, generate
-from ._tokenizer import JsonTokenizer
+from ._common import check_size
+from ._session import BATCH_TOKENS
 
 PREFILL, ALL = "forward", "all_logits"
-CHUNK = 512
+CHUNK = BATCH_TOKENS
 """Most tokens of a call: memory for the results of so many is planned."""
 ROWS = 128
 """Most tokens of a call of ``all_logits``."""
@@ -96,10 +95,7 @@ def check_program(path: Path, details: Mapping[str, Any], versions: Mapping[str,
         BadArtifact: it is another file, or this ExecuTorch does not run it.
         MissingExtra: ExecuTorch is not installed.
     """
-    size = path.stat().st_size if path.is_file() else -1
-    if size != details["file_bytes"]:
-        what = f"has {size} bytes, not {details['file_bytes']}" if size >= 0 else "is missing"
-        raise BadArtifact(f"{path} {what}.", "Export the artifact again.")
+    check_size(path, details["file_bytes"])
     if head_sha256(path, details["head_bytes"]) != details["head_sha256"]:
         raise BadArtifact(f"{path} is not the program that was exported.", "Export the artifact again.")
     try:
@@ -134,14 +130,13 @@ def set_threads(threads: int) -> None:
         portable_lib._unsafe_reset_threadpool(threads)
 
 
-class ExecutorchSession:
-    """An ExecuTorch program: the ``Session`` protocol."""
+class ExecutorchEngine:
+    """An ExecuTorch program: the ``Engine`` protocol."""
 
-    def __init__(self, path: Path, contract: Contract, details: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         import torch
 
         self._torch: Any = torch
-        self._path, self._contract, self._details = path, contract, details
         try:
             with silent():
                 lib = runtime()
@@ -150,86 +145,29 @@ class ExecutorchSession:
                 self._forward: Any = self._program.load_method(PREFILL)
         except RuntimeError as error:
             raise BadArtifact(f"{path}: ExecuTorch does not load it: {error}.", "Export the artifact again.") from error
-        self._used = 0
 
-    @property
-    def vocab_size(self) -> int:
-        """Length ``V`` of the logits."""
-        return self._contract.vocab_size
+    def feed(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """Write ids; logits of the last."""
+        return self._run(self._forward, ids, start)[0]
 
-    @property
-    def context_length(self) -> int:
-        """Most tokens the cache holds."""
-        return self._contract.context_length
+    def feed_all(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """Write ids; logits of all."""
+        method = self._program.load_method(ALL)
+        pieces = ((ids[i : i + ROWS], start + i) for i in range(0, len(ids), ROWS))
+        return np.concatenate([self._run(method, piece, at) for piece, at in pieces])
 
-    @cached_property
-    def _json(self) -> JsonTokenizer:
-        return JsonTokenizer(self._path.with_name("tokenizer.json"), "executorch")
-
-    @cached_property
-    def _encode(self) -> Callable[[str], list[int]]:
-        if self._details["tokenizer"]["used"] == "executorch":
-            return runner_tokenizer(self._path.with_name("tokenizer.json"), self._contract)
-        return self._json.tokenize
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text: by ExecuTorch's tokenizer where its ids were proved at export, else by ``tokenizer.json``."""
-        self._check_open()
-        return self._encode(text)
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token; nothing for a special one."""
-        self._check_open()
-        check_ids([token], self.vocab_size)
-        return self._json.token_bytes(token)
-
-    def reset(self) -> None:
-        """Empty the cache."""
-        self._check_open()
-        self._used = 0
-
-    def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
-        """Append ids; logits of the last ``(V,)``, or of all ``(T, V)``."""
-        if not len(ids):
-            raise ValueError("no ids to prefill")
-        check_ids(ids, self.vocab_size)
-        self._check_room(len(ids))
-        name, most = (ALL, ROWS) if all_logits else (PREFILL, CHUNK)
-        rows = [self._feed(name, ids[i : i + most]) for i in range(0, len(ids), most)]
-        return np.concatenate(rows) if all_logits else rows[-1][0]
-
-    def decode(self, token: int) -> np.ndarray:
-        """Append one id; its logits ``(V,)``."""
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
-        self._check_room(1)
-        return self._feed(PREFILL, [token])[0]
-
-    def _feed(self, method: str, ids: Sequence[int]) -> np.ndarray:
-        """Append a piece; logits ``(1, V)`` or ``(T, V)``."""
-        inputs = [np.asarray(ids, np.int64)[None], np.array([self._used], np.int64)]
-        run = self._forward if method == PREFILL else self._program.load_method(method)
+    def _run(self, method: Any, ids: Sequence[int], start: int) -> np.ndarray:
+        """Write ids; logits ``(1, V)`` or ``(T, V)``."""
+        inputs = [np.asarray(ids, np.int64)[None], np.array([start], np.int64)]
         try:
-            (logits,) = run.execute([self._torch.from_numpy(array) for array in inputs])
+            (logits,) = method.execute([self._torch.from_numpy(array) for array in inputs])
         except RuntimeError as error:
             raise EdgekdError(f"ExecuTorch failed on {len(ids)} tokens: {error}.") from error
-        self._used += len(ids)
         return logits[0].numpy()
 
-    def generate(
-        self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[int]:
-        """Yield new tokens until an end-of-sequence token, ``max_tokens``, or a full cache."""
-        return generate(self, self._contract.eos_ids, ids, max_tokens, temperature, seed)
+    def reset(self) -> None:
+        """What is cached is written over."""
 
     def close(self) -> None:
         """Free the runtime's memory."""
         self._program = self._forward = None
-
-    def _check_open(self) -> None:
-        if self._program is None:
-            raise ValueError("the session is closed")
-
-    def _check_room(self, count: int) -> None:
-        self._check_open()
-        check_room(self._used, count, self.context_length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import unicodedata
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ import numpy as np
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..manifest import Contract
-from ..session import check_ids, check_room, generate
+from ._session import BATCH_TOKENS
 
-BATCH_TOKENS = 512
 _log: deque[str] = deque(maxlen=40)
 _keep_alive: list[Any] = []
 
@@ -97,8 +96,9 @@ def tokenize(lib: Any, vocab: Any, text: str) -> list[int]:
         room = -count
 
 
-class GgufSession:
-    """A GGUF file in llama.cpp: the ``Session`` protocol. KV cache in fp16, flash attention where llama.cpp has it."""
+class GgufEngine:
+    """A GGUF file in llama.cpp: the ``Engine`` and the ``Tokenizer`` protocol. KV cache in fp16, flash attention where
+    llama.cpp has it."""
 
     def __init__(self, path: Path, contract: Contract, threads: int) -> None:
         self._lib = runtime()
@@ -121,32 +121,17 @@ class GgufSession:
         self._vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self._one = (self._lib.llama_token * 1)()
         self._one_batch = self._lib.llama_batch_get_one(self._one, 1)
-        self._context_length = contract.context_length
-        self._used = 0
         self._logits_address = 0
         self._logits = np.empty(0, np.float32)
 
-    @property
-    def vocab_size(self) -> int:
-        """Length ``V`` of the logits."""
-        return self._vocab_size
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens the cache holds."""
-        return self._context_length
-
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, brought to the contract's normal form first."""
-        self._check_open()
         if self._contract.normalizer:
             text = unicodedata.normalize(self._contract.normalizer, text)
         return tokenize(self._lib, self._vocab, text)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; nothing for a special one."""
-        self._check_open()
-        check_ids([token], self._vocab_size)
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -157,59 +142,27 @@ class GgufSession:
 
     def reset(self) -> None:
         """Empty the cache."""
-        self._check_open()
         self._lib.llama_memory_clear(self._memory, False)
-        self._used = 0
 
-    def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
-        """Append ids; logits of the last ``(V,)``, or of all ``(T, V)``."""
-        if not len(ids):
-            raise ValueError("no ids to prefill")
-        check_ids(ids, self._vocab_size)
-        self._check_room(len(ids))
-        pieces = [ids[i : i + BATCH_TOKENS] for i in range(0, len(ids), BATCH_TOKENS)]
-        if all_logits:
-            return np.concatenate([self._all_logits(piece) for piece in pieces])
-        for piece in pieces:
-            tokens = (self._lib.llama_token * len(piece))(*piece)
-            self._decode(self._lib.llama_batch_get_one(tokens, len(piece)), len(piece))
+    def feed(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """Write ids, behind those that llama.cpp counts itself; logits of the last."""
+        if len(ids) == 1:
+            self._one[0] = ids[0]
+            self._decode(self._one_batch, 1)
+        else:
+            tokens = (self._lib.llama_token * len(ids))(*ids)
+            self._decode(self._lib.llama_batch_get_one(tokens, len(ids)), len(ids))
         return self._last_logits()
-
-    def decode(self, token: int) -> np.ndarray:
-        """Append one id; its logits ``(V,)``."""
-        if not 0 <= token < self._vocab_size:
-            raise ValueError(f"token {token} is outside the vocabulary of {self._vocab_size}")
-        self._check_room(1)
-        self._one[0] = token
-        self._decode(self._one_batch, 1)
-        return self._last_logits()
-
-    def generate(
-        self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[int]:
-        """Yield new tokens until an end-of-sequence token, ``max_tokens``, or a full cache."""
-        return generate(self, self._contract.eos_ids, ids, max_tokens, temperature, seed)
 
     def close(self) -> None:
         """Free llama.cpp's memory."""
-        if self._context:
-            self._logits_address, self._logits = 0, np.empty(0, np.float32)
-            self._lib.llama_free(self._context)
-            self._lib.llama_model_free(self._model)
-            self._context = self._model = None
-
-    def _check_open(self) -> None:
-        if self._context is None:
-            raise ValueError("the session is closed")
-
-    def _check_room(self, count: int) -> None:
-        self._check_open()
-        check_room(self._used, count, self._context_length)
+        self._logits_address, self._logits = 0, np.empty(0, np.float32)
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
 
     def _decode(self, batch: Any, count: int) -> None:
         if status := self._lib.llama_decode(self._context, batch):
             raise EdgekdError(f"llama.cpp failed to decode {count} tokens (status {status}): {said()}.")
-        self._used += count
 
     def _last_logits(self) -> np.ndarray:
         pointer = self._lib.llama_get_logits_ith(self._context, -1)
@@ -220,13 +173,14 @@ class GgufSession:
             self._logits.flags.writeable = False
         return self._logits
 
-    def _all_logits(self, ids: Sequence[int]) -> np.ndarray:
+    def feed_all(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """Write ids; logits of all."""
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
             for i, token in enumerate(ids):
                 batch.token[i] = token
-                batch.pos[i] = self._used + i
+                batch.pos[i] = start + i
                 batch.n_seq_id[i] = 1
                 batch.seq_id[i][0] = 0
                 batch.logits[i] = 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +195,34 @@ class JsonTokenizer:
             return bytes(_BYTES[char] for char in text)
         byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text)
         return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
+
+
+class SessionTokenizer:
+    """A session's tokenizer, loaded when first asked.
+
+    Args:
+        path: ``tokenizer.json``, which gives the bytes of tokens.
+        encoder: makes the runtime's own text → ids, where these were proved at export.
+    """
+
+    def __init__(self, path: Path, extra: str, encoder: Callable[[], Callable[[str], list[int]]] | None = None) -> None:
+        self._path, self._extra, self._encoder = path, extra, encoder
+
+    @cached_property
+    def _json(self) -> JsonTokenizer:
+        return JsonTokenizer(self._path, self._extra)
+
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        return self._encoder() if self._encoder else self._json.tokenize
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return self._encode(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for."""
+        return self._json.token_bytes(token)
 
 
 def _byte_level(data: Any) -> bool:

@@ -17,10 +17,11 @@ from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _coreml_graph as graph_
 from ._common import build_artifact
-from ._coreml_session import CoremlSession
+from ._coreml_session import CoremlEngine
 from ._decoder import Architecture, check_context, check_weights, read_config
 from ._recipes import load_recipe
-from ._tokenizer import check_has_tokenizer, contract_of
+from ._session import DecoderSession
+from ._tokenizer import SessionTokenizer, check_has_tokenizer, contract_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -125,7 +126,8 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
         Unsupported: it has an operator that the interpreter does not know.
         MissingExtra: coremltools is not installed.
     """
-    return CoremlSession(artifact.main_file.parent, artifact.manifest.contract)
+    tokenizer = SessionTokenizer(artifact.folder / "tokenizer.json", "coreml")  # Core ML has none
+    return DecoderSession(CoremlEngine(artifact.main_file.parent), tokenizer, artifact.manifest.contract)
 
 
 def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:

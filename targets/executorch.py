@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from ..errors import BadArtifact, EdgekdError, MissingExtra, SpecError, Unsupported
+from ..errors import EdgekdError, MissingExtra, SpecError, Unsupported
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
-from ._common import build_artifact
+from ._common import build_artifact, cores, details_of
 from ._decoder import Architecture, check_context, check_weights, read_config
-from ._executorch_session import CHUNK, ExecutorchSession, check_program, head_sha256, runner_tokenizer
+from ._executorch_session import CHUNK, ExecutorchEngine, check_program, head_sha256, runner_tokenizer
 from ._recipes import load_recipe
-from ._tokenizer import check_has_tokenizer, compare_tokenizers, contract_of
+from ._session import DecoderSession
+from ._tokenizer import SessionTokenizer, check_has_tokenizer, compare_tokenizers, contract_of
 
 if TYPE_CHECKING:
     from ..quant.folder import Grid
@@ -109,17 +109,16 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
         EdgekdError: a program for Vulkan.
         MissingExtra: ExecuTorch is not installed.
     """
-    details = artifact.manifest.details
-    if not details:
-        raise BadArtifact(f"{artifact.folder}: the manifest has no details.", "Export the artifact again.")
+    details, contract, path = details_of(artifact), artifact.manifest.contract, artifact.folder / "tokenizer.json"
     if "cpu" not in details["providers"]:
         raise EdgekdError(
             f"{artifact.folder}: the program is for {', '.join(details['providers'])}, which is not run here.",
             "Run it on a phone, or export with providers: [cpu].",
         )
     check_program(artifact.main_file, details, artifact.manifest.versions)
-    cores = threads or psutil.cpu_count(logical=False) or 1
-    return ExecutorchSession(artifact.main_file, artifact.manifest.contract, details, cores)
+    encoder = partial(runner_tokenizer, path, contract) if details["tokenizer"]["used"] == "executorch" else None
+    engine = ExecutorchEngine(artifact.main_file, cores(threads))
+    return DecoderSession(engine, SessionTokenizer(path, "executorch", encoder), contract)
 
 
 def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
     tokenizer.save_pretrained(folder)
-    told = compare_tokenizers(tokenizer, "executorch", lambda: runner_tokenizer(folder / "tokenizer.json", contract))
+    told = compare_tokenizers(tokenizer, "executorch", partial(runner_tokenizer, folder / "tokenizer.json", contract))
 
     weights = Weights(source, stand_ins=provider == "cpu")
     lowered = lower(Decoder(weights, arch, context).eval(), provider, runner_methods(arch, contract))

@@ -8,18 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ..errors import EdgekdError, MissingExtra, Unsupported
 from ..manifest import Artifact
+from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _gguf_arch as arch_
 from . import _gguf_vocab as vocab_
-from ._common import build_artifact
+from ._common import build_artifact, cores
 from ._decoder import check_context
-from ._gguf_session import GgufSession, load_model, runtime, said, tokenize
+from ._gguf_session import GgufEngine, load_model, runtime, said, tokenize
 from ._recipes import load_recipe
+from ._session import DecoderSession
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,15 +78,16 @@ def export(
     )
 
 
-def open(artifact: Artifact, *, threads: int | None = None) -> GgufSession:
+def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     """The artifact in llama.cpp.
 
     Raises:
         BadArtifact: llama.cpp refuses the file.
         MissingExtra: llama-cpp-python is not installed.
     """
-    cores = threads or psutil.cpu_count(logical=False) or 1
-    return GgufSession(artifact.main_file, artifact.manifest.contract, cores)
+    contract = artifact.manifest.contract
+    engine = GgufEngine(artifact.main_file, contract, cores(threads))
+    return DecoderSession(engine, engine, contract)
 
 
 def _write(
@@ -203,7 +204,7 @@ def _quantize(source: Path, target: Path, file_type: int, importance: Mapping[st
     lib = runtime()
     params = lib.llama_model_quantize_default_params()
     params.ftype = file_type
-    params.nthread = psutil.cpu_count(logical=False) or 1
+    params.nthread = cores()
     entries = (lib.llama_model_imatrix_data * (len(importance) + 1))()  # the last, empty one ends the list
     for entry, (name, values) in zip(entries, importance.items(), strict=False):
         entry.name = name.encode()

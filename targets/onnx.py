@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from ..errors import BadArtifact, MissingExtra, SpecError, Unsupported
 from ..manifest import Artifact, Contract, write_json
@@ -17,11 +16,12 @@ from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _onnx_graph as graph_
-from ._common import build_artifact
+from ._common import build_artifact, cores, details_of
 from ._decoder import Architecture, check_context, check_weights, read_config
-from ._onnx_session import PROVIDERS, OnnxSession, genai_tokenizer, load, runtime
+from ._onnx_session import GENAI, PROVIDERS, OnnxEngine, genai_tokenizer, load, runtime
 from ._recipes import load_recipe
-from ._tokenizer import CHATS, chat_template, check_has_tokenizer, compare_tokenizers, contract_of
+from ._session import DecoderSession
+from ._tokenizer import CHATS, SessionTokenizer, chat_template, check_has_tokenizer, compare_tokenizers, contract_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -49,7 +49,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
     _check_providers(spec.providers)
     check_context(spec, read_config(config, "ONNX"))
     check_has_tokenizer(tokenizer_folder)
-    for package, module in (("onnx", "onnx"), ("onnxruntime-genai", "onnxruntime_genai"), ("tokenizers", "tokenizers")):
+    for package, module in (("onnx", "onnx"), (GENAI, "onnxruntime_genai"), ("tokenizers", "tokenizers")):
         try:
             __import__(module)
         except ModuleNotFoundError as error:
@@ -103,11 +103,11 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
         EdgekdError: none of the artifact's execution providers is installed.
         MissingExtra: onnxruntime is not installed.
     """
-    cores = threads or psutil.cpu_count(logical=False) or 1
-    details = artifact.manifest.details
-    if not details:
-        raise BadArtifact(f"{artifact.folder}: the manifest has no details.", "Export the artifact again.")
-    return OnnxSession(artifact.main_file, artifact.manifest.contract, details, cores)
+    details, contract = details_of(artifact), artifact.manifest.contract
+    engine = OnnxEngine(artifact.main_file, contract.context_length, details, cores(threads))
+    folder = artifact.folder
+    encoder = partial(genai_tokenizer, folder) if details["tokenizer"]["used"] == GENAI else None
+    return DecoderSession(engine, SessionTokenizer(folder / "tokenizer.json", "onnx", encoder), contract)
 
 
 def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
     config = genai_config(arch, contract, tokenizer.pad_token_id, spec.providers, positions=settings.rotary_apart)
     write_json(folder / "genai_config.json", config)
     told = {
-        "tokenizer": compare_tokenizers(tokenizer, "onnxruntime-genai", lambda: genai_tokenizer(folder)),
+        "tokenizer": compare_tokenizers(tokenizer, GENAI, partial(genai_tokenizer, folder)),
         "chat": _compare_chats(tokenizer, folder),
     }
 
@@ -141,7 +141,7 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
-        "versions": {package: version(package) for package in ("edgekd", "onnxruntime", "onnxruntime-genai", "onnx")},
+        "versions": {package: version(package) for package in ("edgekd", "onnxruntime", GENAI, "onnx")},
         "details": {
             "providers": {name: "tested" if name in TESTED else "not run" for name in spec.providers},
             "activations": activations,

@@ -67,7 +67,7 @@ class Genai(_Peer):
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         self._generator.append_tokens(np.asarray(ids, np.int32))
-        return self._generator.get_logits()[0, -1]  # type: ignore[no-any-return]
+        return self._generator.get_logits()[0, -1]
 
     def decode(self, token: int) -> np.ndarray:
         return self.prefill([token])
@@ -96,7 +96,7 @@ class Transformers(_Peer):
         with self._torch.inference_mode():
             fed = self._torch.tensor([list(ids)])
             logits = self._model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
-        return logits[0, -1].float().numpy()  # type: ignore[no-any-return]
+        return logits[0, -1].float().numpy()
 
     def decode(self, token: int) -> np.ndarray:
         return self.prefill([token])
@@ -125,7 +125,7 @@ class Program(_Peer):
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         (logits,) = self._forward.execute([self._torch.tensor([list(ids)]), self._torch.tensor([self._used])])
         self._used += len(ids)
-        return logits.reshape(-1, self.vocab_size)[-1].numpy()  # type: ignore[no-any-return]
+        return logits.reshape(-1, self.vocab_size)[-1].numpy()
 
     def decode(self, token: int) -> np.ndarray:
         return self.prefill([token])
