@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ..errors import BadArtifact, EdgekdError
+from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..manifest import Artifact, write_artifact
 from ..quant.recipe import Recipe
 from ..student import Checkpoint
@@ -55,6 +59,32 @@ def build_artifact(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Artifact(out_dir, artifact.manifest)
+
+
+def check_installed(extra: str, *packages: str) -> None:
+    """Refuse to begin without a package that the target will import.
+
+    Raises:
+        MissingExtra: one is not installed.
+    """
+    for package in packages:
+        try:
+            version(package)
+        except PackageNotFoundError as error:
+            raise MissingExtra(package, extra) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what libraries remark on themselves: absent parts, newer packages, their own future."""
+    previous = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
 
 
 def check_size(path: Path, size: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ..errors import MissingExtra
+from ._common import quiet
 
 
 @cache
@@ -19,19 +18,14 @@ def builder() -> SimpleNamespace:
     Raises:
         MissingExtra: coremltools is not installed.
     """
-    # On import it, and torchao, which it imports, warn of what is absent here and of newer packages; none matters.
-    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             from coremltools.converters.mil import Builder
             from coremltools.converters.mil._deployment_compatibility import AvailableTarget
             from coremltools.converters.mil.backend.mil.load import MILProtoExporter
             from coremltools.converters.mil.mil import get_new_symbol, types
     except ModuleNotFoundError as error:
         raise MissingExtra("coremltools", "coreml") from error
-    finally:
-        logging.disable(logging.NOTSET)
     return SimpleNamespace(
         mb=Builder, types=types, get_new_symbol=get_new_symbol, iOS18=AvailableTarget.iOS18, Exporter=MILProtoExporter
     )

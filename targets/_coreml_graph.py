@@ -31,12 +31,11 @@ import numpy as np
 
 from ..quant.recipe import GROUP
 from ._coreml import builder
-from ._decoder import Architecture
+from ._decoder import EMBEDDING, HEAD, Architecture
 
 if TYPE_CHECKING:
     from coremltools.proto.Model_pb2 import ModelDescription
 
-EMBEDDING = "model.embed_tokens.weight"
 MASKED = -65504.0
 """What ``causalMask`` holds for what must not be seen: the lowest finite float16."""
 Form = Literal["plain", "int4", "int8", "palette4"]
@@ -264,7 +263,7 @@ def _decoder(w: _Writer, ids: Any, outputs: Any, caches: tuple[Any, Any], step: 
         normed = _norm(w, x, f"{at}post_attention_layernorm.weight", arch.hidden)
         x = mb.add(x=x, y=_mlp(w, normed, layer))
     x = _norm(w, mb.gather(x=x, indices=outputs, axis=1), "model.norm.weight", arch.hidden)
-    head = EMBEDDING if w.settings.tied else "lm_head.weight"
+    head = EMBEDDING if w.settings.tied else HEAD
     return mb.linear(x=x, weight=w.weight(head, table), bias=w.zeros(arch.vocab_size), name="logits")
 
 

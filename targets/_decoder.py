@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MAX_CACHE_BYTES = 2 * 2**30
+"""Of a key-value cache that is there in full from the start: about what a phone gives an app in all."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,23 @@ def check_context(spec: TargetSpec, arch: Architecture) -> None:
             "(config.json: max_position_embeddings).",
             "Ask for a shorter one.",
         )
+
+
+def check_head_dim(arch: Architecture) -> None:
+    """Refuse heads without a whole number of rotary pairs.
+
+    Raises:
+        Unsupported: the head size is odd.
+    """
+    if arch.head_dim % 2:
+        raise Unsupported(
+            f"config.json: head_dim {arch.head_dim} is odd: the rotary embedding turns pairs.", "Use an even head_dim."
+        )
+
+
+def cache_bytes(arch: Architecture, context_length: int, value_bytes: int) -> int:
+    """Bytes of the keys and values of ``context_length`` tokens, over all layers."""
+    return 2 * value_bytes * arch.layers * context_length * arch.kv_heads * arch.head_dim
 
 
 def _refuse_odd_settings(config: Mapping[str, Any], model_type: str, form: str) -> None:
@@ -181,12 +201,12 @@ def weight_shapes(arch: Architecture, tied: bool) -> dict[str, tuple[int, ...]]:
         block |= {f"self_attn.{p}_proj.bias": (size,) for p, size in (("q", query), ("k", key), ("v", key))}
     if arch.name == "qwen3":
         block |= {f"self_attn.{p}_norm.weight": (arch.head_dim,) for p in ("q", "k")}
-    whole: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    whole: dict[str, tuple[int, ...]] = {EMBEDDING: (arch.vocab_size, hidden)}
     for layer in range(arch.layers):
         whole |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     whole["model.norm.weight"] = (hidden,)
     if not tied:
-        whole["lm_head.weight"] = (arch.vocab_size, hidden)
+        whole[HEAD] = (arch.vocab_size, hidden)
     return whole
 
 
@@ -210,7 +230,7 @@ def check_weights(arch: Architecture, source: Checkpoint | Grid, form: str) -> N
                 f"{folder}: tensor {name!r} has shape {shapes[name]}, by config.json {shape}.",
                 "Check config.json against the weights.",
             )
-    known = expected.keys() | ({"lm_head.weight"} if source.tied else set())
+    known = expected.keys() | ({HEAD} if source.tied else set())
     extra = [name for name in shapes if name not in known and not name.endswith(IGNORED_SUFFIX)]
     if extra:
         raise Unsupported(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ._common import quiet
 from ._executorch_model import Decoder
 from ._executorch_session import ALL, CHUNK, PREFILL, ROWS
 
@@ -54,7 +53,7 @@ def lower(decoder: Decoder, backend: str, constants: Mapping[str, Any]) -> Lower
     )
     from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
 
-    with _quiet():
+    with quiet():
         config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
         forward = to_edge_transform_and_lower(
             _export(decoder), partitioner=[_partitioner(backend)], compile_config=config
@@ -192,18 +191,3 @@ def _names(graph: Any) -> Iterator[str]:
         if node.op == "call_function" and node.target is not operator.getitem:
             schema = getattr(node.target, "_schema", None)
             yield schema.name.replace("::", ".") if schema else node.target.__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back torch's and ExecuTorch's remarks on their own future."""
-    import logging
-
-    previous = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(previous)

@@ -23,11 +23,9 @@ from ..quant.folder import Grid
 from ..quant.grid import pack_int4
 from ..quant.recipe import GROUP, Kind
 from ..student import Checkpoint
-from ._decoder import Architecture, rotary_tables
+from ._decoder import EMBEDDING, HEAD, Architecture, rotary_tables
 from ._source import narrow
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 _DIGITS = 8
 
 

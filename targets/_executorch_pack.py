@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ..quant.recipe import Kind
-from ._executorch_model import EMBEDDING, Weights, embedding_stand_in, packed, packed_embedding
+from ._decoder import EMBEDDING
+from ._executorch_model import Weights, embedding_stand_in, packed, packed_embedding
 
 if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..quant.recipe import GROUP, Kind
-from ._decoder import Architecture
+from ._decoder import EMBEDDING, HEAD, Architecture
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
@@ -27,7 +27,6 @@ DATA_FILE = "model.onnx.data"
 HEAD_FILE = "head.onnx"
 HIDDEN = "hidden"
 POSITIONS = "position_ids"
-EMBEDDING = "model.embed_tokens.weight"
 MS = "com.microsoft"
 _PAGE = 4096
 BLOCK = GROUP
@@ -173,7 +172,7 @@ def _head(graph: _Graph, hidden: str) -> None:
     arch, settings = graph.arch, graph.settings
     shape = (arch.vocab_size, arch.hidden)
     if not settings.tied:
-        _matmul(graph, hidden, "lm_head.weight", ("lm_head.weight",), shape)
+        _matmul(graph, hidden, HEAD, (HEAD,), shape)
     elif settings.kinds[EMBEDDING] != "plain":
         _matmul(graph, hidden, EMBEDDING, (EMBEDDING,), shape)
     else:

@@ -6,19 +6,27 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingExtra, Unsupported
+from ..errors import Unsupported
 from ..manifest import Artifact, Contract, file_sha256, write_json
 from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _coreml_graph as graph_
-from ._common import build_artifact
+from ._common import build_artifact, check_installed
 from ._coreml_session import CoremlEngine
-from ._decoder import Architecture, check_context, check_weights, read_config
+from ._decoder import (
+    MAX_CACHE_BYTES,
+    Architecture,
+    cache_bytes,
+    check_context,
+    check_head_dim,
+    check_weights,
+    read_config,
+)
 from ._recipes import load_recipe
 from ._session import DecoderSession
 from ._tokenizer import SessionTokenizer, check_has_tokenizer, contract_of
@@ -31,8 +39,6 @@ if TYPE_CHECKING:
 
 PACKAGE = "model.mlpackage"
 MINIMUM_IOS = 18
-MAX_CACHE_BYTES = 2 * 2**30
-"""Of the key-value cache, which is there in full from the start: about what a phone gives an app in all."""
 
 
 def stand_in() -> str | None:
@@ -61,29 +67,22 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
     check_context(spec, arch)
     _check_sizes(arch, spec.context or arch.context_length)
     check_has_tokenizer(tokenizer_folder)
-    for package in ("coremltools", "tokenizers"):
-        try:
-            version(package)
-        except PackageNotFoundError as error:
-            raise MissingExtra(package, "coreml") from error
+    check_installed("coreml", "coremltools", "tokenizers")
 
 
 def _check_sizes(arch: Architecture, context_length: int) -> None:
-    if arch.head_dim % 2:
-        raise Unsupported(
-            f"config.json: head_dim {arch.head_dim} is odd: the rotary embedding turns pairs.", "Use an even head_dim."
-        )
+    check_head_dim(arch)
     if arch.heads % arch.kv_heads:
         raise Unsupported(
             f"config.json: num_attention_heads {arch.heads} is not divisible by num_key_value_heads {arch.kv_heads}.",
             "Check config.json.",
         )
-    per_token = 2 * 2 * arch.layers * arch.kv_heads * arch.head_dim
-    if per_token * context_length > MAX_CACHE_BYTES:
-        most = MAX_CACHE_BYTES // per_token // 256 * 256
+    size = cache_bytes(arch, context_length, 2)
+    if size > MAX_CACHE_BYTES:
+        most = MAX_CACHE_BYTES // cache_bytes(arch, 1, 2) // 256 * 256
         raise Unsupported(
-            f"targets: a context of {context_length} makes a key-value cache of {per_token * context_length / 1e9:.1f} "
-            f"GB; the most for a phone is {MAX_CACHE_BYTES / 1e9:.1f} GB.",
+            f"targets: a context of {context_length} makes a key-value cache of {size / 1e9:.1f} GB; the most for a "
+            f"phone is {MAX_CACHE_BYTES / 1e9:.1f} GB.",
             f"Set context: {most} or less." if most else "Use a smaller student.",
         )
 

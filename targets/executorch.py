@@ -8,17 +8,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EdgekdError, MissingExtra, SpecError, Unsupported
+from ..errors import EdgekdError, SpecError, Unsupported
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
-from ._common import build_artifact, cores, details_of
-from ._decoder import Architecture, check_context, check_weights, read_config
+from ._common import build_artifact, check_installed, cores, details_of
+from ._decoder import (
+    MAX_CACHE_BYTES,
+    Architecture,
+    cache_bytes,
+    check_context,
+    check_head_dim,
+    check_weights,
+    read_config,
+)
 from ._executorch_session import CHUNK, ExecutorchEngine, check_program, head_sha256, runner_tokenizer
 from ._recipes import load_recipe
 from ._session import DecoderSession
@@ -30,7 +38,6 @@ if TYPE_CHECKING:
 MAIN_FILE = "model.pte"
 PROVIDERS = {"cpu": "tested", "vulkan": "not run"}
 """``cpu`` is XNNPACK."""
-_CACHE_BYTES_MAX = 2 * 2**30
 
 
 def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
@@ -52,30 +59,20 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
         )
     arch = read_config(config, "ExecuTorch")
     check_context(spec, arch)
+    check_head_dim(arch)
     _check_cache(arch, spec.context or arch.context_length)
     check_has_tokenizer(tokenizer_folder)
-    for package in ("executorch", "torchao", "pytorch-tokenizers", "tokenizers"):
-        try:
-            version(package)
-        except PackageNotFoundError as error:
-            raise MissingExtra(package, "executorch") from error
+    check_installed("executorch", "executorch", "torchao", "pytorch-tokenizers", "tokenizers")
 
 
 def _check_cache(arch: Architecture, context_length: int) -> None:
-    if arch.head_dim % 2:
-        raise Unsupported(f"config.json: head_dim {arch.head_dim}: the rotary embedding wants an even one.")
-    size = cache_bytes(arch, context_length)
-    if size > _CACHE_BYTES_MAX:
+    size = cache_bytes(arch, context_length, 4)
+    if size > MAX_CACHE_BYTES:
         raise Unsupported(
             f"targets: the cache of {context_length} tokens takes {size / 2**30:.1f} GiB, which ExecuTorch allocates "
             "whole.",
             "Ask for a shorter context.",
         )
-
-
-def cache_bytes(arch: Architecture, context_length: int) -> int:
-    """Bytes of the key-value cache, float32."""
-    return 2 * 4 * arch.layers * context_length * arch.kv_heads * arch.head_dim
 
 
 def export(
@@ -154,7 +151,7 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
             "undelegated": lowered.undelegated,
             "undelegated_heavy": lowered.heavy,
             "chunk_tokens": CHUNK,
-            "cache_bytes": cache_bytes(arch, context),
+            "cache_bytes": cache_bytes(arch, context, 4),
             "tokenizer": told,
             "file_bytes": (folder / MAIN_FILE).stat().st_size,
             "head_bytes": written.head_bytes,

@@ -10,13 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadArtifact, MissingExtra, SpecError, Unsupported
+from ..errors import BadArtifact, SpecError, Unsupported
 from ..manifest import Artifact, Contract, write_json
 from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _onnx_graph as graph_
-from ._common import build_artifact, cores, details_of
+from ._common import build_artifact, check_installed, cores, details_of
 from ._decoder import Architecture, check_context, check_weights, read_config
 from ._onnx_session import GENAI, PROVIDERS, OnnxEngine, genai_tokenizer, load, runtime
 from ._recipes import load_recipe
@@ -49,11 +49,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
     _check_providers(spec.providers)
     check_context(spec, read_config(config, "ONNX"))
     check_has_tokenizer(tokenizer_folder)
-    for package, module in (("onnx", "onnx"), (GENAI, "onnxruntime_genai"), ("tokenizers", "tokenizers")):
-        try:
-            __import__(module)
-        except ModuleNotFoundError as error:
-            raise MissingExtra(package, "onnx") from error
+    check_installed("onnx", "onnx", GENAI, "tokenizers")
     runtime()
 
 

@@ -16,23 +16,26 @@ Prints a table, every speed as a ratio to the first artifact's, then one line of
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
 import typer
 
 from ...manifest import Artifact, load_artifact
 from ...spec import BenchSpec
 from ...targets import open_artifact
+from ...targets._common import cores
+from ...targets._executorch_session import runtime, set_threads
 from ..harness import bench
 from ..metrics import median
 
 
 class _Peer:
-    """What the benchmark asks of a session, but for prefill, decode and reset."""
+    """What the benchmark asks of a session, but for prefill and reset."""
+
+    prefill: Callable[[Sequence[int]], np.ndarray]
 
     def __init__(self, artifact: Artifact) -> None:
         self.vocab_size = artifact.manifest.contract.vocab_size
@@ -42,6 +45,9 @@ class _Peer:
 
     def token_bytes(self, token: int) -> bytes:
         return b"x"  # any id stands for text
+
+    def decode(self, token: int) -> np.ndarray:
+        return self.prefill([token])
 
     def close(self) -> None:
         return None
@@ -69,9 +75,6 @@ class Genai(_Peer):
         self._generator.append_tokens(np.asarray(ids, np.int32))
         return self._generator.get_logits()[0, -1]
 
-    def decode(self, token: int) -> np.ndarray:
-        return self.prefill([token])
-
 
 class Transformers(_Peer):
     """A model folder in transformers, bfloat16: the calls of its ``generate``, without its loop's overhead."""
@@ -98,25 +101,18 @@ class Transformers(_Peer):
             logits = self._model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
         return logits[0, -1].float().numpy()
 
-    def decode(self, token: int) -> np.ndarray:
-        return self.prefill([token])
-
 
 class Program(_Peer):
     """A program of ExecuTorch's export_llm in ExecuTorch's runtime."""
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
         import torch
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - attention and its cache
-        from executorch.extension.pybindings import portable_lib
-        from executorch.kernels import quantized  # noqa: F401 - embedding kernels
-        from executorch.runtime import Runtime
 
         super().__init__(artifact)
-        if threads:
-            portable_lib._unsafe_reset_threadpool(threads)
+        lib = runtime()
+        set_threads(cores(threads))
         self._torch, self._used = torch, 0
-        self._program = Runtime.get().load_program(artifact.folder)
+        self._program = lib.load_program(artifact.folder)
         self._forward = self._program.load_method("forward")
 
     def reset(self) -> None:
@@ -126,9 +122,6 @@ class Program(_Peer):
         (logits,) = self._forward.execute([self._torch.tensor([list(ids)]), self._torch.tensor([self._used])])
         self._used += len(ids)
         return logits.reshape(-1, self.vocab_size)[-1].numpy()
-
-    def decode(self, token: int) -> np.ndarray:
-        return self.prefill([token])
 
 
 def _size_bytes(path: Path) -> int:
@@ -156,7 +149,7 @@ def main(
     prompt: Annotated[list[int] | None, typer.Option(help="Prompt lengths in tokens.")] = None,
     decode: int = 64,
     runs: int = 5,
-    threads: int = psutil.cpu_count(logical=False) or 1,
+    threads: int = cores(),
 ) -> None:
     """Measure all in turns and print a table."""
     loaded = [load_artifact(folder) for folder in artifacts]
