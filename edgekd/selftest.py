@@ -15,7 +15,10 @@ import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .quant.folder import Grid
 
 _HIDDEN, _MLP, _VOCAB, _LAYERS, _HEADS, _PROMPT = 256, 512, 512, 2, 4, 48
 
@@ -218,32 +221,41 @@ def onnx() -> str:
     )
 
 
+def _quantized_llama(folder: Path, **settings: Any) -> Grid:
+    """A random tied Llama on the portable grid."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .quant.folder import open_grid
+    from .quant.quantize import quantize
+    from .targets import load_recipe
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **settings))
+    model.save_pretrained(folder / "student")
+    quantize(folder / "student", folder / "grid", load_recipe("portable-int4"))
+    return open_grid(folder / "grid")
+
+
 def executorch() -> str:
     """Lower a tiny model on the grid to XNNPACK, and run it over a prompt at once and token by token."""
     import numpy as np
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from .quant.folder import load_dequantized, open_grid
-    from .quant.quantize import quantize
-    from .targets import load_recipe
+    from .quant.folder import load_dequantized
     from .targets._decoder import read_config
     from .targets._executorch_lower import lower
     from .targets._executorch_model import Decoder, Weights
     from .targets._executorch_pack import write_program
     from .targets._executorch_session import ExecutorchEngine
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=_VOCAB, hidden_size=_HIDDEN, intermediate_size=_MLP, num_hidden_layers=1, num_attention_heads=_HEADS,
-        num_key_value_heads=_HEADS, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
     ids = np.random.default_rng(1).integers(_VOCAB, size=_PROMPT).tolist()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        LlamaForCausalLM(config).save_pretrained(folder / "student")
-        quantize(folder / "student", folder / "grid", load_recipe("portable-int4"))
-        opened = open_grid(folder / "grid")
+        opened = _quantized_llama(
+            folder, vocab_size=_VOCAB, hidden_size=_HIDDEN, intermediate_size=_MLP, num_hidden_layers=1,
+            num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=64, initializer_range=0.1,
+        )  # fmt: skip
         weights = Weights(opened, stand_ins=True)
         arch = read_config(opened.config, "ExecuTorch")
         lowered = lower(Decoder(weights, arch, arch.context_length).eval(), "cpu", {})
@@ -267,28 +279,22 @@ def coreml() -> str:
     """Write a tiny int4 model as a Core ML package and run it: in Core ML on macOS, in the interpreter elsewhere."""
     import numpy as np
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from .quant.folder import load_dequantized, open_grid
-    from .quant.quantize import quantize
-    from .student import Checkpoint
+    from .quant.folder import load_dequantized
     from .targets import _coreml_graph as graph_
-    from .targets import load_recipe, stand_in
+    from .targets import stand_in
     from .targets._coreml_pack import write_package
     from .targets._coreml_session import open_runner, step_inputs
     from .targets._decoder import read_config
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=_PROMPT, tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
     ids = np.random.default_rng(1).integers(64, size=_PROMPT).tolist()
     with tempfile.TemporaryDirectory() as name:
-        folder, package = Path(name), Path(name) / "model.mlpackage"
-        LlamaForCausalLM(config).save_pretrained(folder / "student")
-        quantize(folder / "student", folder / "grid", load_recipe("portable-int4"))
-        grid, arch = open_grid(folder / "grid"), read_config(Checkpoint(folder / "student").config, "Core ML")
+        package = Path(name) / "model.mlpackage"
+        grid = _quantized_llama(
+            Path(name), vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=_PROMPT, initializer_range=0.2,
+        )  # fmt: skip
+        arch = read_config(grid.config, "Core ML")
         settings = graph_.Settings(dict(grid.kinds), grid.tied, _PROMPT)
         graph = graph_.build(arch, settings)
         write_package(package, graph, graph_.describe(arch, settings, {}), grid, arch)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,69 +19,37 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("coremltools")
 
+import cases
+from cases import (
+    GRID_RECIPES,
+    IDS,
+    ODD_WIDTH,
+    UNTIED,
+    check_wrong_calls,
+    export_to,
+    logits,
+    quantized,
+    reference,
+    spec_of,
+)
 from edgekd import targets
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.manifest import Artifact, load_artifact
-from edgekd.quant.folder import Grid, load_dequantized, open_grid
+from edgekd.quant.folder import Grid, open_grid
 from edgekd.quant.grid import quantize_int8_rows
-from edgekd.quant.quantize import quantize
 from edgekd.session import Session
-from edgekd.spec import TargetSpec
 from edgekd.student import Checkpoint, load_model
-from edgekd.targets import load_recipe
 from edgekd.targets._coreml_pack import WeightFile, palettize
 from edgekd.targets._coreml_session import step_inputs
 from edgekd.targets.mil import Interpreter
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="there, sessions use Core ML itself")
 
-IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-ARCHITECTURES = {
-    "llama tied": ("llama", {}),
-    "llama untied": ("llama", {"tie_word_embeddings": False, "head_dim": 16}),
-    "llama 3.1 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "qwen2": ("qwen2", {"head_dim": 16}),
-    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}),
-    "qwen3": ("qwen3", {"head_dim": 128}),
-    "qwen3 untied": ("qwen3", {"tie_word_embeddings": False}),
-}
-GRID_RECIPES = ("portable-int4", "portable-int4-head4", "int8")
-ODD_WIDTH = {"intermediate_size": 80, "hidden_size": 72, "head_dim": 32}
-"""No whole blocks of 32: such matrices are int8."""
+ARCHITECTURES = cases.ARCHITECTURES | UNTIED
 HALF = 2.0**-11
 """What rounding to float16 costs, relative to the number."""
 
-
-def spec(*recipes: str, **options: Any) -> TargetSpec:
-    return TargetSpec(target="coreml", recipes=list(recipes) or ["fp16"], **options)
-
-
-def export(student: Path, recipe: str, out: Path, grid: Path | None = None, **options: Any) -> Artifact:
-    return targets.export(student, spec(recipe, **options), recipe, out, name="tiny", grid=grid)
-
-
-def quantized(student: Path, out: Path, recipe: str = "portable-int4") -> Path:
-    quantize(student, out, load_recipe(recipe))
-    return out
-
-
-def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
-    session = targets.open_artifact(artifact, threads=1)
-    try:
-        return session.prefill(ids, all_logits=True)
-    finally:
-        session.close()
-
-
-@torch.no_grad()
-def reference(folder: Path, ids: list[int], grid: Path | None = None) -> np.ndarray:
-    """Logits of transformers, of the student or with the grid's weights."""
-    model = load_model(folder) if grid is None else load_dequantized(open_grid(grid))
-    return model(input_ids=torch.tensor([ids])).logits[0].numpy()
+spec, export = partial(spec_of, "coreml"), partial(export_to, "coreml")
 
 
 def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
@@ -426,22 +395,7 @@ def test_generate(session: Session, artifact: Artifact) -> None:
 
 
 def test_wrong_calls_are_refused(session: Session) -> None:
-    for ids, cause in (([], "no ids"), ([700], "outside"), ([-1], "outside"), ([3] * 1101, "exceed")):
-        with pytest.raises(ValueError, match=cause):
-            session.prefill(ids)
-    for call in (session.decode, session.token_bytes):
-        with pytest.raises(ValueError, match="outside the vocabulary"):
-            call(700)
-    session.prefill([3] * 1100)
-    with pytest.raises(ValueError, match="exceed the context of 1100"):
-        session.decode(3)
-    session.close()
-    session.close()
-    for closed in (
-        lambda: session.tokenize("a"), lambda: session.token_bytes(3), session.reset, lambda: session.decode(3),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="closed"):
-            closed()
+    check_wrong_calls(session, 1100)
 
 
 def test_a_damaged_artifact_is_refused(tmp_path: Path, tiny_student: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,18 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("executorch")
 
+from cases import IDS, LLAMA3_ROPE, check_wrong_calls, export_to, mean_kl, reference, spec_of
 from edgekd import targets
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.manifest import Artifact, load_artifact
-from edgekd.quant.folder import load_dequantized, open_grid
+from edgekd.quant.folder import open_grid
 from edgekd.quant.quantize import quantize
 from edgekd.session import Session, stream_text
-from edgekd.spec import TargetSpec
 from edgekd.student import Checkpoint, load_model
 from edgekd.targets import _executorch_session as session_
 from edgekd.targets import load_recipe
 from edgekd.targets._tokenizer import JsonTokenizer
 
-IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
 CASES = {
     "llama tied": ("llama", {}, "fp16"),
     "llama untied, 3.1 rope": ("llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}, "fp16"),
@@ -46,26 +42,7 @@ CASES = {
 }
 FAST = ("llama tied", "qwen2 int4")
 
-
-def spec(*recipes: str, **options: Any) -> TargetSpec:
-    return TargetSpec(target="executorch", recipes=list(recipes) or ["fp16"], **options)
-
-
-def export(student: Path, recipe: str, out: Path, grid: Path | None = None, **options: Any) -> Artifact:
-    return targets.export(student, spec(recipe, **options), recipe, out, name="tiny", grid=grid)
-
-
-@torch.no_grad()
-def reference(folder: Path, ids: list[int], grid: Path | None = None) -> np.ndarray:
-    """Logits of transformers, of the student or with the grid's weights."""
-    model = load_model(folder) if grid is None else load_dequantized(open_grid(grid))
-    return model(input_ids=torch.tensor([ids])).logits[0].numpy()
-
-
-def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
-    """KL(p || q) of two arrays of logits ``(T, V)``, nats per token."""
-    log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (p, q))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+spec, export = partial(spec_of, "executorch"), partial(export_to, "executorch")
 
 
 def make_case(name: str, folder: Path, student_factory: Any) -> tuple[Artifact, Path, Path | None]:
@@ -342,20 +319,7 @@ def test_generate_streams_whole_characters(session: Session) -> None:
 
 
 def test_wrong_calls_are_refused(session: Session) -> None:
-    for ids, cause in (([], "no ids"), ([700], "outside"), ([-1], "outside"), ([3] * 257, "exceed")):
-        with pytest.raises(ValueError, match=cause):
-            session.prefill(ids)
-    for call in (session.decode, session.token_bytes):
-        with pytest.raises(ValueError, match="outside the vocabulary"):
-            call(700)
-    session.prefill([3] * 256)
-    with pytest.raises(ValueError, match="exceed the context of 256"):
-        session.decode(3)
-    session.close()
-    session.close()
-    for closed in (lambda: session.tokenize("a"), session.reset, lambda: session.decode(3)):
-        with pytest.raises(ValueError, match="closed"):
-            closed()
+    check_wrong_calls(session, 256)
 
 
 def test_two_exports_are_the_same_bytes(made: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from cases import (
+    ARCHITECTURES,
+    IDS,
+    LLAMA3_ROPE,
+    check_wrong_calls,
+    export_to,
+    logits,
+    mean_kl,
+    reference,
+    spec_of,
+)
 from edgekd import targets
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.manifest import Artifact, file_sha256, load_artifact
@@ -25,51 +37,14 @@ from edgekd.quant.grid import dequantize_int4, dequantize_int8, quantize_int4, q
 from edgekd.quant.quantize import quantize
 from edgekd.session import Session
 from edgekd.spec import TargetSpec
-from edgekd.student import Checkpoint, load_model
+from edgekd.student import Checkpoint
 from edgekd.targets import load_recipe
 
-IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
 TOLERANCE = 0.1
 """Between llama.cpp's kernels for one token and for many, on logits of standard deviation 1 to 3: both round
 activations and cache to fp16, in another order."""
-ARCHITECTURES = {
-    "llama tied": ("llama", {}),
-    "llama untied": ("llama", {"tie_word_embeddings": False, "head_dim": 16}),
-    "llama 3.1 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "qwen2": ("qwen2", {"head_dim": 16}),
-    "qwen3": ("qwen3", {"head_dim": 128}),  # the one head_dim that transformers' reader knows
-}
 
-
-def spec(*recipes: str, context: int | None = None) -> TargetSpec:
-    return TargetSpec(target="gguf", recipes=list(recipes) or ["fp16"], context=context)
-
-
-def export(student: Path, recipe: str, out: Path, **options: Any) -> Artifact:
-    return targets.export(student, spec(recipe), recipe, out, name="tiny", **options)
-
-
-def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
-    session = targets.open_artifact(artifact, threads=1)
-    try:
-        return session.prefill(ids, all_logits=True)
-    finally:
-        session.close()
-
-
-@torch.no_grad()
-def reference(folder: Path, ids: list[int]) -> np.ndarray:
-    return load_model(folder)(input_ids=torch.tensor([ids])).logits[0].numpy()
-
-
-def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
-    """KL(p || q) of two arrays of logits ``(T, V)``, nats per token."""
-    log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (p, q))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+spec, export = partial(spec_of, "gguf"), partial(export_to, "gguf")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -252,25 +227,7 @@ def test_a_stream_ends_before_the_end_token(tmp_path: Path, student_factory: Any
 
 
 def test_wrong_calls_are_refused(session: Session) -> None:
-    for ids, cause in (([], "no ids"), ([700], "outside"), ([-1], "outside"), ([3] * 1101, "exceed")):
-        with pytest.raises(ValueError, match=cause):
-            session.prefill(ids)
-    for call in (session.decode, session.token_bytes):
-        with pytest.raises(ValueError, match="outside the vocabulary"):
-            call(700)
-    session.prefill([3] * 1100)
-    with pytest.raises(ValueError, match="exceed the context of 1100"):
-        session.decode(3)
-    session.close()
-    session.close()
-    for closed in (
-        lambda: session.tokenize("a"),
-        lambda: session.token_bytes(3),
-        session.reset,
-        lambda: session.decode(3),
-    ):
-        with pytest.raises(ValueError, match="closed"):
-            closed()
+    check_wrong_calls(session, 1100)
 
 
 def test_opening_loads_neither_torch_nor_transformers(artifact: Artifact) -> None:

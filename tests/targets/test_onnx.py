@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 onnx = pytest.importorskip("onnx")
@@ -21,68 +21,33 @@ genai = pytest.importorskip("onnxruntime_genai")
 
 from onnx import numpy_helper  # noqa: E402
 
+import cases  # noqa: E402
+from cases import (  # noqa: E402
+    GRID_RECIPES,
+    IDS,
+    ODD_WIDTH,
+    UNTIED,
+    check_wrong_calls,
+    export_to,
+    logits,
+    mean_kl,
+    quantized,
+    reference,
+    spec_of,
+)
 from edgekd import targets  # noqa: E402
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported  # noqa: E402
 from edgekd.manifest import Artifact, load_artifact  # noqa: E402
-from edgekd.quant.folder import Grid, load_dequantized, new_grid, open_grid  # noqa: E402
+from edgekd.quant.folder import Grid, new_grid, open_grid  # noqa: E402
 from edgekd.quant.grid import quantize_int4, quantize_int8_rows  # noqa: E402
-from edgekd.quant.quantize import quantize  # noqa: E402
 from edgekd.session import Session  # noqa: E402
 from edgekd.spec import TargetSpec  # noqa: E402
-from edgekd.student import Checkpoint, load_model  # noqa: E402
+from edgekd.student import Checkpoint  # noqa: E402
 from edgekd.targets import load_recipe  # noqa: E402
 
-IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-ARCHITECTURES = {
-    "llama tied": ("llama", {}),
-    "llama untied": ("llama", {"tie_word_embeddings": False, "head_dim": 16}),
-    "llama 3.1 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "qwen2": ("qwen2", {"head_dim": 16}),
-    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}),
-    "qwen3": ("qwen3", {"head_dim": 128}),
-    "qwen3 untied": ("qwen3", {"tie_word_embeddings": False}),
-}
-GRID_RECIPES = ("portable-int4", "portable-int4-head4", "int8")
-ODD_WIDTH = {"intermediate_size": 80, "hidden_size": 72, "head_dim": 32}
-"""No whole blocks of 32: such matrices are int8 and padded; the tied embedding cannot share the head's bytes."""
+ARCHITECTURES = cases.ARCHITECTURES | UNTIED
 
-
-def spec(*recipes: str, **options: Any) -> TargetSpec:
-    return TargetSpec(target="onnx", recipes=list(recipes) or ["fp16"], **options)
-
-
-def export(student: Path, recipe: str, out: Path, grid: Path | None = None, **options: Any) -> Artifact:
-    return targets.export(student, spec(recipe, **options), recipe, out, name="tiny", grid=grid)
-
-
-def quantized(student: Path, out: Path, recipe: str = "portable-int4") -> Path:
-    quantize(student, out, load_recipe(recipe))
-    return out
-
-
-def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
-    session = targets.open_artifact(artifact, threads=1)
-    try:
-        return session.prefill(ids, all_logits=True)
-    finally:
-        session.close()
-
-
-@torch.no_grad()
-def reference(folder: Path, ids: list[int], grid: Path | None = None) -> np.ndarray:
-    """Logits of transformers, of the student or with the grid's weights."""
-    model = load_model(folder) if grid is None else load_dequantized(open_grid(grid))
-    return model(input_ids=torch.tensor([ids])).logits[0].numpy()
-
-
-def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
-    """KL(p || q) of two arrays of logits ``(T, V)``, nats per token."""
-    log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (p, q))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+spec, export = partial(spec_of, "onnx"), partial(export_to, "onnx")
 
 
 def initialisers(artifact: Artifact, file: str = "model.onnx") -> dict[str, np.ndarray]:
@@ -403,22 +368,7 @@ def test_generate(session: Session, artifact: Artifact) -> None:
 
 
 def test_wrong_calls_are_refused(session: Session) -> None:
-    for ids, cause in (([], "no ids"), ([700], "outside"), ([-1], "outside"), ([3] * 1101, "exceed")):
-        with pytest.raises(ValueError, match=cause):
-            session.prefill(ids)
-    for call in (session.decode, session.token_bytes):
-        with pytest.raises(ValueError, match="outside the vocabulary"):
-            call(700)
-    session.prefill([3] * 1100)
-    with pytest.raises(ValueError, match="exceed the context of 1100"):
-        session.decode(3)
-    session.close()
-    session.close()
-    for closed in (
-        lambda: session.tokenize("a"), lambda: session.token_bytes(3), session.reset, lambda: session.decode(3),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="closed"):
-            closed()
+    check_wrong_calls(session, 1100)
 
 
 def test_opening_loads_neither_torch_nor_transformers(artifact: Artifact) -> None:

@@ -1,0 +1,103 @@
+"""What the tests of every target share: models to export, the reference, and calls that every session refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd import targets
+from edgekd.manifest import Artifact
+from edgekd.quant.folder import load_dequantized, open_grid
+from edgekd.quant.quantize import quantize
+from edgekd.session import Session
+from edgekd.spec import TargetSpec
+from edgekd.student import load_model
+from edgekd.targets import load_recipe
+
+IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama tied": ("llama", {}),
+    "llama untied": ("llama", {"tie_word_embeddings": False, "head_dim": 16}),
+    "llama 3.1 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "qwen2": ("qwen2", {"head_dim": 16}),
+    "qwen3": ("qwen3", {"head_dim": 128}),  # the one head_dim that transformers' reader of GGUF knows
+}
+UNTIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3 untied": ("qwen3", {"tie_word_embeddings": False}),
+}
+GRID_RECIPES = ("portable-int4", "portable-int4-head4", "int8")
+ODD_WIDTH = {"intermediate_size": 80, "hidden_size": 72, "head_dim": 32}
+"""No whole blocks of 32: such matrices are int8."""
+
+
+def spec_of(target: str, *recipes: str, **options: Any) -> TargetSpec:
+    return TargetSpec(target=target, recipes=list(recipes) or ["fp16"], **options)
+
+
+def export_to(
+    target: str,
+    student: Path,
+    recipe: str,
+    out: Path,
+    grid: Path | None = None,
+    moments: Path | None = None,
+    **options: Any,
+) -> Artifact:
+    spec = spec_of(target, recipe, **options)
+    return targets.export(student, spec, recipe, out, name="tiny", grid=grid, moments=moments)
+
+
+def quantized(student: Path, out: Path, recipe: str = "portable-int4") -> Path:
+    quantize(student, out, load_recipe(recipe))
+    return out
+
+
+def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
+    session = targets.open_artifact(artifact, threads=1)
+    try:
+        return session.prefill(ids, all_logits=True)
+    finally:
+        session.close()
+
+
+@torch.no_grad()
+def reference(folder: Path, ids: list[int], grid: Path | None = None) -> np.ndarray:
+    """Logits of transformers, of the student or with the grid's weights."""
+    model = load_model(folder) if grid is None else load_dequantized(open_grid(grid))
+    return model(input_ids=torch.tensor([ids])).logits[0].numpy()
+
+
+def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
+    """KL(p || q) of two arrays of logits ``(T, V)``, nats per token."""
+    log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (p, q))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def check_wrong_calls(session: Session, context_length: int) -> None:
+    """A session of 700 tokens refuses what it cannot do, and everything once closed."""
+    too_many = [3] * (context_length + 1)
+    for ids, cause in (([], "no ids"), ([700], "outside"), ([-1], "outside"), (too_many, "exceed")):
+        with pytest.raises(ValueError, match=cause):
+            session.prefill(ids)
+    for call in (session.decode, session.token_bytes):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            call(700)
+    session.prefill([3] * context_length)
+    with pytest.raises(ValueError, match=f"exceed the context of {context_length}"):
+        session.decode(3)
+    session.close()
+    session.close()
+    for closed in (
+        lambda: session.tokenize("a"), lambda: session.token_bytes(3), session.reset, lambda: session.decode(3),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="closed"):
+            closed()
