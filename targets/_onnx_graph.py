@@ -32,7 +32,7 @@ _PAGE = 4096
 BLOCK = GROUP
 """Weights that share a scale; of int8 rows too, for the kernels round activations to int8 in such blocks, and wide ones
 cost quality (KL to the unrounded model 2.3e-4 with blocks of 32, 4.1e-4 with 256)."""
-Activations = Literal["float32", "float16"]
+Real = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ class Settings:
     kinds: Mapping[str, Kind]
     """How each parameter is stored."""
     tied: bool
-    activations: Activations
+    activations: Real
     context_length: int
+    plain: Real = "float16"
+    """In what matrices are stored that are not quantized."""
     rotary_apart: bool = False
     """The rotary embedding by nodes of its own, for runtimes whose attention has none inside (DirectML)."""
     accuracy_level: int = 4
@@ -144,8 +146,8 @@ def _matmul(graph: _Graph, x: str, name: str, sources: tuple[str, ...], shape: t
             "MatMulNBits", inputs, domain=MS, N=shape[0], K=shape[1], bits=_bits(kind),
             block_size=BLOCK, accuracy_level=settings.accuracy_level,
         )  # fmt: skip
-    weight = graph.store(Stored(name, "float16", shape[::-1], "transposed", sources, kind))
-    y = graph.node("MatMul", [x, graph.cast(weight, "float16", settings.activations)])
+    weight = graph.store(Stored(name, settings.plain, shape[::-1], "transposed", sources, kind))
+    y = graph.node("MatMul", [x, graph.cast(weight, settings.plain, settings.activations)])
     return graph.node("Add", [y, bias]) if bias else y
 
 
@@ -155,8 +157,8 @@ def _embedding(graph: _Graph, ids: str) -> str:
     shape = (arch.vocab_size, arch.hidden)
     kind = settings.kinds[name]
     if kind == "plain":
-        table = graph.store(Stored(name, "float16", shape, "value", (name,), kind))
-        return graph.cast(graph.node("Gather", [table, ids]), "float16", settings.activations)
+        table = graph.store(Stored(name, settings.plain, shape, "value", (name,), kind))
+        return graph.cast(graph.node("Gather", [table, ids]), settings.plain, settings.activations)
     bits, blocks = _bits(kind), -(-arch.hidden // BLOCK)
     # Where the width is whole blocks, these are the bytes of the tied head's MatMulNBits, in another shape.
     q = graph.store(Stored(f"{name}.rows", "uint8", (shape[0], shape[1] * bits // 8), "q", (name,), kind))
@@ -176,8 +178,8 @@ def _head(graph: _Graph, hidden: str) -> None:
     elif settings.kinds[EMBEDDING] != "plain":
         _matmul(graph, hidden, EMBEDDING, (EMBEDDING,), shape)
     else:
-        table = graph.store(Stored(EMBEDDING, "float16", shape, "value", (EMBEDDING,), "plain"))
-        table = graph.cast(table, "float16", settings.activations)
+        table = graph.store(Stored(EMBEDDING, settings.plain, shape, "value", (EMBEDDING,), "plain"))
+        table = graph.cast(table, settings.plain, settings.activations)
         graph.node("MatMul", [hidden, graph.node("Transpose", [table], perm=[1, 0])])
     graph.nodes[-1].output[0] = "logits"
 

@@ -1,4 +1,4 @@
-"""ONNX for onnxruntime: fp16 from the student, the portable grid from the quantized student as it is."""
+"""ONNX for onnxruntime: fp16 and fp32 from the student, the portable grid from the quantized student as it is."""
 
 from __future__ import annotations
 
@@ -81,12 +81,14 @@ def export(
     """
     checkpoint = Checkpoint(student)
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+    chosen = load_recipe(recipe, "onnx")
+    plain: graph_.Real = "float32" if chosen.native else "float16"
 
     def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
-        return _write(checkpoint, source, spec, folder)
+        return _write(checkpoint, source, spec, plain, folder)
 
     return build_artifact(
-        out_dir, checkpoint, load_recipe(recipe, "onnx"), grid, write, name=name, target="onnx", runtime="onnxruntime",
+        out_dir, checkpoint, chosen, grid, write, name=name, target="onnx", runtime="onnxruntime",
         main_file=MAIN_FILE,
     )  # fmt: skip
 
@@ -106,19 +108,21 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     return DecoderSession(engine, SessionTokenizer(folder / "tokenizer.json", "onnx", encoder), contract)
 
 
-def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path) -> dict[str, Any]:
+def _write(
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, plain: graph_.Real, folder: Path
+) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
     from ._onnx_pack import write_data
 
     arch = read_config(checkpoint.config, "ONNX")
     check_weights(arch, source, "ONNX")
     kinds: dict[str, Kind] = dict.fromkeys(source, "plain") if isinstance(source, Checkpoint) else source.kinds
-    activations: graph_.Activations = "float16" if set(spec.providers) - {"cpu"} else "float32"
-    settings = graph_.Settings(
-        kinds, source.tied, activations, spec.context or arch.context_length, rotary_apart="dml" in spec.providers
-    )
+    activations: graph_.Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
+    context = spec.context or arch.context_length
+    apart = "dml" in spec.providers
+    settings = graph_.Settings(kinds, source.tied, activations, context, plain, rotary_apart=apart)
     tokenizer = load_tokenizer(checkpoint.folder)
-    contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
+    contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
     tokenizer.save_pretrained(folder)
     config = genai_config(arch, contract, tokenizer.pad_token_id, spec.providers, positions=settings.rotary_apart)
     write_json(folder / "genai_config.json", config)
@@ -130,7 +134,7 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
     models = graph_.build(arch, settings)
     (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
     (folder / graph_.HEAD_FILE).write_bytes(models.head.SerializeToString())
-    write_data(folder / graph_.DATA_FILE, models.stored, source, arch, settings.context_length)
+    write_data(folder / graph_.DATA_FILE, models.stored, source, arch, context)
     _prove(folder)
     places = graph_.offsets(models.stored)
     weight_bytes = sum({places[item.name]: item.size_bytes for item in models.stored if item.sources}.values())

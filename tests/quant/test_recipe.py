@@ -53,7 +53,9 @@ def test_unknown_and_foreign_recipes_are_named():
         load_recipe("portable-int44")
     with pytest.raises(SpecError, match=r"no recipe '\.\./fp16'"):
         load_recipe("../fp16")
-    with pytest.raises(SpecError, match="onnx has no recipe 'gguf-q4_k_m'; there are: fp16, int8, portable-int4"):
+    with pytest.raises(
+        SpecError, match="onnx has no recipe 'gguf-q4_k_m'; there are: fp16, int8, onnx-fp32, portable-int4"
+    ):
         load_recipe("gguf-q4_k_m", "onnx")
     assert "gguf-q4_k_m" in recipe_names("gguf") and "gguf-q4_k_m" not in recipe_names("onnx")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -72,9 +72,22 @@ def test_float_agrees_with_transformers(name: str, tmp_path: Path, student_facto
     actual = logits(export(student, "fp16", tmp_path / "out"), IDS)
     assert actual.shape == (200, 700) and actual.dtype == np.float32
     assert np.abs(expected - actual).max() < 2e-4  # the order of sums alone differs
+    single = export(student, "onnx-fp32", tmp_path / "single")
+    assert np.abs(expected - logits(single, IDS)).max() < 2e-4
     if "rope" in name:  # without the scaling the logits would be others altogether
         plain = student_factory(tmp_path / "plain", kind)
         assert np.abs(reference(plain, IDS) - expected).max() > 1
+
+
+def test_fp32_keeps_what_fp16_rounds(tmp_path: Path, student_factory: Any) -> None:
+    student = student_factory(tmp_path / "student", "qwen3")
+    weights = {name: value.float() * (1 + 2**-14) for name, value in load_file(student / "model.safetensors").items()}
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    artifact = export(student, "onnx-fp32", tmp_path / "out")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert np.array_equal(initialisers(artifact)[name].T, weights[name].numpy())
+    assert 32 <= artifact.manifest.bits_per_weight < 32.1
+    assert not np.array_equal(weights[name].half().float(), weights[name])
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "odd width", "odd width untied"])
@@ -402,6 +415,15 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path, tiny_student: Path) -> No
         artifact.main_file.write_bytes(graph[:size])
         with pytest.raises(BadArtifact, match="onnxruntime does not load it"):
             targets.open_artifact(artifact, threads=1)
+
+
+def test_an_opset_beyond_the_runtimes_is_refused(tmp_path: Path, tiny_student: Path) -> None:
+    artifact = export(tiny_student, "fp16", tmp_path / "out")
+    model = onnx.load(artifact.main_file, load_external_data=False)
+    model.opset_import[0].version = 99
+    artifact.main_file.write_bytes(model.SerializeToString())
+    with pytest.raises(BadArtifact, match=r"model\.onnx: onnxruntime does not load it.*opset"):
+        targets.open_artifact(artifact, threads=1)
 
 
 def test_a_provider_that_is_not_installed_is_named(tmp_path: Path, tiny_student: Path) -> None:
