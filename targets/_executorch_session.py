@@ -5,6 +5,8 @@ Shapes: ``T`` tokens, ``V`` vocabulary. Logits are float32.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import os
 import signal
@@ -130,13 +132,51 @@ def set_threads(threads: int) -> None:
         portable_lib._unsafe_reset_threadpool(threads)
 
 
+@functools.cache
+def _mkl() -> tuple[Any, int] | None:
+    """PyTorch's library, where MKL is part of it, and how many threads MKL takes."""
+    import torch
+
+    try:
+        lib = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        own = lib.MKL_Set_Num_Threads_Local(0)
+        threads = lib.mkl_serv_get_max_threads()
+        lib.MKL_Set_Num_Threads_Local(own)
+    except (OSError, AttributeError):
+        return None
+    return lib, threads
+
+
+@contextmanager
+def one_thread_a_product() -> Iterator[None]:
+    """Have MKL work on the thread that calls it. Attention, in ExecuTorch's Python package, calls it on every thread of
+    the pool, where it would start a team of its own: a token then took up to three times as long."""
+    if (mkl := _mkl()) is None:
+        yield
+        return
+    lib, threads = mkl
+    own = lib.MKL_Set_Num_Threads_Local(1)
+    lib.mkl_serv_set_num_threads(1)
+    try:
+        yield
+    finally:
+        lib.mkl_serv_set_num_threads(threads)
+        lib.MKL_Set_Num_Threads_Local(own)
+
+
+def execute(method: Any, ids: Sequence[int], start: int) -> Any:
+    """Run a decoder's method on ids behind ``start`` cached ones; its logits, a torch tensor."""
+    import torch
+
+    inputs = [torch.tensor([list(ids)]), torch.tensor([start])]
+    with one_thread_a_product():
+        return method.execute(inputs)[0]
+
+
 class ExecutorchEngine:
     """An ExecuTorch program: the ``Engine`` protocol."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        import torch
-
-        self._torch: Any = torch
         try:
             with silent():
                 lib = runtime()
@@ -158,12 +198,10 @@ class ExecutorchEngine:
 
     def _run(self, method: Any, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids; logits ``(1, V)`` or ``(T, V)``."""
-        inputs = [np.asarray(ids, np.int64)[None], np.array([start], np.int64)]
         try:
-            (logits,) = method.execute([self._torch.from_numpy(array) for array in inputs])
+            return execute(method, ids, start)[0].numpy()
         except RuntimeError as error:
             raise EdgekdError(f"ExecuTorch failed on {len(ids)} tokens: {error}.") from error
-        return logits[0].numpy()
 
     def reset(self) -> None:
         """What is cached is written over."""

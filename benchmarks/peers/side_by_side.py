@@ -3,7 +3,8 @@
     python -m onnxruntime_genai.models.builder -i STUDENT -o BUILDER -p int4 -e cpu -c CACHE \\
         --extra_options int4_accuracy_level=4
     python -m executorch.extension.llm.export.export_llm base.model_class=llama3 base.params=PARAMS.json \\
-        model.use_kv_cache=True model.use_sdpa_with_kv_cache=True model.dtype_override=fp32 \\
+        base.checkpoint=STUDENT.pth model.dtype_override=fp32 \\
+        model.use_kv_cache=True model.use_sdpa_with_kv_cache=True \\
         export.max_seq_length=512 export.max_context_length=1024 export.output_name=PROGRAM.pte \\
         quantization.qmode=8da4w quantization.group_size=32 quantization.embedding_quantize="'8,0'" \\
         backend.xnnpack.enabled=True backend.xnnpack.extended_ops=True
@@ -27,7 +28,7 @@ from ...manifest import Artifact, load_artifact
 from ...spec import BenchSpec
 from ...targets import open_artifact
 from ...targets._common import cores
-from ...targets._executorch_session import runtime, set_threads
+from ...targets._executorch_session import execute, runner_tokenizer, runtime, set_threads
 from ..harness import bench
 from ..metrics import median
 
@@ -36,12 +37,10 @@ class _Peer:
     """What the benchmark asks of a session, but for prefill and reset."""
 
     prefill: Callable[[Sequence[int]], np.ndarray]
+    tokenize: Callable[[str], Sequence[int]]
 
     def __init__(self, artifact: Artifact) -> None:
         self.vocab_size = artifact.manifest.contract.vocab_size
-
-    def tokenize(self, text: str) -> list[int]:
-        return []  # not measured here
 
     def token_bytes(self, token: int) -> bytes:
         return b"x"  # any id stands for text
@@ -64,6 +63,7 @@ class Genai(_Peer):
         options = {"session_options": {"intra_op_num_threads": threads, "log_severity_level": 3}}
         config.overlay(json.dumps({"model": {"decoder": options}}))
         model = onnxruntime_genai.Model(config)
+        self.tokenize = onnxruntime_genai.Tokenizer(model).encode
         params = onnxruntime_genai.GeneratorParams(model)
         params.set_search_options(max_length=artifact.manifest.contract.context_length, do_sample=False)
         self._generator = onnxruntime_genai.Generator(model, params)
@@ -81,12 +81,13 @@ class Transformers(_Peer):
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         super().__init__(artifact)
         if threads:
             torch.set_num_threads(threads)
         self._torch = torch
+        self.tokenize = AutoTokenizer.from_pretrained(artifact.folder).encode
         self._model = AutoModelForCausalLM.from_pretrained(artifact.folder, dtype=torch.bfloat16)
         self.reset()
 
@@ -106,12 +107,11 @@ class Program(_Peer):
     """A program of ExecuTorch's export_llm in ExecuTorch's runtime."""
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
-        import torch
-
         super().__init__(artifact)
         lib = runtime()
         set_threads(cores(threads))
-        self._torch, self._used = torch, 0
+        self._used = 0
+        self.tokenize = runner_tokenizer(artifact.folder.with_name("tokenizer.json"), artifact.manifest.contract)
         self._program = lib.load_program(artifact.folder)
         self._forward = self._program.load_method("forward")
 
@@ -119,7 +119,7 @@ class Program(_Peer):
         self._used = 0
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
-        (logits,) = self._forward.execute([self._torch.tensor([list(ids)]), self._torch.tensor([self._used])])
+        logits = execute(self._forward, ids, self._used)
         self._used += len(ids)
         return logits.reshape(-1, self.vocab_size)[-1].numpy()
 
@@ -145,7 +145,7 @@ def main(
     artifacts: Annotated[list[Path], typer.Argument(help="Artifacts of any target; the first is what ratios are to.")],
     genai: Annotated[list[Path] | None, typer.Option(help="A folder that onnxruntime-genai runs.")] = None,
     transformers: Annotated[list[Path] | None, typer.Option(help="A model folder.")] = None,
-    pte: Annotated[list[Path] | None, typer.Option(help="A program of export_llm with the same vocabulary.")] = None,
+    pte: Annotated[list[Path] | None, typer.Option(help="A program of export_llm beside its tokenizer.json.")] = None,
     prompt: Annotated[list[int] | None, typer.Option(help="Prompt lengths in tokens.")] = None,
     decode: int = 64,
     runs: int = 5,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,44 @@ def test_decode_equals_prefill(session: Session) -> None:
     for position in range(101, 200):
         assert np.abs(session.decode(IDS[position]) - whole[position]).max() < 1e-4
     assert np.array_equal(kept, again)  # what was returned is the caller's own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_attention_starts_no_threads_of_its_own(made: Any) -> None:
+    """MKL does from two threads on, and in a pool of two each would have two more."""
+    code = (
+        "import os, sys; from pathlib import Path; from edgekd.targets import open_artifact\n"
+        "session = open_artifact(Path(sys.argv[1]), threads=2)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "for _ in range(3): session.reset(); session.prefill(range(5, 205))\n"
+        "import torch; assert torch.get_num_threads() == 2\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, made["llama tied"][0].folder], env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout == "0\n"
+
+
+@pytest.mark.skipif(session_._mkl() is None, reason="PyTorch without MKL")
+def test_mkl_has_its_threads_back() -> None:
+    lib, threads = session_._mkl()
+    told = lib.mkl_serv_get_max_threads
+
+    def of_another_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(told).result()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with session_.one_thread_a_product():
+            assert told() == of_another_thread() == 1
+        assert told() == torch.get_num_threads() == 3 and of_another_thread() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_generate_streams_whole_characters(session: Session) -> None:
