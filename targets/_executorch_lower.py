@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ._common import quiet
-from ._executorch_model import Decoder
+from ._executorch_model import Decoder, Linear
 from ._executorch_session import ALL, CHUNK, PREFILL, ROWS
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ def _export(decoder: Decoder) -> ExportedProgram:
     shapes = {"tokens": {1: torch.export.Dim("tokens", min=1, max=most)}, "input_pos": None}
     with torch.no_grad():
         program = torch.export.export(decoder, (ids, torch.zeros(1, dtype=torch.long)), dynamic_shapes=shapes)
+    for name, module in decoder.named_modules():
+        if isinstance(module, Linear) and module.half is not None:
+            program.state_dict[f"{name}.weight"] = module.half
     for node in program.graph.nodes:  # every pass copies where a node came from, and that grows with every pass
         for key in ("from_node", "nn_module_stack", "stack_trace"):
             node.meta.pop(key, None)
@@ -164,11 +167,20 @@ def _partitioner(backend: str) -> Partitioner:
             for node in nodes:
                 if node in taken:
                     node.meta["delegation_tag"] = f"{place[node]:06}"
+            _retype_constants(exported_program)
             tag_constant_data(exported_program)
             tags = {f"{place[node]:06}" for node in nodes if node in taken}
             return PartitionResult(exported_program, dict.fromkeys(sorted(tags), self.delegation_spec))
 
     return _Partitioner()
+
+
+def _retype_constants(program: ExportedProgram) -> None:
+    """Let the graph tell the dtypes of its constants as they are by now."""
+    for node in program.graph.nodes:
+        name = program.graph_signature.inputs_to_buffers.get(node.name)
+        if name in program.state_dict:
+            node.meta["val"] = node.meta["val"].to(program.state_dict[name].dtype)
 
 
 def _count(program: ExportedProgram) -> tuple[int, dict[str, int], dict[str, int]]:

@@ -37,6 +37,8 @@ class Weights:
     stand_ins: bool
     """Give every matrix a stand-in: what is lowered is then small, and the packer knows each matrix by its number. For
     XNNPACK alone: Vulkan rearranges weights when it lowers, and gets the real ones."""
+    real: torch.dtype = torch.float32
+    """Of matrices that are not quantized, as they are stored; float16 with stand-ins alone."""
     numbers: dict[str, int] = field(default_factory=dict)
 
     def kind(self, name: str) -> Kind:
@@ -45,10 +47,13 @@ class Weights:
 
     def matrix(self, name: str) -> torch.Tensor:
         """Integers int8 ``(O, I)``, or a float32 matrix."""
-        kind, shape = self.kind(name), self.source.shape(name)
         if self.stand_ins:
-            return stand_in(self.number(name), shape, torch.float32 if kind == "plain" else torch.int8)
+            return self.stand_in(name, torch.float32 if self.kind(name) == "plain" else torch.int8)
         return torch.cat([rows for rows, _ in self.blocks(name)])
+
+    def stand_in(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A matrix's stand-in."""
+        return stand_in(self.number(name), self.source.shape(name), dtype)
 
     def number(self, name: str) -> int:
         """A matrix's number."""
@@ -56,9 +61,9 @@ class Weights:
 
     def blocks(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Some rows after the others: int8 and their scales, float32 ``(rows, G)`` or ``(rows,)``; of a plain matrix,
-        all of it as float32, and nothing."""
+        all of it as it is stored, and nothing."""
         if isinstance(self.source, Checkpoint) or self.source.kinds[name] == "plain":
-            yield self.plain(name), torch.empty(0)
+            yield self.plain(name, self.real), torch.empty(0)
         else:
             yield from self.source.blocks(name)
 
@@ -66,9 +71,9 @@ class Weights:
         """Scales of a quantized matrix, float32 ``(O, G)`` or ``(O,)``."""
         return torch.cat([scale for _, scale in self.blocks(name)])
 
-    def plain(self, name: str) -> torch.Tensor:
-        """A tensor that is not quantized, float32."""
-        return torch.from_numpy(narrow(self.source, name, "float32"))
+    def plain(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor that is not quantized."""
+        return torch.from_numpy(narrow(self.source, name, str(dtype).removeprefix("torch.")))
 
 
 def stand_in(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -96,7 +101,7 @@ def packed_embedding(rows: torch.Tensor, kind: Kind) -> np.ndarray:
 def embedding_stand_in(weights: Weights) -> torch.Tensor:
     """Of the shape and dtype that ``packed_embedding`` gives."""
     kind, (rows, width) = weights.kind(EMBEDDING), weights.source.shape(EMBEDDING)
-    dtype = {"int4": torch.uint8, "int8": torch.int8, "plain": torch.float32}[kind]
+    dtype = {"int4": torch.uint8, "int8": torch.int8, "plain": weights.real}[kind]
     return stand_in(weights.number(EMBEDDING), (rows, width // 2 if kind == "int4" else width), dtype)
 
 
@@ -111,7 +116,11 @@ class Linear(nn.Module):
     def __init__(self, weights: Weights, name: str, bias: str | None = None) -> None:
         super().__init__()
         self.kind, self.affine = weights.kind(name), not weights.stand_ins
+        self.half: torch.Tensor | None = None
+        """What is lowered instead of ``weight``: XNNPACK takes matrices in float16, torch does not beside float32."""
         self.register_buffer("weight", weights.matrix(name))
+        if self.kind == "plain" and weights.real is torch.float16:
+            self.half = weights.stand_in(name, torch.float16)
         self.register_buffer("bias", weights.plain(bias) if bias else None)
         if self.kind != "plain":
             scale = weights.scale(name)
@@ -266,7 +275,7 @@ class Embedding(nn.Module):
             return ops.embedding_4bit.dtype(self.weight, self.scale, None, -8, 7, ids, dtype=torch.float32)
         if self.kind == "int8":
             return ops.embedding_byte.dtype(self.weight, self.scale, None, -127, 127, ids, dtype=torch.float32)
-        return functional.embedding(ids, self.weight)
+        return functional.embedding(ids, self.weight).float()
 
 
 class Decoder(nn.Module):

@@ -3,7 +3,7 @@
 A ``.pte`` is a flatbuffer and segments behind it: one of constants for the kernels outside the backend, one for each of
 the backend's graphs, and one for each named tensor these refer to by a key. XNNPACK's keys are the sha256 of the bytes
 (its cache of packed weights is shared by all programs of a process and goes by the key), so real weights get real keys.
-A tied head of int8 or fp32 is the embedding's very bytes: its segment then lies inside the constants.
+A tied head that is not int4 is the embedding's very bytes: its segment then lies inside the constants.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weight
     keys: dict[str, str] = {}
     for name in weights.numbers:
         kind = weights.kind(name)
-        old = _sha([packed(weights.matrix(name), kind)])
+        old = _sha([packed(weights.stand_in(name, weights.real if kind == "plain" else torch.int8), kind)])
         if old in stored:
             blob = _rows(weights, name, packed, stored.pop(old).size)
             keys[name] = _sha(blob.read())

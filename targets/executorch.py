@@ -1,4 +1,4 @@
-"""ExecuTorch for phones: fp32 from the student, the portable grid from the quantized student as it is.
+"""ExecuTorch for phones: fp16 and fp32 from the student, the portable grid from the quantized student as it is.
 
 XNNPACK runs the whole decoder but for the embedding, the cache and attention, which ExecuTorch's own kernels run.
 """
@@ -88,13 +88,14 @@ def export(
     """Write ``model.pte``, the tokenizer and the manifest; see ``targets.export``."""
     checkpoint = Checkpoint(student)
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+    chosen = load_recipe(recipe, "executorch")
 
     def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
-        return _write(checkpoint, source, spec, folder)
+        return _write(checkpoint, source, spec, folder, half=not chosen.native)
 
     return build_artifact(
-        out_dir, checkpoint, load_recipe(recipe, "executorch"), grid, write, name=name, target="executorch",
-        runtime="executorch", main_file=MAIN_FILE,
+        out_dir, checkpoint, chosen, grid, write, name=name, target="executorch", runtime="executorch",
+        main_file=MAIN_FILE,
     )  # fmt: skip
 
 
@@ -118,8 +119,12 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     return DecoderSession(engine, SessionTokenizer(path, "executorch", encoder), contract)
 
 
-def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path) -> dict[str, Any]:
+def _write(
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path, *, half: bool
+) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
+    import torch
+
     from ._executorch_lower import lower
     from ._executorch_model import Decoder, Weights
     from ._executorch_pack import write_program
@@ -132,7 +137,8 @@ def _write(checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, 
     tokenizer.save_pretrained(folder)
     told = compare_tokenizers(tokenizer, "executorch", partial(runner_tokenizer, folder / "tokenizer.json", contract))
 
-    weights = Weights(source, stand_ins=provider == "cpu")
+    cpu = provider == "cpu"
+    weights = Weights(source, stand_ins=cpu, real=torch.float16 if half and cpu else torch.float32)
     lowered = lower(Decoder(weights, arch, context).eval(), provider, runner_methods(arch, contract))
     if lowered.heavy:
         warnings.warn(

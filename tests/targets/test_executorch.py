@@ -36,6 +36,9 @@ CASES = {
     "llama untied, 3.1 rope": ("llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}, "fp16"),
     "qwen2": ("qwen2", {"head_dim": 16}, "fp16"),
     "qwen3": ("qwen3", {"head_dim": 128}, "fp16"),
+    "llama fp32": ("llama", {"tie_word_embeddings": False}, "executorch-fp32"),
+    "qwen2 fp32": ("qwen2", {"head_dim": 16}, "executorch-fp32"),
+    "qwen3 fp32": ("qwen3", {"head_dim": 128}, "executorch-fp32"),
     "llama untied int4": ("llama", {"tie_word_embeddings": False}, "portable-int4"),
     "qwen2 int4": ("qwen2", {"head_dim": 16}, "portable-int4"),
     "qwen3 head4": ("qwen3", {}, "portable-int4-head4"),
@@ -51,7 +54,12 @@ def make_case(name: str, folder: Path, student_factory: Any) -> tuple[Artifact, 
     kind, settings, recipe = CASES[name]
     student = student_factory(folder / "student", kind, **settings)  # weights are exact in fp16
     grid = None
-    if recipe != "fp16":
+    if recipe == "executorch-fp32":
+        weights = load_file(student / "model.safetensors")
+        weights = {name: value.float() * (1 + 2**-14) for name, value in weights.items()}
+        assert not torch.equal(weights["model.norm.weight"].half().float(), weights["model.norm.weight"])
+        save_file(weights, student / "model.safetensors", {"format": "pt"})
+    elif recipe != "fp16":
         grid = folder / "grid"
         quantize(student, grid, load_recipe(recipe))
     return export(student, recipe, folder / "out", grid), student, grid
@@ -80,7 +88,8 @@ def check_case(artifact: Artifact, student: Path, grid: Path | None) -> None:
     assert actual.shape == (200, 700) and actual.dtype == np.float32
     if grid is None:  # the order of sums alone differs
         assert np.abs(expected - actual).max() < 1e-4 and (expected.argmax(-1) == actual.argmax(-1)).all()
-        assert 32 <= artifact.manifest.bits_per_weight < 40  # rows of 1 / E and half turns are constants too
+        bits = 16 if artifact.manifest.recipe == "fp16" else 32
+        assert bits <= artifact.manifest.bits_per_weight < bits + 8  # rows of 1 / E and half turns are constants too
     else:  # and activations are int8
         assert 1e-6 < mean_kl(expected, actual) < 0.01
         assert mean_kl(reference(student, IDS), actual) > mean_kl(expected, actual) / 2
