@@ -266,7 +266,7 @@ def test_the_runner_of_apps_gives_the_same_tokens(tmp_path: Path, student_factor
     model says ASCII alone: every other token's row of the tied embedding is zero, and so is its logit."""
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    student = student_factory(tmp_path / "student", "llama")
+    student = student_factory(tmp_path / "student", "llama", max_position_embeddings=1024)
     weights, tokens = load_file(student / "model.safetensors"), JsonTokenizer(student / "tokenizer.json", "executorch")
     for token, row in enumerate(weights["model.embed_tokens.weight"]):
         if not (text := tokens.token_bytes(token)) or not text.isascii():
@@ -276,9 +276,11 @@ def test_the_runner_of_apps_gives_the_same_tokens(tmp_path: Path, student_factor
     session, model, count = targets.open_artifact(artifact, threads=1), load_model(student), 0
     with session_.silent():
         runner = TextLLMRunner(str(artifact.main_file), str(artifact.folder / "tokenizer.json"))
-    for number in range(24):
-        prompt = f"def f(x):\n    return x + {number}\n"
+    prompts = [f"def f(x):\n    return x + {number}\n" for number in range(24)]
+    lengths = []
+    for prompt in [*prompts, "".join(prompts * 2)]:
         ids = session.tokenize(prompt)
+        lengths.append(len(ids))
         ours = list(session.generate(ids, 12))
         with torch.no_grad():
             expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
@@ -295,7 +297,7 @@ def test_the_runner_of_apps_gives_the_same_tokens(tmp_path: Path, student_factor
         assert texts == b"".join(said)
         count += len(said)
     session.close()
-    assert count == 24 * 12
+    assert count == 25 * 12 and session_.CHUNK < lengths[-1] < 1000  # the last is fed in chunks
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])
