@@ -156,13 +156,13 @@ def quantize(
     """Choose the grid's integers once, for every target. A stopped qad goes on when the command is given again."""
     from .console import watching
     from .pipeline import quantize_model
+    from .quant.folder import check_quantizes
     from .spec import QadSpec
-    from .student import resolve_model
+    from .student import Checkpoint, resolve_model
     from .targets import load_recipe
 
-    if out.exists():
-        raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
     chosen, folder = load_recipe(recipe), resolve_model(model)
+    check_quantizes(Checkpoint(folder), out, chosen)
     count = None if method == "qad" else windows
     ids = None if method == "rtn" else _windows(folder, _documents(text, "train"), count, context)
     with watching() as watcher:

@@ -890,5 +890,7 @@ def _commands(run: Run) -> list[str]:
             line += f" --grid {run.path(_exported_grid(run, recipe)[1])}"
         elif recipe.needs_moments:
             line += f" --moments {run.path('calibration') / MOMENTS}"
+        line += f" --context {target.context}" if target.context else ""
+        line += "".join(f" --provider {name}" for name in target.providers if target.providers != ["cpu"])
         lines.append(line)
     return lines

@@ -83,8 +83,8 @@ def _export(decoder: Decoder) -> ExportedProgram:
     with torch.no_grad():
         program = torch.export.export(decoder, (ids, torch.zeros(1, dtype=torch.long)), dynamic_shapes=shapes)
     for name, module in decoder.named_modules():
-        if isinstance(module, Linear) and module.half is not None:
-            program.state_dict[f"{name}.weight"] = module.half
+        if isinstance(module, Linear) and module.stored is not None:
+            program.state_dict[f"{name}.weight"] = module.stored
     for node in program.graph.nodes:  # every pass copies where a node came from, and that grows with every pass
         for key in ("from_node", "nn_module_stack", "stack_trace"):
             node.meta.pop(key, None)

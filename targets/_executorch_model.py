@@ -116,11 +116,11 @@ class Linear(nn.Module):
     def __init__(self, weights: Weights, name: str, bias: str | None = None) -> None:
         super().__init__()
         self.kind, self.affine = weights.kind(name), not weights.stand_ins
-        self.half: torch.Tensor | None = None
+        self.stored: torch.Tensor | None = None
         """What is lowered instead of ``weight``: XNNPACK takes matrices in float16, torch does not beside float32."""
         self.register_buffer("weight", weights.matrix(name))
         if self.kind == "plain" and weights.real is torch.float16:
-            self.half = weights.stand_in(name, torch.float16)
+            self.stored = weights.stand_in(name, torch.float16)
         self.register_buffer("bias", weights.plain(bias) if bias else None)
         if self.kind != "plain":
             scale = weights.scale(name)

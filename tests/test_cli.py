@@ -228,7 +228,7 @@ def test_a_missing_extra_is_named(project, package, extra):
     ("options", "said"),
     [
         (["--recipe", "portable-int5"], "did you mean 'portable-int4'?"),
-        (["--recipe", "fp16"], "'fp16' quantizes nothing on the portable grid"),
+        (["--recipe", "fp16", "--text", "none.txt"], "'fp16' quantizes nothing on the portable grid"),
         (["--method", "gptq2"], "'gptq2' is not one of"),
         (["--text", "short.txt"], "tokens, a window needs 256. Give more text."),
         (["--text", "none.txt"], "--text none.txt: not readable as UTF-8 text"),

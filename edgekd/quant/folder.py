@@ -438,7 +438,7 @@ def new_grid(student: Path, out: Path, recipe: Recipe, method: str) -> Iterator[
         DoesNotFit: not enough disk space.
     """
     source = Checkpoint(student)
-    _check(source, out, recipe)
+    check_quantizes(source, out, recipe)
     plan = _plan(source, recipe)
     needed = sum(s.size_bytes for parts in plan[2].values() for s in parts)
     free = shutil.disk_usage(_existing(out)).free
@@ -549,7 +549,12 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def _check(source: Checkpoint, out: Path, recipe: Recipe) -> None:
+def check_quantizes(source: Checkpoint, out: Path, recipe: Recipe) -> None:
+    """What can be told before the work.
+
+    Raises:
+        EdgekdError: the recipe is not on the grid, ``out`` exists, or the student is quantized already.
+    """
     if not recipe.on_grid:
         raise EdgekdError(f"recipe {recipe.name!r} quantizes nothing on the portable grid.", "Take portable-int4.")
     if out.exists():

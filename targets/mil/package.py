@@ -61,8 +61,10 @@ class Package:
         except Exception as error:  # protobuf's DecodeError, which differs between its implementations
             raise self._damaged(self._model, f"is no model specification: {error}") from error
         kind = self.spec.WhichOneof("Type")
+        if kind is None:
+            raise self._damaged(self._model, "holds no model")
         if kind != "mlProgram":
-            raise Unsupported(f"{path} holds {kind or 'nothing'}, not an ML program.", "Convert it to an mlprogram.")
+            raise Unsupported(f"{path} holds {kind}, not an ML program.", "Convert it to an mlprogram.")
         self._weights: dict[str, WeightFile] = {}
 
     def weights(self, name: str) -> WeightFile:

@@ -406,6 +406,7 @@ def package(counter: Path, tmp_path: Path) -> Path:
         ),
         (str(MODEL), None, "model.mlmodel cannot be read"),
         (str(MODEL), b"\xff\xff\xff\xff", "model.mlmodel is no model specification"),
+        (str(MODEL), b"", "model.mlmodel holds no model"),
     ],
 )
 def test_a_file_is_missing_or_damaged(package: Path, file: str, content: bytes | None, message: str) -> None:
