@@ -50,7 +50,8 @@ def _open(spec: str, out: Path | None, seed: int | None = None) -> Run:
     if seed is not None:
         loaded = loaded.model_copy(update={"seed": seed})
     shipped = not Path(spec).is_file() and builtin_spec(spec) is not None
-    return open_run(loaded, base=Path() if shipped else Path(spec).parent, out=out)
+    words = ["edgekd", "run", spec, *(["--seed", str(seed)] if seed is not None else [])]
+    return open_run(loaded, base=Path() if shipped else Path(spec).parent, out=out, words=words)
 
 
 def _print_json(value: Any) -> None:
@@ -158,11 +159,12 @@ def quantize(
     from .pipeline import quantize_model
     from .quant.folder import check_quantizes
     from .spec import QadSpec
-    from .student import Checkpoint, resolve_model
+    from .student import resolve_model
     from .targets import load_recipe
 
-    chosen, folder = load_recipe(recipe), resolve_model(model)
-    check_quantizes(Checkpoint(folder), out, chosen)
+    chosen = load_recipe(recipe)
+    check_quantizes(out, chosen)
+    folder = resolve_model(model)
     count = None if method == "qad" else windows
     ids = None if method == "rtn" else _windows(folder, _documents(text, "train"), count, context)
     with watching() as watcher:

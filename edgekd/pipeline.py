@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,6 +76,8 @@ class Run:
     folder: Path
     base: Path
     teacher: Path
+    words: Sequence[str]
+    """The command that began it, but for the folder."""
 
     def path(self, stage_folder: str) -> Path:
         """Where a stage's result lies."""
@@ -86,8 +89,11 @@ class Run:
         return student_config(self.spec.student, Checkpoint(self.teacher).config, self.base)
 
 
-def open_run(spec: Spec, *, base: Path, out: Path | None = None) -> Run:
+def open_run(spec: Spec, *, base: Path, out: Path | None = None, words: Sequence[str] = ()) -> Run:
     """Resolve what a spec names and choose the run's folder (default ``runs/NAME``).
+
+    Args:
+        words: the command that asked for it, but for the folder, for the report.
 
     Raises:
         EdgekdError: the folder exists and is not a run, a model is missing, or a target refuses the student.
@@ -100,7 +106,7 @@ def open_run(spec: Spec, *, base: Path, out: Path | None = None) -> Run:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / ".edgekd").is_dir():
         raise EdgekdError(f"{folder} exists and is not a run of edgekd.", "Choose another with --out.")
     teacher = resolve_model(spec.teacher.model, base)
-    run = Run(spec, folder, base, teacher)
+    run = Run(spec, folder, base, teacher, words or ["edgekd", "run", spec.name])
     load_tokenizer(teacher, trust_remote_code=spec.teacher.trust_remote_code)
     _ = Checkpoint(teacher).files
     _check_student(run)
@@ -883,14 +889,14 @@ def _curve(run: Run, record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def _commands(run: Run) -> list[str]:
     """The commands that make each artifact by hand."""
-    lines = [f"edgekd run {run.spec.name} --out {run.folder}"]
+    lines = [[*run.words, "--out", run.folder]]
     for target, recipe in _pairs(run):
-        line = f"edgekd export {run.path('student')} OUT --target {target.target} --recipe {recipe.name}"
+        line = ["edgekd", "export", run.path("student"), "OUT", "--target", target.target, "--recipe", recipe.name]
         if recipe.on_grid:
-            line += f" --grid {run.path(_exported_grid(run, recipe)[1])}"
+            line += ["--grid", run.path(_exported_grid(run, recipe)[1])]
         elif recipe.needs_moments:
-            line += f" --moments {run.path('calibration') / MOMENTS}"
-        line += f" --context {target.context}" if target.context else ""
-        line += "".join(f" --provider {name}" for name in target.providers if target.providers != ["cpu"])
+            line += ["--moments", run.path("calibration") / MOMENTS]
+        line += ["--context", target.context] if target.context else []
+        line += [word for name in target.providers if target.providers != ["cpu"] for word in ("--provider", name)]
         lines.append(line)
-    return lines
+    return [shlex.join(map(str, line)) for line in lines]

@@ -256,7 +256,7 @@ def executorch() -> str:
             folder, vocab_size=_VOCAB, hidden_size=_HIDDEN, intermediate_size=_MLP, num_hidden_layers=1,
             num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=64, initializer_range=0.1,
         )  # fmt: skip
-        weights = Weights(opened, stand_ins=True)
+        weights = Weights(opened, "float16", stand_ins=True)
         arch = read_config(opened.config, "ExecuTorch")
         lowered = lower(Decoder(weights, arch, arch.context_length).eval(), "cpu", {})
         write_program(folder / "model.pte", lowered.manager, weights)

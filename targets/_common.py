@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +67,9 @@ def check_installed(extra: str, *packages: str) -> None:
     Raises:
         MissingExtra: one is not installed.
     """
-    for package in packages:
-        try:
-            version(package)
-        except PackageNotFoundError as error:
-            raise MissingExtra(package, extra) from error
+    for package in packages:  # by the module: some packages come in variants of other names
+        if find_spec(package.replace("-", "_")) is None:
+            raise MissingExtra(package, extra)
 
 
 @contextmanager

@@ -66,6 +66,12 @@ def read_config(config: Mapping[str, Any], form: str) -> Architecture:
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         head_dim = int(config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads))
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        if heads % kv_heads:
+            raise Unsupported(
+                f"config.json: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}.",
+                "Check config.json.",
+            )
         theta, factors = _rope(config, model_type, head_dim, form)
         return Architecture(
             name=model_type,
@@ -73,7 +79,7 @@ def read_config(config: Mapping[str, Any], form: str) -> Architecture:
             hidden=hidden,
             intermediate=int(config["intermediate_size"]),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
+            kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=int(config["vocab_size"]),
             context_length=int(config["max_position_embeddings"]),

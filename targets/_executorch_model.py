@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ..quant.grid import pack_int4
 from ..quant.recipe import GROUP, Kind
 from ..student import Checkpoint
 from ._decoder import EMBEDDING, HEAD, Architecture, rotary_tables
+from ._recipes import Real
 from ._source import narrow
 
 _DIGITS = 8
@@ -34,11 +35,11 @@ class Weights:
     """Where the module takes its tensors from."""
 
     source: Checkpoint | Grid
+    real: Real
+    """Of matrices that are not quantized, as they are stored; float16 with stand-ins alone."""
     stand_ins: bool
     """Give every matrix a stand-in: what is lowered is then small, and the packer knows each matrix by its number. For
     XNNPACK alone: Vulkan rearranges weights when it lowers, and gets the real ones."""
-    real: torch.dtype = torch.float32
-    """Of matrices that are not quantized, as they are stored; float16 with stand-ins alone."""
     numbers: dict[str, int] = field(default_factory=dict)
 
     def kind(self, name: str) -> Kind:
@@ -71,9 +72,23 @@ class Weights:
         """Scales of a quantized matrix, float32 ``(O, G)`` or ``(O,)``."""
         return torch.cat([scale for _, scale in self.blocks(name)])
 
-    def plain(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def plain(self, name: str, dtype: Real = "float32") -> torch.Tensor:
         """A tensor that is not quantized."""
-        return torch.from_numpy(narrow(self.source, name, str(dtype).removeprefix("torch.")))
+        return torch.from_numpy(narrow(self.source, name, dtype))
+
+    def check(self) -> None:
+        """Read what is not quantized, one tensor at a time: lowering, which looks at none of it, takes minutes.
+
+        Raises:
+            EdgekdError: a weight that is not finite, or does not fit.
+        """
+        for name in self.source if isinstance(self.source, Checkpoint) else self.source.kinds:
+            if self.kind(name) == "plain":
+                self.plain(name, self.real if len(self.source.shape(name)) == 2 else "float32")
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of a matrix's stand-in in the program."""
+        return cast(torch.dtype, getattr(torch, self.real)) if self.kind(name) == "plain" else torch.int8
 
 
 def stand_in(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +116,7 @@ def packed_embedding(rows: torch.Tensor, kind: Kind) -> np.ndarray:
 def embedding_stand_in(weights: Weights) -> torch.Tensor:
     """Of the shape and dtype that ``packed_embedding`` gives."""
     kind, (rows, width) = weights.kind(EMBEDDING), weights.source.shape(EMBEDDING)
-    dtype = {"int4": torch.uint8, "int8": torch.int8, "plain": weights.real}[kind]
+    dtype = {"int4": torch.uint8, "int8": torch.int8, "plain": weights.stored_dtype(EMBEDDING)}[kind]
     return stand_in(weights.number(EMBEDDING), (rows, width // 2 if kind == "int4" else width), dtype)
 
 
@@ -119,7 +134,7 @@ class Linear(nn.Module):
         self.stored: torch.Tensor | None = None
         """What is lowered instead of ``weight``: XNNPACK takes matrices in float16, torch does not beside float32."""
         self.register_buffer("weight", weights.matrix(name))
-        if self.kind == "plain" and weights.real is torch.float16:
+        if self.kind == "plain" and weights.real == "float16":
             self.stored = weights.stand_in(name, torch.float16)
         self.register_buffer("bias", weights.plain(bias) if bias else None)
         if self.kind != "plain":

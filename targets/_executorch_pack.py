@@ -64,7 +64,7 @@ def write_program(path: Path, manager: ExecutorchProgramManager, weights: Weight
     keys: dict[str, str] = {}
     for name in weights.numbers:
         kind = weights.kind(name)
-        old = _sha([packed(weights.stand_in(name, weights.real if kind == "plain" else torch.int8), kind)])
+        old = _sha([packed(weights.stand_in(name, weights.stored_dtype(name)), kind)])
         if old in stored:
             blob = _rows(weights, name, packed, stored.pop(old).size)
             keys[name] = _sha(blob.read())

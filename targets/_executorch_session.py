@@ -30,6 +30,7 @@ CHUNK = BATCH_TOKENS
 """Most tokens of a call: memory for the results of so many is planned."""
 ROWS = 128
 """Most tokens of a call of ``all_logits``."""
+_TRIAL_SECONDS = 120
 
 
 def runtime() -> Any:
@@ -118,10 +119,15 @@ def try_program(path: Path) -> str:
         "with s.silent(): method = s.runtime().load_program(Path(sys.argv[1])).load_method(s.PREFILL)\n"
         "import torch; method.execute([torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"does not answer within {_TRIAL_SECONDS} s"
     if done.returncode < 0:
         return f"dies of it by {signal.Signals(-done.returncode).name}"
-    return "" if done.returncode == 0 else f"refuses it: {done.stderr.strip().splitlines()[-1]}"
+    last = (done.stderr.strip() or "without a word").splitlines()[-1]
+    return "" if done.returncode == 0 else f"refuses it: {last}"
 
 
 def set_threads(threads: int) -> None:
@@ -133,18 +139,22 @@ def set_threads(threads: int) -> None:
 
 
 @functools.cache
-def _mkl() -> tuple[Any, int] | None:
-    """PyTorch's library, where MKL is part of it, and how many threads MKL takes."""
+def _mkl() -> tuple[Callable[[int], int], Callable[[int], None], int] | None:
+    """Where MKL is part of PyTorch: its setter of the calling thread's number of threads, which returns the one before;
+    that of all other threads'; and what the latter is."""
     import torch
 
     try:
         lib = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        own = lib.MKL_Set_Num_Threads_Local(0)
-        threads = lib.mkl_serv_get_max_threads()
-        lib.MKL_Set_Num_Threads_Local(own)
+        set_own, set_default = lib.MKL_Set_Num_Threads_Local, lib.mkl_serv_set_num_threads
+        told = lib.mkl_serv_get_max_threads
     except (OSError, AttributeError):
         return None
-    return lib, threads
+    torch.set_num_threads(torch.get_num_threads())  # else a new thread's torch asks MKL, perhaps in a decode
+    own = set_own(0)
+    default = told()
+    set_own(own)
+    return set_own, set_default, default
 
 
 @contextmanager
@@ -154,21 +164,21 @@ def one_thread_a_product() -> Iterator[None]:
     if (mkl := _mkl()) is None:
         yield
         return
-    lib, threads = mkl
-    own = lib.MKL_Set_Num_Threads_Local(1)
-    lib.mkl_serv_set_num_threads(1)
+    set_own, set_default, default = mkl
+    own = set_own(1)
+    set_default(1)
     try:
         yield
     finally:
-        lib.mkl_serv_set_num_threads(threads)
-        lib.MKL_Set_Num_Threads_Local(own)
+        set_default(default)
+        set_own(own)
 
 
 def execute(method: Any, ids: Sequence[int], start: int) -> Any:
     """Run a decoder's method on ids behind ``start`` cached ones; its logits, a torch tensor."""
     import torch
 
-    inputs = [torch.tensor([list(ids)]), torch.tensor([start])]
+    inputs = [torch.tensor([list(ids)], dtype=torch.long), torch.tensor([start])]
     with one_thread_a_product():
         return method.execute(inputs)[0]
 
@@ -182,9 +192,20 @@ class ExecutorchEngine:
                 lib = runtime()
                 set_threads(threads)
                 self._program: Any = lib.load_program(path)
-                self._forward: Any = self._program.load_method(PREFILL)
         except RuntimeError as error:
             raise BadArtifact(f"{path}: ExecuTorch does not load it: {error}.", "Export the artifact again.") from error
+        self._path = path
+        self._forward = self._method(PREFILL)
+
+    def _method(self, name: str) -> Any:
+        try:
+            with silent():
+                return self._program.load_method(name)
+        except RuntimeError as error:
+            raise BadArtifact(
+                f"{self._path}: ExecuTorch does not load its method {name}: {error}.",
+                "Free memory, or export the artifact again.",
+            ) from error
 
     def feed(self, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids; logits of the last."""
@@ -192,7 +213,7 @@ class ExecutorchEngine:
 
     def feed_all(self, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids; logits of all."""
-        method = self._program.load_method(ALL)
+        method = self._method(ALL)
         pieces = ((ids[i : i + ROWS], start + i) for i in range(0, len(ids), ROWS))
         return np.concatenate([self._run(method, piece, at) for piece, at in pieces])
 

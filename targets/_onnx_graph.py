@@ -18,6 +18,7 @@ import numpy as np
 
 from ..quant.recipe import GROUP, Kind
 from ._decoder import EMBEDDING, HEAD, Architecture
+from ._recipes import Real
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
@@ -32,7 +33,6 @@ _PAGE = 4096
 BLOCK = GROUP
 """Weights that share a scale; of int8 rows too, for the kernels round activations to int8 in such blocks, and wide ones
 cost quality (KL to the unrounded model 2.3e-4 with blocks of 32, 4.1e-4 with 256)."""
-Real = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)

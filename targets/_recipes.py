@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from ..errors import SpecError
 from ..manifest import first_complaint
 from ..quant.recipe import Recipe
 
+Real = Literal["float16", "float32"]
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -41,6 +42,15 @@ def load_recipe(name: str, target: str | None = None) -> Recipe:
     if target is not None and not _takes(target, recipe):
         raise SpecError(f"targets: {target} has no recipe {name!r}; there are: {', '.join(recipe_names(target))}.")
     return recipe
+
+
+def real_of(recipe: Recipe) -> Real:
+    """How a runtime that has no native types but fp32 stores the matrices that are not quantized."""
+    if recipe.native is None:
+        return "float16"
+    if recipe.native.type != "fp32":
+        raise SpecError(f"targets: recipe {recipe.name!r} has the native type {recipe.native.type!r}, not fp32.")
+    return "float32"
 
 
 def _takes(target: str, recipe: Recipe) -> bool:

@@ -68,7 +68,7 @@ def narrow(source: Checkpoint | Grid, name: str, dtype: str) -> np.ndarray:
     if not np.isfinite(value).all():
         raise EdgekdError(
             f"{source.folder}: tensor {name!r} has weights that are not finite, or too large for {dtype}.",
-            "Train the student again with a lower learning rate.",
+            "Train the student again with a lower learning rate, or take a recipe in fp32 where the target has one.",
         )
     return value
 

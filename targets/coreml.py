@@ -72,11 +72,6 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
 
 def _check_sizes(arch: Architecture, context_length: int) -> None:
     check_head_dim(arch)
-    if arch.heads % arch.kv_heads:
-        raise Unsupported(
-            f"config.json: num_attention_heads {arch.heads} is not divisible by num_key_value_heads {arch.kv_heads}.",
-            "Check config.json.",
-        )
     size = cache_bytes(arch, context_length, 2)
     if size > MAX_CACHE_BYTES:
         most = MAX_CACHE_BYTES // cache_bytes(arch, 1, 2) // 256 * 256

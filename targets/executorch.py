@@ -28,7 +28,7 @@ from ._decoder import (
     read_config,
 )
 from ._executorch_session import CHUNK, ExecutorchEngine, check_program, head_sha256, runner_tokenizer
-from ._recipes import load_recipe
+from ._recipes import Real, load_recipe, real_of
 from ._session import DecoderSession
 from ._tokenizer import SessionTokenizer, check_has_tokenizer, compare_tokenizers, contract_of
 
@@ -57,6 +57,8 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
             f"targets: providers {spec.providers} for executorch: a program is lowered for one, "
             f"{' or '.join(PROVIDERS)}."
         )
+    if spec.providers == ["vulkan"] and "fp16" in spec.recipes:
+        raise SpecError("targets: recipe 'fp16' for vulkan is not written yet; take executorch-fp32.")
     arch = read_config(config, "ExecuTorch")
     check_context(spec, arch)
     check_head_dim(arch)
@@ -91,7 +93,7 @@ def export(
     chosen = load_recipe(recipe, "executorch")
 
     def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
-        return _write(checkpoint, source, spec, folder, half=not chosen.native)
+        return _write(checkpoint, source, spec, real_of(chosen), folder)
 
     return build_artifact(
         out_dir, checkpoint, chosen, grid, write, name=name, target="executorch", runtime="executorch",
@@ -120,11 +122,9 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
 
 
 def _write(
-    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, folder: Path, *, half: bool
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, real: Real, folder: Path
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
-    import torch
-
     from ._executorch_lower import lower
     from ._executorch_model import Decoder, Weights
     from ._executorch_pack import write_program
@@ -138,7 +138,8 @@ def _write(
     told = compare_tokenizers(tokenizer, "executorch", partial(runner_tokenizer, folder / "tokenizer.json", contract))
 
     cpu = provider == "cpu"
-    weights = Weights(source, stand_ins=cpu, real=torch.float16 if half and cpu else torch.float32)
+    weights = Weights(source, real if cpu else "float32", stand_ins=cpu)
+    weights.check()
     lowered = lower(Decoder(weights, arch, context).eval(), provider, runner_methods(arch, contract))
     if lowered.heavy:
         warnings.warn(

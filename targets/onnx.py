@@ -19,7 +19,7 @@ from . import _onnx_graph as graph_
 from ._common import build_artifact, check_installed, cores, details_of
 from ._decoder import Architecture, check_context, check_weights, read_config
 from ._onnx_session import GENAI, PROVIDERS, OnnxEngine, genai_tokenizer, load, runtime
-from ._recipes import load_recipe
+from ._recipes import Real, load_recipe, real_of
 from ._session import DecoderSession
 from ._tokenizer import CHATS, SessionTokenizer, chat_template, check_has_tokenizer, compare_tokenizers, contract_of
 
@@ -82,10 +82,9 @@ def export(
     checkpoint = Checkpoint(student)
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
     chosen = load_recipe(recipe, "onnx")
-    plain: graph_.Real = "float32" if chosen.native else "float16"
 
     def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
-        return _write(checkpoint, source, spec, plain, folder)
+        return _write(checkpoint, source, spec, real_of(chosen), folder)
 
     return build_artifact(
         out_dir, checkpoint, chosen, grid, write, name=name, target="onnx", runtime="onnxruntime",
@@ -109,15 +108,19 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
 
 
 def _write(
-    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, plain: graph_.Real, folder: Path
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, plain: Real, folder: Path
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
+    import onnx
+    import onnxruntime
+    import onnxruntime_genai
+
     from ._onnx_pack import write_data
 
     arch = read_config(checkpoint.config, "ONNX")
     check_weights(arch, source, "ONNX")
     kinds: dict[str, Kind] = dict.fromkeys(source, "plain") if isinstance(source, Checkpoint) else source.kinds
-    activations: graph_.Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
+    activations: Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
     context = spec.context or arch.context_length
     apart = "dml" in spec.providers
     settings = graph_.Settings(kinds, source.tied, activations, context, plain, rotary_apart=apart)
@@ -141,7 +144,8 @@ def _write(
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
-        "versions": {package: version(package) for package in ("edgekd", "onnxruntime", GENAI, "onnx")},
+        "versions": {"edgekd": version("edgekd")}
+        | {module.__name__.replace("_", "-"): module.__version__ for module in (onnxruntime, onnxruntime_genai, onnx)},
         "details": {
             "providers": {name: "tested" if name in TESTED else "not run" for name in spec.providers},
             "activations": activations,

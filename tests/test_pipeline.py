@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ quantize:
   compare: [rtn, gptq]
   calibration_windows: 8
   qad: {{steps: 20, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
-targets: [{{target: gguf, recipes: [fp16, portable-int4]}}]
+targets: [{{target: gguf, recipes: [fp16, portable-int4], context: 96}}]
 verify: {{windows: 2, context: 32, greedy_tokens: 4, thresholds: {{fp16: {{kl_mean_max: {gate}}}}}}}
 bench: {{prompt_tokens: [8], decode_tokens: 4, runs: 1}}
 """
@@ -92,6 +93,22 @@ def test_a_run_leaves_verified_artifacts_and_a_report(whole):
     for row in results["ledger"][1:]:
         assert row["kl_ci95"][0] <= row["kl_mean"] <= row["kl_ci95"][1]
     assert results["quality"]["student"]["tokens"] == results["quality"]["baseline"]["tokens"] > 0
+
+
+def test_the_commands_it_tells_make_its_artifacts(project, whole):
+    _, results, _ = whole
+    run, *exports = map(shlex.split, results["commands"])
+    assert run == ["edgekd", "run", "spec.yaml", "--out", "whole"]
+    for number, (words, told) in enumerate(zip(exports, results["artifacts"], strict=True)):
+        words = [f"again-{number}" if word == "OUT" else word for word in words[1:]]
+        done = subprocess.run(
+            [sys.executable, "-m", "edgekd.cli", *words, "--json"], cwd=project, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        for key in ("target", "recipe", "contract", "grid_digest", "student_digest", "bits_per_weight"):
+            assert made[key] == told["manifest"][key]
+        assert made["contract"]["context_length"] == 96
 
 
 def test_a_second_run_skips_everything(project, whole):

@@ -9,7 +9,7 @@
         quantization.qmode=8da4w quantization.group_size=32 quantization.embedding_quantize="'8,0'" \\
         backend.xnnpack.enabled=True backend.xnnpack.extended_ops=True
     python -m edgekd.benchmarks.peers.side_by_side ARTIFACT... \\
-        --genai BUILDER --transformers STUDENT --pte PROGRAM.pte
+        --genai BUILDER --transformers STUDENT --pte PROGRAM.pte --prompt 256
 
 Prints a table, every speed as a ratio to the first artifact's, then one line of JSON with every sample.
 """

@@ -438,7 +438,8 @@ def new_grid(student: Path, out: Path, recipe: Recipe, method: str) -> Iterator[
         DoesNotFit: not enough disk space.
     """
     source = Checkpoint(student)
-    check_quantizes(source, out, recipe)
+    check_quantizes(out, recipe)
+    _check_student(source)
     plan = _plan(source, recipe)
     needed = sum(s.size_bytes for parts in plan[2].values() for s in parts)
     free = shutil.disk_usage(_existing(out)).free
@@ -549,16 +550,19 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def check_quantizes(source: Checkpoint, out: Path, recipe: Recipe) -> None:
-    """What can be told before the work.
+def check_quantizes(out: Path, recipe: Recipe) -> None:
+    """What can be told before a student is at hand.
 
     Raises:
-        EdgekdError: the recipe is not on the grid, ``out`` exists, or the student is quantized already.
+        EdgekdError: the recipe is not on the grid, or ``out`` exists.
     """
     if not recipe.on_grid:
         raise EdgekdError(f"recipe {recipe.name!r} quantizes nothing on the portable grid.", "Take portable-int4.")
     if out.exists():
         raise EdgekdError(f"{out} exists already.", "Remove it or name another folder.")
+
+
+def _check_student(source: Checkpoint) -> None:
     if "quantization_config" in source.config:
         raise EdgekdError(f"{source.folder}/config.json: the model is quantized already.", "Give the student itself.")
     _ = source.files  # names a truncated file

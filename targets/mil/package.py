@@ -94,8 +94,8 @@ class Package:
         return path
 
     def _inside(self, path: Path) -> Path:
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise self._damaged(self.path, f"names the file {path}, outside the package")
+        if "\0" in str(path) or not path.resolve().is_relative_to(self.path.resolve()):
+            raise self._damaged(self.path, f"names the file {str(path)!r}, outside the package")
         return path
 
     def _damaged(self, path: Path, what: str) -> BadArtifact:

@@ -138,6 +138,8 @@ def parse(package: Package) -> Program:
     steps = []
     for operation in block.operations:
         if operation.type == "const":
+            if len(operation.outputs) != 1:
+                raise bad(package, f"has a constant of {len(operation.outputs)} names")
             constants[operation.outputs[0].name] = _stored(package, operation.attributes["val"])
             continue
         step = _step(package, operation, constants)
@@ -182,7 +184,7 @@ def _feature(package: Package, feature: Any) -> Feature:
     kind = feature.type.WhichOneof("Type")
     array = feature.type.stateType.arrayType if kind == "stateType" else feature.type.multiArrayType
     types = proto("FeatureTypes_pb2").ArrayFeatureType.ArrayDataType
-    name = types.Name(array.dataType) if kind in ("multiArrayType", "stateType") else str(kind)
+    name = _name(types, array.dataType) if kind in ("multiArrayType", "stateType") else str(kind)
     if name not in FEATURE_TYPES:
         raise Unsupported(f"{package.path}: the feature {feature.name!r} is of type {name}.")
     choices = tuple(tuple(one.shape) for one in array.enumeratedShapes.shapes)
@@ -207,7 +209,12 @@ def _tensor_type(package: Package, kind: Any) -> tuple[str, tuple[int | None, ..
     tensor = kind.tensorType
     lengths = [one.constant.size if one.WhichOneof("dimension") == "constant" else None for one in tensor.dimensions]
     variadic = any(one.unknown.variadic for one in tensor.dimensions)
-    return proto("MIL_pb2").DataType.Name(tensor.dataType), None if variadic else tuple(lengths)
+    return _name(proto("MIL_pb2").DataType, tensor.dataType), None if variadic else tuple(lengths)
+
+
+def _name(enum: Any, number: int) -> str:
+    """An enumerator's name; a file may hold any number."""
+    return str(enum.Name(number)) if number in enum.values() else f"number {number}"
 
 
 def _declared(package: Package, value: Any) -> Declared:
@@ -234,6 +241,8 @@ def _stored(package: Package, value: Any) -> Stored:
     if name == "STRING":
         return str(content[0]) if content else ""
     if isinstance(content, bytes):
+        if name not in ELEMENTS:
+            raise bad(package, f"has a constant of type {name} written as bytes")
         kind = ELEMENTS[name]
         if len(content) != (prod(shape) * kind.bits + 7) // 8:
             raise bad(package, f"has a constant of {len(content)} bytes, not those of {name} {list(shape)}")
@@ -243,7 +252,12 @@ def _stored(package: Package, value: Any) -> Stored:
         return np.frombuffer(content, kind.dtype).reshape(shape).copy()
     if len(content) != prod(shape):
         raise bad(package, f"has a constant of {len(content)} elements, not of shape {list(shape)}")
-    return np.array(content, np.bool_ if name == "BOOL" else ELEMENTS[name].dtype).reshape(shape)
+    wide = np.array(content)
+    if wide.dtype.kind in "iufb":
+        value = wide.astype(np.bool_ if name == "BOOL" else ELEMENTS[name].dtype)
+        if wide.dtype.kind == "f" or np.array_equal(value, wide):
+            return value.reshape(shape)
+    raise bad(package, f"has a constant that is not of its type {name}")
 
 
 def _arguments(package: Package, operation: Any, constants: dict[str, Stored]) -> dict[str, str | tuple[str, ...]]:

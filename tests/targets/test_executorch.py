@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,8 @@ from edgekd.quant.folder import open_grid
 from edgekd.quant.quantize import quantize
 from edgekd.session import Session, stream_text
 from edgekd.student import Checkpoint, load_model
+from edgekd.targets import _executorch_lower, load_recipe
 from edgekd.targets import _executorch_session as session_
-from edgekd.targets import load_recipe
 from edgekd.targets._tokenizer import JsonTokenizer
 
 CASES = {
@@ -89,8 +90,9 @@ def check_case(artifact: Artifact, student: Path, grid: Path | None) -> None:
     if grid is None:  # the order of sums alone differs
         assert np.abs(expected - actual).max() < 1e-4 and (expected.argmax(-1) == actual.argmax(-1)).all()
         bits = 16 if artifact.manifest.recipe == "fp16" else 32
-        assert bits <= artifact.manifest.bits_per_weight < bits + 8  # rows of 1 / E and half turns are constants too
+        assert bits <= artifact.manifest.bits_per_weight < bits + 2.5  # rows of 1 / E and half turns are constants too
     else:  # and activations are int8
+        assert artifact.manifest.bits_per_weight < 13
         assert 1e-6 < mean_kl(expected, actual) < 0.01
         assert mean_kl(reference(student, IDS), actual) > mean_kl(expected, actual) / 2
     assert artifact.manifest.details["undelegated_heavy"] == []
@@ -325,7 +327,7 @@ def test_attention_starts_no_threads_of_its_own(made: Any) -> None:
     """MKL does from two threads on, and in a pool of two each would have two more."""
     code = (
         "import os, sys; from pathlib import Path; from edgekd.targets import open_artifact\n"
-        "session = open_artifact(Path(sys.argv[1]), threads=2)\n"
+        "session = open_artifact(Path(sys.argv[1]), threads=2); session.prefill([5])\n"
         "before = len(os.listdir('/proc/self/task'))\n"
         "for _ in range(3): session.reset(); session.prefill(range(5, 205))\n"
         "import torch; assert torch.get_num_threads() == 2\n"
@@ -341,21 +343,49 @@ def test_attention_starts_no_threads_of_its_own(made: Any) -> None:
 
 @pytest.mark.skipif(session_._mkl() is None, reason="PyTorch without MKL")
 def test_mkl_has_its_threads_back() -> None:
-    lib, threads = session_._mkl()
-    told = lib.mkl_serv_get_max_threads
+    told = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_get_max_threads
+    default = session_._mkl()[2]
 
-    def of_another_thread() -> int:
+    def of_another_thread(what: Callable[[], int]) -> int:
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(told).result()
+            return pool.submit(what).result()
 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         with session_.one_thread_a_product():
-            assert told() == of_another_thread() == 1
-        assert told() == torch.get_num_threads() == 3 and of_another_thread() == threads
+            assert told() == of_another_thread(told) == 1
+            assert of_another_thread(torch.get_num_threads) == 3
+        assert told() == torch.get_num_threads() == 3 and of_another_thread(told) == default
     finally:
         torch.set_num_threads(before)
+
+
+def test_both_methods_share_one_cache(session: Session) -> None:
+    whole = session.prefill(IDS, all_logits=True)
+    session.reset()
+    session.prefill(IDS[:50])
+    rows = session.prefill(IDS[50:100], all_logits=True)
+    last = session.prefill(IDS[100:150])
+    assert np.abs(rows - whole[50:100]).max() < 1e-4 and np.abs(last - whole[149]).max() < 1e-4
+    assert np.abs(session.decode(IDS[150]) - whole[150]).max() < 1e-4
+    again = session.prefill(IDS[151:], all_logits=True)
+    assert np.abs(again - whole[151:]).max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
+def test_ids_of_any_integer_type(dtype: Any, session: Session) -> None:
+    expected = session.prefill(IDS[:20]).copy()
+    session.reset()
+    assert np.array_equal(session.prefill(np.asarray(IDS[:20], dtype)), expected)
+
+
+def test_a_heavy_operator_left_behind_is_told(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XNNPACK runs all that is heavy in these models, so one that it does not run is taken for heavy."""
+    monkeypatch.setattr(_executorch_lower, "_HEAVY", {"embedding", "linear"})
+    with pytest.warns(UserWarning, match=r"cpu does not run aten\.embedding of this model: generation will be slow"):
+        artifact = export(made["llama tied"][1], "fp16", tmp_path / "out")
+    assert artifact.manifest.details["undelegated_heavy"] == ["aten.embedding"]
 
 
 def test_generate_streams_whole_characters(session: Session) -> None:
@@ -467,6 +497,7 @@ def test_opening_loads_no_transformers(made: Any) -> None:
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.* no ExecuTorch"),
         ({"attention_bias": True}, "attention_bias"),
         ({"head_dim": 33}, "head_dim 33"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
         ({"max_position_embeddings": 2**24}, "cache of 16777216 tokens takes"),
     ],
 )
@@ -485,6 +516,8 @@ def test_wrong_specs_are_refused(made: Any, tmp_path: Path) -> None:
         targets.check(config, student, spec("gguf-q4_0"))
     with pytest.raises(SpecError, match="context 512 is longer than the student's 256"):
         targets.check(config, student, spec(context=512))
+    with pytest.raises(SpecError, match="take executorch-fp32"):
+        targets.check(config, student, spec("fp16", providers=["vulkan"]))
     for providers in (["cuda"], ["cpu", "vulkan"]):
         with pytest.raises(SpecError, match="lowered for one, cpu or vulkan"):
             targets.check(config, student, spec(providers=providers))
@@ -492,10 +525,11 @@ def test_wrong_specs_are_refused(made: Any, tmp_path: Path) -> None:
         targets.check(config, tmp_path, spec())
 
 
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "nan"])
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "nan", "overflow"])
 def test_a_student_that_does_not_fit_leaves_nothing_behind(
-    damage: str, tmp_path: Path, student_factory: Any, damage_student: Any
+    damage: str, tmp_path: Path, student_factory: Any, damage_student: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_executorch_lower, "lower", None)  # it is not come to
     student = student_factory(tmp_path / "student", num_hidden_layers=1)
     name = damage_student(student, damage)
     with pytest.raises(EdgekdError, match=name):

@@ -415,7 +415,7 @@ def test_a_file_is_missing_or_damaged(package: Path, file: str, content: bytes |
         Interpreter(package)
 
 
-@pytest.mark.parametrize("path", ["../../outside.mlmodel", "/etc/hostname", 7])
+@pytest.mark.parametrize("path", ["../../outside.mlmodel", "/etc/hostname", "a\0b", 7])
 def test_a_manifest_that_leaves_the_package(package: Path, path: object) -> None:
     shutil.copy(package / MODEL, package.parent / "outside.mlmodel")
     manifest = json.loads((package / "Manifest.json").read_text())
@@ -547,6 +547,7 @@ def test_the_dialect_of_ios_17(package: Path) -> None:
         (lambda spec, block: block.outputs.append("ghost"), "which nothing computes"),
         (lambda spec, block: spec.description.output.pop(), "describes the outputs"),
         (lambda spec, block: spec.description.input.pop(), "describes other inputs"),
+        (lambda spec, block: operation(block, "const").outputs.pop(), "a constant of 0 names"),
         (
             lambda spec, block: setattr(operation(block, "const").outputs[0], "name", "renamed"),
             "which nothing computes",
@@ -577,6 +578,38 @@ def test_a_result_of_another_shape_than_declared(package: Path) -> None:
     program = Interpreter(edit(package, change))
     with pytest.raises(BadArtifact, match=r"reduce_sum 'sums': its result has the shape \[3\], not \[4\]"):
         program.run(feed(1, 0), program.make_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "content", "message"),
+    [
+        ("BOOL", "bytes", [1], "a constant of type BOOL written as bytes"),
+        ("INT8", "ints", [300], "a constant that is not of its type INT8"),
+    ],
+)
+def test_a_constant_that_is_not_of_its_type(
+    name: str, part: str, content: list[int], message: str, package: Path
+) -> None:
+    def change(spec: Any, block: Any) -> None:
+        value = operation(block, "const").attributes["val"]
+        value.type.tensorType.dataType = proto("MIL_pb2").DataType.Value(name)
+        tensor = value.immediateValue.tensor
+        count = len(tensor.ints.values)
+        if part == "bytes":
+            tensor.bytes.values = bytes(content * count)
+        else:
+            tensor.ints.values[:] = content * count
+
+    with pytest.raises(BadArtifact, match=message):
+        Interpreter(edit(package, change))
+
+
+def test_a_type_without_a_name(package: Path) -> None:
+    def change(spec: Any, block: Any) -> None:
+        operation(block, "const").attributes["val"].type.tensorType.dataType = 42
+
+    with pytest.raises(Unsupported, match="a constant of type number 42"):
+        Interpreter(edit(package, change))
 
 
 @settings(max_examples=300, deadline=None)
