@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,13 +42,21 @@ def runtime() -> Any:
         EdgekdError: it is installed but does not load.
     """
     try:
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - attention and its cache
-        from executorch.kernels import quantized  # noqa: F401 - embedding kernels
-        from executorch.runtime import Runtime
+        # On a stack of its own: the import parses YAML in Python for two seconds, and CPython 3.11 takes twice as long
+        # for a loop whose calls happen to cross from one chunk of its frame stack into the next.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(_import).result()
     except ModuleNotFoundError as error:
         raise MissingExtra("executorch", "executorch") from error
     except (ImportError, OSError) as error:
         raise EdgekdError(f"executorch does not load: {error}.", "Run: edgekd doctor") from error
+
+
+def _import() -> Any:
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - attention and its cache
+    from executorch.kernels import quantized  # noqa: F401 - embedding kernels
+    from executorch.runtime import Runtime
+
     return Runtime.get()
 
 
