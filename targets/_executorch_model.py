@@ -116,7 +116,7 @@ def packed_embedding(rows: torch.Tensor, kind: Kind) -> np.ndarray:
 def embedding_stand_in(weights: Weights) -> torch.Tensor:
     """Of the shape and dtype that ``packed_embedding`` gives."""
     kind, (rows, width) = weights.kind(EMBEDDING), weights.source.shape(EMBEDDING)
-    dtype = {"int4": torch.uint8, "int8": torch.int8, "plain": weights.stored_dtype(EMBEDDING)}[kind]
+    dtype = torch.uint8 if kind == "int4" else weights.stored_dtype(EMBEDDING)
     return stand_in(weights.number(EMBEDDING), (rows, width // 2 if kind == "int4" else width), dtype)
 
 

@@ -29,6 +29,7 @@ from ...spec import BenchSpec
 from ...targets import open_artifact
 from ...targets._common import cores
 from ...targets._executorch_session import execute, runner_tokenizer, runtime, set_threads
+from ...targets._onnx_session import genai_tokenizer
 from ..harness import bench
 from ..metrics import median
 
@@ -63,7 +64,7 @@ class Genai(_Peer):
         options = {"session_options": {"intra_op_num_threads": threads, "log_severity_level": 3}}
         config.overlay(json.dumps({"model": {"decoder": options}}))
         model = onnxruntime_genai.Model(config)
-        self.tokenize = onnxruntime_genai.Tokenizer(model).encode
+        self.tokenize = genai_tokenizer(artifact.folder)
         params = onnxruntime_genai.GeneratorParams(model)
         params.set_search_options(max_length=artifact.manifest.contract.context_length, do_sample=False)
         self._generator = onnxruntime_genai.Generator(model, params)
