@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import EdgekdError
+from ..files import write_text
 from . import charts
 from . import figures as show
 from .charts import MODELS
@@ -48,14 +48,10 @@ def build(results: Mapping[str, Any], out: Path) -> Path:
         EdgekdError: the file cannot be written.
     """
     page = render(results)
-    partial = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, "utf-8")
-        partial.replace(out)
+        write_text(out, page)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise EdgekdError(
             f"{out}: the report cannot be written: {error.strerror}.", "Choose another folder."
         ) from error

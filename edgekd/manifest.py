@@ -6,9 +6,6 @@ verification and benchmarks add what they measured; the report and the apps read
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import BadArtifact
+from .files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -82,28 +80,6 @@ class Artifact:
     def size_bytes(self) -> int:
         """Bytes of all files but the manifest."""
         return sum((self.folder / name).stat().st_size for name in self.manifest.files)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(value: Any) -> str:
-    """Hex sha256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def first_complaint(error: ValidationError) -> str:

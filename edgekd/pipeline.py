@@ -12,7 +12,6 @@ import hashlib
 import json
 import platform
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ import numpy as np
 
 from . import plan
 from .errors import EdgekdError, GateFailed, SpecError
-from .manifest import Artifact, add_proof, digest, file_sha256, load_artifact, write_json
+from .files import atomic_folder, digest, file_sha256, write_json
+from .manifest import Artifact, add_proof, load_artifact
 from .spec import BenchSpec, Method, QadSpec, Spec, TargetSpec, VerifySpec
 from .student import Checkpoint, init_student, load_model, load_tokenizer, resolve_model, save_model, student_config
 
@@ -748,15 +748,9 @@ def _do(run: Run, stage: Stage, watcher: Watcher) -> None:
         return
     watcher.begin(stage.name)
     began = time.monotonic()
-    final = run.path(stage.folder)
-    partial_folder = run.folder / ".edgekd" / f"{stage.folder.replace('/', '-')}.partial"
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    figures = stage.work(partial_folder, partial(watcher.progress, stage.name))
-    _record_path(run, stage).unlink(missing_ok=True)
-    shutil.rmtree(final, ignore_errors=True)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial_folder.rename(final)
+    with atomic_folder(run.path(stage.folder), replace=True) as folder:
+        figures = stage.work(folder, partial(watcher.progress, stage.name))
+        _record_path(run, stage).unlink(missing_ok=True)
     seconds = time.monotonic() - began
     write_json(_record_path(run, stage), {"key": stage.key, "name": stage.name, "seconds": seconds, "figures": figures})
     watcher.end(stage.name, seconds, skipped=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra
+from ..files import atomic_folder
 from ..manifest import Artifact, write_artifact
 from ..quant.recipe import Recipe
 from ..student import Checkpoint
@@ -45,19 +46,14 @@ def build_artifact(
     """
     if out_dir.exists():
         raise EdgekdError(f"{out_dir} exists already.", "Remove it, or choose another folder.")
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        partial.mkdir(parents=True)
-        source = open_source(checkpoint, recipe, grid, partial / "grid")
-        fields |= {"recipe": recipe.name, **source_fields(checkpoint, source), **write(source, partial)}
-        shutil.rmtree(partial / "grid", ignore_errors=True)
-        artifact = write_artifact(partial, **fields)
-        partial.rename(out_dir)
+        with atomic_folder(out_dir) as folder:
+            source = open_source(checkpoint, recipe, grid, folder / "grid")
+            fields |= {"recipe": recipe.name, **source_fields(checkpoint, source), **write(source, folder)}
+            shutil.rmtree(folder / "grid", ignore_errors=True)
+            artifact = write_artifact(folder, **fields)
     except OSError as error:
         raise EdgekdError(f"{out_dir}: cannot be written: {error}.", "Free disk space, or check the folder.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Artifact(out_dir, artifact.manifest)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
-from ..manifest import Artifact, Contract, file_sha256, write_json
+from ..files import file_sha256, write_json
+from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer

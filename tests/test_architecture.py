@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgekd.benchmarks"}
 LAYERS = [
     {"errors", "llama_flags"},
+    {"files"},
     {"spec"},
     {"student", "manifest", "plan", "session"},
     {"quant"},
@@ -21,7 +22,7 @@ LAYERS = [
     {"cli", "optimum"},
 ]
 # Modules of one layer that may know each other; distill, targets, verify and benchmarks never do.
-SIBLINGS = {2}
+SIBLINGS = {3}
 HEAVY = ["torch", "transformers", "datasets", "llama_cpp", "gguf", "plotly", "jinja2", "onnx", "coremltools"]
 
 

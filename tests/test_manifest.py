@@ -5,7 +5,8 @@ import json
 import pytest
 
 from edgekd.errors import BadArtifact
-from edgekd.manifest import MANIFEST, Contract, add_proof, digest, load_artifact, write_artifact
+from edgekd.files import digest
+from edgekd.manifest import MANIFEST, Contract, add_proof, load_artifact, write_artifact
 
 
 @pytest.fixture

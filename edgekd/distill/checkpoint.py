@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import EdgekdError
+from ..files import atomic_folder, write_json, write_text
 
 
 @dataclass
@@ -49,15 +49,12 @@ def save_checkpoint(
     final = work_dir / f"checkpoint-{progress.step}"
     if final.exists():
         return
-    temporary = work_dir / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(weights_of(model), temporary / "model.safetensors")
-    save_file(_optimizer_state(model, optimizer), temporary / "optimizer.safetensors")
-    if best is not None:
-        save_file(best, temporary / "best.safetensors")
-    (temporary / "progress.json").write_text(json.dumps({"key": key, **asdict(progress)}, indent=2) + "\n")
-    os.rename(temporary, final)
+    with atomic_folder(final) as folder:
+        save_file(weights_of(model), folder / "model.safetensors")
+        save_file(_optimizer_state(model, optimizer), folder / "optimizer.safetensors")
+        if best is not None:
+            save_file(best, folder / "best.safetensors")
+        write_json(folder / "progress.json", {"key": key, **asdict(progress)})
     for folder in work_dir.glob("checkpoint-*"):
         if folder != final:
             shutil.rmtree(folder)
@@ -71,8 +68,6 @@ def load_checkpoint(
     Raises:
         EdgekdError: the checkpoint is of another run, or damaged.
     """
-    for leftover in work_dir.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(leftover)
     folders = sorted(work_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     # Removing an old folder may have been cut short, but only once a newer one was whole.
     for folder in folders[:-1]:
@@ -138,9 +133,7 @@ class RunLog:
 
         path = work_dir / "log.jsonl"
         kept = [event for event in read_log(path) if event["step"] <= step]
-        temporary = work_dir / ".log.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
         shutil.rmtree(work_dir / "tensorboard", ignore_errors=True)
         self._file = path.open("a")
         self._writer = SummaryWriter(str(work_dir / "tensorboard"))  # type: ignore[no-untyped-call]

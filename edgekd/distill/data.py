@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import EdgekdError, SpecError
+from ..files import atomic_file
 from .chat import render_chat
 from .corpus import stdlib_corpus
 
@@ -312,6 +312,5 @@ def _named(spec: DataSpec) -> str:
 def _write(path: Path, ids: np.ndarray, mask: np.ndarray) -> None:
     from safetensors.numpy import save_file
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({"ids": ids, "loss_mask": mask}, temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        save_file({"ids": ids, "loss_mask": mask}, temporary)

@@ -37,7 +37,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 
 from ..errors import DoesNotFit, EdgekdError
-from ..manifest import first_complaint, write_json
+from ..files import atomic_folder, write_json
+from ..manifest import first_complaint
 from ..student import Checkpoint
 from .grid import GROUP, check_finite, dequantize_int4, dequantize_int8, pack_int4, unpack_int4
 from .recipe import Kind, Recipe
@@ -445,20 +446,14 @@ def new_grid(student: Path, out: Path, recipe: Recipe, method: str) -> Iterator[
     free = shutil.disk_usage(_existing(out)).free
     if needed > free:
         raise DoesNotFit(f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.", "Free some disk space.")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writer = None
-    try:
-        writer = GridWriter(source, partial, plan)
-        yield writer
-        writer._finish(recipe, method)
-        partial.rename(out)
-    except BaseException:
-        if writer is not None:
+    with atomic_folder(out) as folder:
+        writer = GridWriter(source, folder, plan)
+        try:
+            yield writer
+            writer._finish(recipe, method)
+        except BaseException:
             writer._close()
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            raise
 
 
 def describe(folder: Path) -> dict[str, Any]:

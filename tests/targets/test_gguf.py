@@ -30,7 +30,8 @@ from cases import (
 )
 from edgekd import targets
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
-from edgekd.manifest import Artifact, file_sha256, load_artifact
+from edgekd.files import file_sha256
+from edgekd.manifest import Artifact, load_artifact
 from edgekd.quant.calibrate import second_moments
 from edgekd.quant.folder import open_grid
 from edgekd.quant.grid import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8_rows

@@ -1,0 +1,212 @@
+"""Every file edgekd writes, and how it reads JSON that somebody else may have written.
+
+A file or folder is written beside its place under a random name, synced, and renamed, so that a reader sees the old one
+or the new one, never half; what stands under that name already is never followed or opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from .errors import EdgekdError
+
+_MAX_JSON_BYTES = 256 * 2**20
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A new, empty file beside ``path`` to be filled, by its name; it takes ``path``'s place when the block ends.
+
+    An error in the block removes it and leaves ``path`` as it was.
+    """
+    temporary = _temporary(path)
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    mode = os.fstat(handle).st_mode & 0o777
+    os.close(handle)
+    try:
+        yield temporary
+        temporary.chmod(mode)  # safetensors writes for the owner's eyes alone
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new, empty folder beside ``path`` to be filled; it takes ``path``'s place when the block ends.
+
+    An error in the block removes it. What a killed process left of an earlier one is removed first.
+
+    Args:
+        replace: an existing ``path`` is removed once the new folder is whole.
+
+    Raises:
+        OSError: ``path`` exists and is not to be replaced, or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if replace and path.exists():
+            old = _temporary(path)
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_writable(folder: Path, error: type[EdgekdError] = EdgekdError) -> None:
+    """Refuse a folder that cannot be written, or belongs to somebody else, before the work whose result goes there.
+
+    Args:
+        folder: it, or the nearest one above that exists.
+
+    Raises:
+        EdgekdError: of the class given.
+    """
+    try:
+        while not folder.exists():
+            folder = folder.absolute().parent
+        if not folder.is_dir():
+            raise error(f"{folder} is a file, not a folder.", "Name another folder.")
+        if hasattr(os, "geteuid") and os.geteuid() not in (0, folder.stat().st_uid):
+            raise error(f"{folder} belongs to another user.", "Copy it to a folder of your own.")
+        probe = _temporary(folder / "probe")
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        probe.unlink()
+    except OSError as reason:
+        raise error(f"{folder} cannot be written: {reason.strerror}.", "Choose another folder.") from reason
+
+
+def _temporary(path: Path) -> Path:
+    """A name that nobody can have prepared; it tells whose process it is."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that are no more left beside ``path``."""
+    import psutil
+
+    # Work that fills a temporary folder may make one of its own beside it, so the ending can stand twice.
+    left = re.compile(rf"\.+{re.escape(path.name)}(?:\.(\d+)-[0-9a-f]{{16}}\.tmp)+")
+    for entry in path.parent.iterdir():
+        named = left.fullmatch(entry.name)
+        if named and not psutil.pid_exists(int(named[1])):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's or folder's bytes on the disk; Windows cannot open folders."""
+    if sys.platform == "win32" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def inside(folder: Path, name: str, error: type[EdgekdError] = EdgekdError) -> Path:
+    """The path of ``folder``'s file of a relative POSIX name, which may come from a stranger.
+
+    Raises:
+        EdgekdError: of the class given: the name is no file name, or it leaves the folder, by itself or through a link.
+    """
+    pure = PurePosixPath(name)
+    try:
+        leaves = pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts
+        path = folder / name
+        if leaves or not path.resolve().is_relative_to(folder.resolve()):
+            raise error(f"{folder}: {name!r:.200} leaves the folder.", "Do not use it.")
+        path.exists()  # a name that is too long
+    except (OSError, ValueError, RuntimeError) as reason:  # NUL, a loop of links
+        raise error(f"{folder}: {name!r:.200} is no usable file name ({reason!s:.80}).", "Do not use it.") from reason
+    return path
+
+
+def read_json(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = "Save it again.") -> dict[str, Any]:
+    """The object in a JSON file that may be damaged or hostile.
+
+    Raises:
+        EdgekdError: of the class given: the file is missing, is not UTF-8 or JSON, holds NaN or an infinity, or is no
+            object.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise error(f"{path}: {path.stat().st_size:,} bytes are too many for such a file.", remedy)
+        value = json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}.", remedy) from reason
+    except (ValueError, RecursionError) as reason:  # ValueError: also not UTF-8, and an integer of 5,000 digits
+        raise error(f"{path}: not readable as JSON ({_short(reason)}).", remedy) from reason
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds a {type(value).__name__}, not an object with keys.", remedy)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _short(reason: Exception) -> str:
+    return "nested too deep" if isinstance(reason, RecursionError) else f"{reason!s:.120}"
