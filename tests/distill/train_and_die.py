@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from edgekd.distill import checkpoint
 from edgekd.distill.data import Windows
 from edgekd.distill.signals import OnlineTeacher
 from edgekd.distill.train import train
@@ -68,7 +67,7 @@ def die_at_second_rename(source, target) -> None:
 if __name__ == "__main__":
     work_dir, mode = Path(sys.argv[1]), sys.argv[2]
     if mode == "at-rename":
-        checkpoint.os.rename = die_at_second_rename
+        os.rename = die_at_second_rename
     result = run(work_dir, tell_slowly if mode == "wait" else tell)
     if mode == "finish":
         print("resumed", result)
