@@ -1,6 +1,7 @@
 # make quickstart   set up .venv, run the shipped example, end with a report
 # make test         set up .venv, run the tests
 # make check        what CI runs: linters, types, spelling, tests
+# make metrics    count what the house is made of
 # make teacher      train the shipped teacher again, into build/pycode-16m (an hour on two idle cores)
 # make llama-bench  build llama.cpp's own benchmark, the peer of benchmarks/peers/llama_bench.py
 #
@@ -19,7 +20,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS = $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test check teacher llama-bench setup clean
+.PHONY: quickstart test check metrics teacher llama-bench setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -29,6 +30,9 @@ test: setup
 
 check:
 	.ci/run
+
+metrics:
+	@$(PYTHON) .ci/metrics.py
 
 teacher: setup
 	$(BIN)/python -m edgekd.teachers.train_pycode build/pycode-16m

@@ -99,21 +99,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_writable(folder: Path, error: type[EdgekdError] = EdgekdError) -> None:
-    """Refuse a folder that cannot be written, or belongs to somebody else, before the work whose result goes there.
+    """Refuse a folder that cannot be written, or is there and somebody else's, before the work whose result goes there.
 
     Args:
-        folder: it, or the nearest one above that exists.
+        folder: it, or, before it is made, the nearest one above.
 
     Raises:
         EdgekdError: of the class given.
     """
     try:
+        if hasattr(os, "geteuid") and folder.exists() and os.geteuid() not in (0, folder.stat().st_uid):
+            raise error(f"{folder} belongs to another user.", "Copy it to a folder of your own.")
         while not folder.exists():
             folder = folder.absolute().parent
         if not folder.is_dir():
             raise error(f"{folder} is a file, not a folder.", "Name another folder.")
-        if hasattr(os, "geteuid") and os.geteuid() not in (0, folder.stat().st_uid):
-            raise error(f"{folder} belongs to another user.", "Copy it to a folder of your own.")
         probe = _temporary(folder / "probe")
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         probe.unlink()
