@@ -5,17 +5,19 @@ Figures and results go to stdout, progress and errors to stderr. With --json, st
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import logging
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .errors import EdgekdError, MissingExtra, SpecError
+from .errors import EdgekdError, Fault, SpecError, as_error
 
 if TYPE_CHECKING:
     from .pipeline import Run
@@ -46,9 +48,7 @@ def _open(spec: str, out: Path | None, seed: int | None = None) -> Run:
     from .pipeline import open_run
     from .spec import builtin_spec, load_spec
 
-    loaded = load_spec(spec)
-    if seed is not None:
-        loaded = loaded.model_copy(update={"seed": seed})
+    loaded = load_spec(spec, seed=seed)
     shipped = not Path(spec).is_file() and builtin_spec(spec) is not None
     words = ["edgekd", "run", spec, *(["--seed", str(seed)] if seed is not None else [])]
     return open_run(loaded, base=Path() if shipped else Path(spec).parent, out=out, words=words)
@@ -148,20 +148,21 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="int8, portable-int4 or portable-int4-head4.")] = "portable-int4",
     method: Annotated[Literal["rtn", "search", "gptq", "qad"], typer.Option(help="How to choose.")] = "gptq",
     text: TextOption = None,
-    windows: Annotated[int, typer.Option(min=1, help="Calibration windows, for search, gptq and qad.")] = 64,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    windows: Annotated[int, typer.Option(min=1, max=2**20, help="Calibration windows, for search, gptq, qad.")] = 64,
+    context: Annotated[int, typer.Option(min=2, max=2**24, help="Tokens of a window.")] = 256,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps, for qad.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="For qad.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="For qad.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the grid's integers once, for every target. A stopped qad goes on when the command is given again."""
     from .console import watching
     from .pipeline import quantize_model
     from .quant.folder import check_quantizes
-    from .spec import QadSpec
+    from .spec import QadSpec, of_options
     from .student import resolve_model
     from .targets import load_recipe
 
+    training = of_options(QadSpec, steps=steps)
     chosen = load_recipe(recipe)
     check_quantizes(out, chosen)
     folder = resolve_model(model)
@@ -170,7 +171,7 @@ def quantize(
     with watching() as watcher:
         watcher.begin("quantize")
         figures = quantize_model(
-            folder, out, chosen, method, ids, QadSpec(**_given(steps=steps)), windows, seed,
+            folder, out, chosen, method, ids, training, windows, seed,
             lambda fraction, note: watcher.progress("quantize", fraction, note),
         )  # fmt: skip
     if as_json:
@@ -202,14 +203,14 @@ def export(
 ) -> None:
     """Make an artifact for one runtime from a model folder."""
     from .pipeline import export_model
-    from .spec import TargetSpec
+    from .spec import TargetSpec, of_options
     from .student import Checkpoint, resolve_model
     from .targets import check, load_recipe
 
     if out.exists():
         raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
+    spec = of_options(TargetSpec, target=target, recipes=[recipe], context=context, providers=provider or None)
     folder = resolve_model(model)
-    spec = TargetSpec(target=target, recipes=[recipe], context=context, providers=provider or ["cpu"])
     check(Checkpoint(folder).config, folder, spec)
     needs_text = load_recipe(recipe, target).needs_moments and moments is None
     ids = _windows(folder, _documents(text, "train"), 64, 256) if needs_text else None
@@ -237,17 +238,17 @@ def verify(
     from .errors import GateFailed
     from .manifest import add_proof, load_artifact
     from .pipeline import verify_artifact
-    from .spec import Thresholds, VerifySpec
+    from .spec import Thresholds, VerifySpec, of_options
     from .student import resolve_model
     from .verify.parity import judge
 
+    spec = of_options(VerifySpec, windows=windows, context=context)
+    gate = of_options(Thresholds, kl_mean_max=kl_mean_max, top1_min=top1_min)
     loaded, folder = load_artifact(artifact), resolve_model(reference)
     ids = _windows(folder, _documents(text, "test"), windows, context)
-    spec = VerifySpec(windows=windows, context=context)
     with watching() as watcher:
         watcher.begin("verify")
         figures = verify_artifact(loaded, folder, ids, spec, lambda f, note: watcher.progress("verify", f, note))
-    gate = Thresholds(kl_mean_max=kl_mean_max, top1_min=top1_min)
     figures["failures"] = judge(figures, figures["tokens"], gate)
     add_proof(loaded, parity=figures)
     if as_json:
@@ -295,9 +296,11 @@ def bench(
     from .console import bench_table, watching
     from .manifest import add_proof, load_artifact
     from .pipeline import bench_artifact
-    from .spec import BenchSpec
+    from .spec import BenchSpec, of_options
 
-    spec = BenchSpec(decode_tokens=decode_tokens, runs=runs, threads=threads, **_given(prompt_tokens=prompt_tokens))
+    spec = of_options(
+        BenchSpec, prompt_tokens=prompt_tokens or None, decode_tokens=decode_tokens, runs=runs, threads=threads
+    )
     loaded = load_artifact(artifact)
     with watching() as watcher:
         watcher.begin("bench")
@@ -308,10 +311,6 @@ def bench(
     _print_json(figures)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 @app.command(epilog="Example: edgekd report runs/quickstart")
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
@@ -320,14 +319,12 @@ def report(
 ) -> None:
     """Write the report of a run again from its results."""
     from .benchmarks.report import build
+    from .files import read_json
 
     path = run_folder / "results.json"
-    try:
-        results = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise EdgekdError(f"{run_folder}: no results.json.", "Finish the run first: edgekd run SPEC.") from error
-    except ValueError as error:
-        raise EdgekdError(f"{path}: not valid JSON.", "Run the spec again.") from error
+    if not path.is_file():
+        raise EdgekdError(f"{run_folder}: no results.json.", "Finish the run first: edgekd run SPEC.")
+    results = read_json(path, remedy="Run the spec again.")
     written = build(results, out or run_folder / "report.html")
     if as_json:
         return _print_json({"report": str(written)})
@@ -378,15 +375,15 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command(epilog="Example: edgekd init my-model.yaml && edgekd plan my-model.yaml")
 def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("edgekd.yaml")) -> None:
     """Write a commented spec to start from."""
+    from .files import write_text
     from .spec import builtin_spec
 
     template = builtin_spec("template")
     assert template is not None
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(template.read_text("utf-8"))
-    except FileExistsError as error:
-        raise EdgekdError(f"{path} exists.", "Remove it, or name another file.") from error
+    if os.path.lexists(path):
+        raise EdgekdError(f"{path} exists.", "Remove it, or name another file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, template.read_text("utf-8"))
     typer.echo(f"{path}: edit it, then: edgekd plan {path}")
 
 
@@ -398,34 +395,68 @@ def schema() -> None:
     typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
 
 
-_TRAIN_PACKAGES = {"torch", "transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets", "tensorboard"}
+def _hold_streams() -> None:
+    """Give closed standard streams a place: else the next file to be opened would take their number, and what a
+    library prints would end in it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - held to the end
+
+
+def _flush() -> None:
+    """Have the output written; a reader or a disk that is gone was told of already, and the interpreter would again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(text: str) -> str:
+    """A message without what could move a terminal's cursor, and without a library's whole dump."""
+    line = re.sub(r"\s*\n\s*", " ", text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:2000])
 
 
 def _fail(error: EdgekdError) -> None:
-    typer.secho(f"error: {error}", err=True, fg="red")
+    with contextlib.suppress(OSError):  # nobody reads stderr
+        typer.secho(f"error: {_one_line(str(error))}", err=True, fg="red")
     sys.exit(error.exit_code)
 
 
+def _write_fault(error: BaseException) -> Path:
+    """The file that a report of a fault needs."""
+    import platform
+    import tempfile
+    from importlib.metadata import version
+
+    handle, name = tempfile.mkstemp(prefix="edgekd-fault-", suffix=".txt")
+    with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"edgekd {version('edgekd')}, Python {platform.python_version()}, {platform.platform()}\n")
+        file.write(f"{sys.argv}\n")
+        file.write("".join(traceback.format_exception(error)))
+    return Path(name)
+
+
 def main() -> None:
-    """Entry point: every error a user can mend is one sentence on stderr and exit code 2."""
+    """Entry point: every error a user can mend is one sentence on stderr and exit code 2; a fault of ours is one with a
+    file to report, and exit code 70."""
     for name in ("torchao", "torch.utils._pytree"):  # they warn, on import, of what no user can mend
         logging.getLogger(name).setLevel(logging.ERROR)
+    _hold_streams()
     try:
         app()
-    except EdgekdError as error:
-        _fail(error)
-    except ModuleNotFoundError as error:
-        if error.name not in _TRAIN_PACKAGES:
-            raise
-        _fail(MissingExtra(error.name, "train"))
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on from here.", err=True)
         sys.exit(130)
-    except Exception as error:
-        # Libraries wrap the system's error in their own; its words are all that stays.
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        _fail(EdgekdError("no space left on the disk.", "Free some and run the same command again."))
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        told = as_error(error)
+        if isinstance(told, Fault):
+            told = Fault(told.cause, f"Please report it with {_write_fault(error)}.")
+        _fail(told)
+    finally:
+        _flush()
 
 
 if __name__ == "__main__":

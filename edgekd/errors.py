@@ -1,4 +1,14 @@
-"""Errors a user can mend: each says what is wrong, where, and what to do. The CLI prints them and exits with 2."""
+"""Errors a user can mend: each says what is wrong, where, and what to do. The CLI prints them and exits with 2.
+
+``as_error`` is the one place where every other exception arrives.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+_TRAIN_PACKAGES = {"torch", "transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets", "tensorboard"}
 
 
 class EdgekdError(Exception):
@@ -49,3 +59,28 @@ class GateFailed(EdgekdError):
     """A measured figure missed its threshold: what, where, by how much."""
 
     exit_code = 1
+
+
+class Fault(EdgekdError):
+    """An exception that nobody foresaw, in edgekd or a library it calls: the user cannot mend it, but report it."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
+
+
+def as_error(error: BaseException) -> EdgekdError:
+    """What a user is told of any exception: itself where it is ours, the system's reason where the machine refused,
+    and a ``Fault`` for everything else."""
+    if isinstance(error, EdgekdError):
+        return error
+    if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_PACKAGES:
+        return MissingExtra(error.name, "train")
+    # Libraries wrap the system's error in their own; its words are all that stays.
+    words = str(error)
+    if os.strerror(errno.ENOSPC) in words:
+        return EdgekdError("no space left on the disk.", "Free some and run the same command again.")
+    if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
+        return EdgekdError("not enough memory.", "Lower the batch size or the context, or choose a smaller model.")
+    if isinstance(error, OSError) and error.errno:
+        where = f"{error.filename}: " if error.filename else ""
+        return EdgekdError(f"{where}{os.strerror(error.errno).lower()}.")
+    return Fault(f"this is a fault in edgekd, not in your input: {type(error).__name__}: {words}.")

@@ -33,7 +33,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     An error in the block removes it and leaves ``path`` as it was.
     """
     temporary = _temporary(path)
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
     mode = os.fstat(handle).st_mode & 0o777
     os.close(handle)
     try:

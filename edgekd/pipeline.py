@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from glob import glob
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,7 +110,7 @@ def open_run(spec: Spec, *, base: Path, out: Path | None = None, words: Sequence
     _ = Checkpoint(teacher).files
     _check_student(run)
     _check_lengths(run)
-    _input_files(run)
+    spec.data.files(base)
     for target in spec.targets:
         check(run.student_config, teacher, target)
     return run
@@ -147,19 +146,6 @@ def _check_lengths(run: Run) -> None:
         )
 
 
-def _input_files(run: Run) -> list[Path]:
-    """The local files of the data source."""
-    files: list[Path] = []
-    for pattern in run.spec.data.paths:
-        found = sorted(Path(p) for p in glob(str(run.base / pattern), recursive=True))
-        if not found:
-            raise SpecError(
-                f"key 'data.paths': {run.base / pattern}: no such file.", "Paths start from the spec's folder."
-            )
-        files += found
-    return files
-
-
 def _code(*parts: str) -> str:
     """Digest of the source files below these parts of the package."""
     from . import benchmarks, targets
@@ -181,7 +167,7 @@ def stages(run: Run, machine: plan.Machine) -> list[Stage]:
     data_key = digest(
         {
             "data": spec.data.model_dump(),
-            "files": [file_sha256(path) for path in _input_files(run)],
+            "files": [file_sha256(path) for path in spec.data.files(run.base)],
             "python": platform.python_version() if spec.data.source == "stdlib" else None,
             "seed": spec.seed,
             "teacher": teacher.digest,

@@ -1,36 +1,51 @@
 """The spec: one strict YAML file that says everything a run does.
 
-Every model here refuses unknown keys. ``load_spec`` turns each of pydantic's complaints into one sentence that names
-the file, the key, and the nearest valid one.
+Every model here refuses unknown keys, and every number has bounds: what lies beyond them is a slip of the finger, and
+would end hours later in a shape that no machine holds or in a loss that is not a number. ``load_spec`` turns each of
+pydantic's complaints into one sentence that names the file, the key, and the nearest valid one.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
+from functools import cache
+from glob import iglob
 from importlib import resources
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import SpecError
+from .strict_yaml import read_yaml
 
-Count = Annotated[int, Field(gt=0)]
+MAX_SEED = 2**32 - 1  # numpy's generators take no larger one
+_MAX_FILES = 100_000
+_MAX_SHOWN = 200
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
+
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Few = Annotated[int, Field(gt=0, le=2**12)]
+Width = Annotated[int, Field(gt=0, le=2**20)]
+Length = Annotated[int, Field(gt=0, le=2**24)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Ceiling = Annotated[float, Field(ge=0, le=1e6)]
+LossWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
+Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
+M = TypeVar("M", bound=BaseModel)
 LossName = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
 Method = Literal["rtn", "search", "gptq", "qad"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TeacherSpec(_Strict):
     """The model that is imitated."""
 
-    model: str = Field(description='A folder, "builtin:pycode-16m", or "hub:organisation/name" (downloads).')
+    model: Name = Field(description='A folder, "builtin:pycode-16m", or "hub:organisation/name" (downloads).')
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Read it first.")
 
 
@@ -38,9 +53,9 @@ class CutStudent(_Strict):
     """A student cut from the teacher: evenly spaced layers, the channels and MLP units of largest weights."""
 
     init: Literal["cut"]
-    layers: Count = Field(description="Layers to keep, the first and the last always among them.")
-    hidden_size: Count | None = Field(None, description="Channels to keep, those with the largest weights first.")
-    intermediate_size: Count | None = Field(None, description="MLP units to keep per layer, largest weights first.")
+    layers: Few = Field(description="Layers to keep, the first and the last always among them.")
+    hidden_size: Width | None = Field(None, description="Channels to keep, those with the largest weights first.")
+    intermediate_size: Width | None = Field(None, description="MLP units to keep per layer, largest weights first.")
 
 
 class ConfigStudent(_Strict):
@@ -48,12 +63,12 @@ class ConfigStudent(_Strict):
 
     init: Literal["config"]
     architecture: Literal["llama", "qwen2", "qwen3"]
-    hidden_size: Count
-    intermediate_size: Count
-    layers: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: Count | None = Field(None, description="Default: hidden_size / heads.")
+    hidden_size: Width
+    intermediate_size: Width
+    layers: Few
+    heads: Few
+    kv_heads: Few
+    head_dim: Few | None = Field(None, description="Default: hidden_size / heads.")
     tie_embeddings: bool = True
 
 
@@ -61,7 +76,7 @@ class CheckpointStudent(_Strict):
     """A student that exists already."""
 
     init: Literal["checkpoint"]
-    model: str = Field(description='A folder or "hub:organisation/name".')
+    model: Name = Field(description='A folder or "hub:organisation/name".')
 
 
 StudentSpec = Annotated[CutStudent | ConfigStudent | CheckpointStudent, Field(discriminator="init")]
@@ -71,12 +86,12 @@ class DataSpec(_Strict):
     """The text that teacher and student read."""
 
     source: Literal["stdlib", "jsonl", "parquet", "text", "hub"]
-    paths: list[str] = Field([], description="Files, for jsonl, parquet and text. Globs are allowed.")
-    name: str | None = Field(None, description="Data set on the hub, for source hub (downloads).")
-    column: str = Field("text", description="The column that holds the text, or the chat (a list of role/content).")
+    paths: list[Name] = Field([], description="Files, for jsonl, parquet and text. Globs are allowed.")
+    name: Name | None = Field(None, description="Data set on the hub, for source hub (downloads).")
+    column: Name = Field("text", description="The column that holds the text, or the chat (a list of role/content).")
     chat: bool = Field(False, description="The column is a chat: only the assistant's tokens are trained on.")
     include_tests: bool = Field(False, description="For stdlib: read the test suites too.")
-    context: Count = Field(512, description="Tokens of a training window.")
+    context: Length = Field(512, description="Tokens of a training window.")
     validation_share: Share = Field(0.05, description="Share of documents held out for validation (not for stdlib).")
     test_share: Share = Field(0.05, description="Share of documents held out for the test (not for stdlib).")
     max_test_tokens: Count = Field(2**16, description="Most held-out tokens that quality is measured on.")
@@ -87,24 +102,46 @@ class DataSpec(_Strict):
             raise ValueError(f"source {self.source} needs paths")
         if self.source == "hub" and not self.name:
             raise ValueError("source hub needs name")
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share and test_share leave nothing to train on")
         return self
+
+    def files(self, base: Path) -> list[Path]:
+        """The local files that ``paths`` names, once each and sorted within a pattern.
+
+        Args:
+            base: folder that relative paths start from.
+
+        Raises:
+            SpecError: a pattern meets no file, or far too many.
+        """
+        files: dict[Path, None] = {}
+        for pattern in self.paths:
+            matches = list(islice(iglob(str(base / pattern), recursive=True), _MAX_FILES + 1))
+            if len(matches) > _MAX_FILES:
+                raise SpecError(f"data.paths: {base / pattern}: more than {_MAX_FILES:,} files.", "Narrow the pattern.")
+            found = [path for path in map(Path, sorted(matches)) if path.is_file()]
+            if not found:
+                raise SpecError(f"data.paths: {base / pattern}: no such file.", "Paths start from the spec's folder.")
+            files |= dict.fromkeys(found)
+        return list(files)
 
 
 class TrainingSpec(_Strict):
     """What the training loop reads."""
 
-    loss: dict[LossName, Annotated[float, Field(gt=0)]] = Field(
+    loss: dict[LossName, LossWeight] = Field(
         {"forward_kl": 0.9, "cross_entropy": 0.1}, description="Weight of each loss; their sum is minimised."
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Softens both distributions.")
+    temperature: Annotated[float, Field(ge=0.01, le=1000)] = Field(1.0, description="Softens both distributions.")
     jsd_beta: Share = Field(0.5, description="Mixing weight of the teacher in the generalised JSD.")
     steps: Count = 1000
-    batch_size: Count = Field(8, description="Windows of one forward pass.")
-    gradient_accumulation: Count = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Width = Field(8, description="Windows of one forward pass.")
+    gradient_accumulation: Width = 1
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 20
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bf16 where the CPU or GPU has it."
     )
@@ -131,14 +168,14 @@ class QadSpec(TrainingSpec):
     teacher: Literal["student", "teacher"] = Field(
         "student", description="Whom it imitates: the student before quantization, or the teacher."
     )
-    loss: dict[LossName, Annotated[float, Field(gt=0)]] = {"forward_kl": 1.0}
+    loss: dict[LossName, LossWeight] = {"forward_kl": 1.0}
     steps: Count = 300
-    batch_size: Count = Field(16, description="Windows of one forward pass.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
+    batch_size: Width = Field(16, description="Windows of one forward pass.")
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
         3e-5, description="Small: a weight crosses to the next integer on a hint, and a large rate shakes them all."
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 10
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
 
 
 class QuantizeSpec(_Strict):
@@ -150,7 +187,7 @@ class QuantizeSpec(_Strict):
         "inputs. qad: quantization-aware distillation.",
     )
     compare: list[Method] = Field([], description="Further methods to measure beside it; not exported.")
-    calibration_windows: Count = Field(64, description="Windows of training text that search, gptq and qad read first.")
+    calibration_windows: Width = Field(64, description="Windows of training text that search, gptq and qad read first.")
     qad: QadSpec = QadSpec()
 
     @property
@@ -162,34 +199,38 @@ class QuantizeSpec(_Strict):
 class TargetSpec(_Strict):
     """One runtime, and the recipes to export for it."""
 
-    target: str = Field(description="gguf onnx coreml executorch")
-    recipes: Annotated[list[str], Field(min_length=1)] = Field(
+    target: Name = Field(description="gguf onnx coreml executorch")
+    recipes: Annotated[list[Name], Field(min_length=1, max_length=100)] = Field(
         description="fp16, int8, portable-int4, portable-int4-head4, or a runtime's own, such as gguf-q4_k_m."
     )
-    providers: Annotated[list[str], Field(min_length=1)] = Field(
+    providers: Annotated[list[Name], Field(min_length=1, max_length=16)] = Field(
         ["cpu"],
         description="For onnx: execution providers, the preferred one first: cpu (tested) cuda dml webgpu (not run). "
         "For executorch, one: cpu, which is XNNPACK (tested), or vulkan (not run).",
     )
-    minimum_ios: Count = Field(18, description="For coreml: the oldest iOS to run on; 18 (macOS 15) is the least.")
-    context: Count | None = Field(None, description="Context length of the artifact; default: the student's.")
+    minimum_ios: Annotated[int, Field(gt=0, le=99)] = Field(
+        18, description="For coreml: the oldest iOS to run on; 18 (macOS 15) is the least."
+    )
+    context: Length | None = Field(None, description="Context length of the artifact; default: the student's.")
 
 
 class Thresholds(_Strict):
     """A gate: what is null is measured but not judged."""
 
-    kl_mean_max: float | None = Field(None, description="Mean KL(reference || artifact), nats per token.")
-    kl_p99_max: float | None = None
-    top1_min: float | None = Field(None, description="Share of positions with the same most likely token.")
-    perplexity_ratio_max: float | None = Field(None, description="Artifact's perplexity over the reference's.")
+    kl_mean_max: Ceiling | None = Field(None, description="Mean KL(reference || artifact), nats per token.")
+    kl_p99_max: Ceiling | None = None
+    top1_min: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Share of positions with the same most likely token."
+    )
+    perplexity_ratio_max: Ceiling | None = Field(None, description="Artifact's perplexity over the reference's.")
 
 
 class VerifySpec(_Strict):
     """What is measured of each artifact, and what fails the run."""
 
-    windows: Count = Field(16, description="Held-out windows to compare on.")
-    context: Count = Field(256, description="Tokens of such a window.")
-    greedy_tokens: Count = Field(32, description="Tokens to generate when looking for the first that differs.")
+    windows: Width = Field(16, description="Held-out windows to compare on.")
+    context: Length = Field(256, description="Tokens of such a window.")
+    greedy_tokens: Length = Field(32, description="Tokens to generate when looking for the first that differs.")
     thresholds: dict[str, Thresholds] = Field({}, description="Per recipe; the key default serves the others.")
 
     def gate(self, recipe: str) -> Thresholds:
@@ -200,89 +241,111 @@ class VerifySpec(_Strict):
 class BenchSpec(_Strict):
     """What is timed of each artifact."""
 
-    prompt_tokens: Annotated[list[Count], Field(min_length=1)] = Field([32, 256], description="Prompt lengths.")
-    decode_tokens: Count = 64
-    runs: Count = Field(5, description="Repetitions; the report shows medians and keeps every sample.")
-    threads: Count | None = Field(None, description="Default: the physical cores.")
+    prompt_tokens: Annotated[list[Length], Field(min_length=1, max_length=100)] = Field(
+        [32, 256], description="Prompt lengths."
+    )
+    decode_tokens: Length = 64
+    runs: Few = Field(5, description="Repetitions; the report shows medians and keeps every sample.")
+    threads: Few | None = Field(None, description="Default: the physical cores.")
 
 
 class Spec(_Strict):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="Names the run's folder.")
-    seed: Annotated[int, Field(ge=0)] = 0
+    name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")] = Field(
+        description="Names the run's folder."
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     teacher: TeacherSpec
     student: StudentSpec
     data: DataSpec
     distill: DistillSpec = DistillSpec()
     quantize: QuantizeSpec = QuantizeSpec()
-    targets: Annotated[list[TargetSpec], Field(min_length=1)]
+    targets: Annotated[list[TargetSpec], Field(min_length=1, max_length=100)]
     verify: VerifySpec = VerifySpec()
     bench: BenchSpec = BenchSpec()
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        if self.name.split(".")[0].lower() in _DEVICES:
+            raise ValueError(f"name: {self.name} is a device on Windows, no folder can have that name")
+        artifacts = [(target.target, recipe) for target in self.targets for recipe in target.recipes]
+        twice = next((pair for pair in dict.fromkeys(artifacts) if artifacts.count(pair) > 1), None)
+        if twice:
+            raise ValueError("targets: {} {:.80} stands twice, and one would overwrite the other".format(*twice))
+        return self
 
 
 def builtin_spec(name: str) -> Path | None:
     """The shipped spec of that name (``quickstart``), or None."""
     path = Path(str(resources.files("edgekd") / "specs" / f"{name}.yaml"))
-    return path if path.is_file() else None
+    return path if _is_file(path) else None
 
 
-def load_spec(path: str | Path) -> Spec:
+def load_spec(path: str | Path, *, seed: int | None = None) -> Spec:
     """Read and check a spec, given as a file or as the name of a shipped one.
+
+    Args:
+        seed: instead of the file's.
 
     Raises:
         SpecError: the file is missing, is not YAML, or a key in it is unknown or wrong.
     """
     file = Path(path)
-    if not file.is_file():
+    if not _is_file(file):
         file = builtin_spec(str(path)) or file
-    if not file.is_file():
+    if not _is_file(file):
         raise SpecError(f"{path}: no such spec.", "Write one with: edgekd init")
-    try:
-        raw = yaml.load(file.read_text("utf-8"), _Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file}: not valid YAML: {' '.join(str(error).split())}.") from error
+    raw = read_yaml(file, SpecError)
     if not isinstance(raw, dict):
         raise SpecError(f"{file}: a spec is a mapping with keys such as teacher, student, data.", "See: edgekd init")
+    if seed is not None:
+        raw["seed"] = seed
     try:
         return Spec.model_validate(raw)
     except ValidationError as error:
-        raise SpecError(_explain(file, raw, error)) from error
+        raise SpecError(f"{file}: {_explain(raw, error)}") from error
 
 
-def _explain(file: Path, raw: dict[str, Any], error: ValidationError) -> str:
+def of_options(kind: type[M], **options: Any) -> M:
+    """A section of the spec from the command line's options, those that are None left at their defaults.
+
+    Raises:
+        SpecError: an option is out of bounds.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise SpecError(f"the command line: {_explain(given, error)}") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _explain(raw: dict[str, Any], error: ValidationError) -> str:
     """One sentence for the first complaint, and a count of the rest."""
     # A mistyped key is both unknown and missing: the unknown one says more.
     complaints = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     first = complaints[0]
     where = _yaml_path(raw, first["loc"])
-    key = ".".join(str(part) for part in where) or "(top level)"
+    key = repr(".".join(str(part) for part in where) or "(top level)")[:_MAX_SHOWN]
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())[:_MAX_SHOWN]
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), valid, 1, cutoff=0.5)
+        near = difflib.get_close_matches(str(first["loc"][-1])[:_MAX_SHOWN], valid, 1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}."
-        text = f"{file}: unknown key {key!r}; {hint}"
+        text = f"unknown key {key}; {hint}"
     elif first["type"] == "missing":
-        text = f"{file}: key {key!r} is missing."
+        text = f"key {key} is missing."
+    elif first["type"] == "value_error":
+        text = f"key {key}: {message}."
     else:
-        message = first["msg"].removeprefix("Value error, ")
-        text = f"{file}: key {key!r}: {message[0].lower() + message[1:]} (given: {first['input']!r:.60})."
+        text = f"key {key}: {message[0].lower() + message[1:]} (given: {first['input']!r:.60})."
     more = len(complaints) - 1
     return text + (f" And {more} more." if more else "")
 
@@ -305,7 +368,7 @@ def _yaml_path(raw: Any, loc: tuple[int | str, ...]) -> list[int | str]:
 
 def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the model at ``loc``, found in the JSON Schema."""
-    schema = Spec.model_json_schema()
+    schema = _schema()
     node: Any = schema
     for part in loc:
         node = _deref(schema, node)
@@ -316,6 +379,11 @@ def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
         else:
             node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
     return list(_deref(schema, node).get("properties", {}))
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Spec.model_json_schema()
 
 
 def _deref(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

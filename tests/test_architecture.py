@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgekd.benchmarks"}
 LAYERS = [
     {"errors", "llama_flags"},
-    {"files"},
+    {"files", "strict_yaml"},
     {"spec"},
     {"student", "manifest", "plan", "session"},
     {"quant"},

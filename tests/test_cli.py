@@ -268,6 +268,98 @@ def test_export_refuses_a_folder_that_exists(project):
     refused(edgekd("export", "teacher", "out", cwd=project), "out exists")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "text", "--decode-tokens", "99999999999"], "decode_tokens"),
+        (["verify", "text", "--reference", "teacher", "--kl-mean-max", "nan"], "kl_mean_max"),
+        (["quantize", "teacher", "out", "--method", "qad", "--steps", "99999999999"], "steps"),
+        (["export", "teacher", "out", "--context", "99999999999"], "context"),
+        (["plan", "spec.yaml", "--seed", "99999999999"], "seed"),
+    ],
+)
+def test_options_have_the_bounds_of_the_spec(project, words, said):
+    refused(edgekd(*words, cwd=project), f"key '{said}'", "input should be")
+
+
+def test_init_writes_new_files_alone(tmp_path):
+    assert edgekd("init", "new/folder/mine.yaml", cwd=tmp_path).returncode == 0
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "target.yaml")
+    refused(edgekd("init", "link.yaml", cwd=tmp_path), "link.yaml exists")
+    assert not (tmp_path / "target.yaml").exists()
+    refused(edgekd("init", "x" * 300, cwd=tmp_path), "file name too long")
+    refused(edgekd("init", "link.yaml/mine.yaml", cwd=tmp_path), "link.yaml")
+
+
+def test_init_and_report_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    refused(edgekd("init", "/proc/mine.yaml"), "/proc/mine.yaml: no such file or directory")
+    refused(edgekd("report", tmp_path, "--out", "/proc/report.html"), "/proc/report.html")
+
+
+def test_a_message_cannot_move_the_cursor():
+    result = edgekd("plan", "\udcff\x1b[2J\n.yaml")
+    refused(result, r"\udcff\x1b[2J .yaml: no such spec")
+
+
+class Panic(BaseException):
+    """As pyo3's, no Exception."""
+
+
+@pytest.mark.parametrize("kind", [TypeError, RecursionError, Panic, OSError, AssertionError])
+def test_what_nobody_foresaw_is_a_fault_with_a_file_to_report(monkeypatch, tmp_path, kind):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("edgekd.spec.load_spec", mock.Mock(side_effect=kind("odd\nthing")))
+    result = edgekd("plan", "quickstart")
+    assert result.returncode == 70 and result.stderr.count("\n") == 1
+    assert f"a fault in edgekd, not in your input: {kind.__name__}: odd thing" in result.stderr
+    (report,) = tmp_path.iterdir()
+    assert str(report) in result.stderr and report.stat().st_mode & 0o77 == 0
+    assert "Traceback" in report.read_text() and "'plan', 'quickstart'" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "x", "a.json"), "a.json: permission denied."),
+        (OSError(36, "x", "a.json"), "a.json: file name too long."),
+        (OSError(40, "x"), "too many levels of symbolic links."),
+        (RuntimeError("save: No space left on device (28)"), "no space left"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+        (ModuleNotFoundError(name="datasets"), '"edgekd[train]"'),
+    ],
+)
+def test_what_the_machine_refuses_is_no_fault(monkeypatch, error, said):
+    monkeypatch.setattr("edgekd.spec.load_spec", mock.Mock(side_effect=error))
+    refused(edgekd("plan", "quickstart"), said)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("schema >&-", 0, ""),
+        ("schema >/dev/full", 2, "error: no space left on the disk."),
+        ("plan nowhere.yaml <&- >&- 2>&-", 2, ""),
+        ("schema | true; exit ${PIPESTATUS[0]}", 1, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(words, code, said):
+    command = [f"{sys.executable} -c 'from edgekd.cli import main; main()' {words}"]
+    done = subprocess.run(["bash", "-c", *command], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_a_closed_stream_is_no_files_place(tmp_path):
+    code = (
+        "import os; from edgekd.cli import _hold_streams as h; h(); print(os.open(os.devnull, 0), file=open('fd', 'w'))"
+    )
+    subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], cwd=tmp_path, check=True)
+    assert int((tmp_path / "fd").read_text()) > 2
+
+
 def test_what_is_no_artifact(project):
     for verb in (["bench"], ["chat"], ["verify", "--reference", "teacher"]):
         refused(edgekd(verb[0], "text", *verb[1:], cwd=project), "text is not an artifact")

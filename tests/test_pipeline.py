@@ -170,7 +170,7 @@ def test_two_runs_in_one_folder_are_refused(project, whole):
 
 
 def test_a_missed_gate_fails_the_run_but_not_with_report_only(project, whole, tiny_teacher):
-    write_spec(project, tiny_teacher, gate=-1.0)
+    write_spec(project, tiny_teacher, gate=0.0)
     code, _, err = finish(start(project, "--out", "whole"))
     assert code == 1
     assert "gguf-fp16: " in err and "exceeds -1" in err and "Traceback" not in err

@@ -6,7 +6,6 @@ one to learn (so position t is trained on where ``loss_mask[t + 1]`` is 1).
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -218,7 +217,7 @@ def _split(
 def _documents(spec: DataSpec, base: Path, figures: dict[str, Any]) -> Iterator[Document]:
     """The documents of every source but the standard library; empty ones are left out."""
     if spec.source == "text":
-        yield from _text_documents(_files(spec, base), figures)
+        yield from _text_documents(spec.files(base), figures)
         return
     for number, row in enumerate(_rows(spec, base), 1):
         if spec.column not in row:
@@ -232,7 +231,7 @@ def _documents(spec: DataSpec, base: Path, figures: dict[str, Any]) -> Iterator[
 
 
 def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
-    files = _files(spec, base) if spec.source != "hub" else []
+    files = spec.files(base) if spec.source != "hub" else []
     try:
         import datasets
     except ImportError as error:
@@ -251,17 +250,6 @@ def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise SpecError(f"data: {_named(spec)} cannot be read as {spec.source}: {reason}") from error
-
-
-def _files(spec: DataSpec, base: Path) -> list[Path]:
-    found: dict[Path, None] = {}
-    for pattern in spec.paths:
-        matches = [Path(name) for name in sorted(glob.glob(str(base / pattern), recursive=True))]
-        files = [path for path in matches if path.is_file()]
-        if not files:
-            raise SpecError(f"data.paths: {base / pattern}: no such file.")
-        found |= dict.fromkeys(files)
-    return list(found)
 
 
 def _text_documents(files: Iterable[Path], figures: dict[str, Any]) -> Iterator[str]:
