@@ -1,12 +1,14 @@
 # make quickstart   set up .venv, run the shipped example, end with a report
 # make test         set up .venv, run the tests
 # make check        what CI runs: linters, types, spelling, tests
-# make metrics    count what the house is made of
+# make metrics      count what the house is made of
 # make teacher      train the shipped teacher again, into build/pycode-16m (an hour on two idle cores)
+# make fuzz         feed damaged files of every kind for FUZZ_HOURS; stopped, it goes on where it was (build/fuzz)
 # make llama-bench  build llama.cpp's own benchmark, the peer of benchmarks/peers/llama_bench.py
 #
 # The set-up is done once and again when pyproject.toml or constraints.txt changes. Variables:
 #   PYTHON       the interpreter to make .venv with, 3.11 or newer
+#   FUZZ_HOURS   how long make fuzz takes at random, all kinds together; guided by coverage it takes as long again
 #   EXTRAS       the extras of pyproject.toml to install
 #   TORCH_INDEX  an index to take torch from. Empty, pip decides as you configured it; on Linux that may be the CUDA
 #                build, which works but is gigabytes: name the CPU wheel index that PyTorch's own install page gives.
@@ -14,13 +16,15 @@
 
 PYTHON ?= python3
 EXTRAS ?= all,dev
+FUZZ_HOURS ?= 8
 TORCH_INDEX ?=
 LLAMA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd
+GUIDED := spec manifest config index template
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS = $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test check metrics teacher llama-bench setup clean
+.PHONY: quickstart test check metrics fuzz teacher llama-bench setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -36,6 +40,14 @@ metrics:
 
 teacher: setup
 	$(BIN)/python -m edgekd.teachers.train_pycode build/pycode-16m
+
+fuzz: setup
+	$(PIP) install -c constraints.txt -e ".[fuzz]"
+	$(BIN)/python tests/fuzz/run.py --hours $(FUZZ_HOURS)
+	for kind in $(GUIDED); do \
+	    $(BIN)/python tests/fuzz/guided.py $$kind \
+	        -max_total_time=$$(($(FUZZ_HOURS) * 3600 / $(words $(GUIDED)))) || exit 1; \
+	done
 
 llama-bench: setup
 	mkdir -p build/llama-source

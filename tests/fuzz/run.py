@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -30,10 +31,9 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from edgekd.errors import Fault, as_error
 from harnesses import HARNESSES, Harness
 from mutate import Pick, mutate
-
-from edgekd.errors import Fault, as_error
 
 SLOW_CPU_S = 2.0
 HANG_S = 30.0
@@ -160,6 +160,7 @@ def one(job: Job, state: Any, harness: Harness, number: int, watch: Watch) -> No
 
 def record(job: Job, number: int, field: str, what: str, data: bytes, error: BaseException | None = None) -> None:
     """A line in the log; the input and its traceback where it is the first of its place."""
+    what = re.sub("[0-9a-f]{16,}", "…", what)  # names that are digests tell nothing apart
     name = f"{field}-{hashlib.sha256(what.encode(errors='replace')).hexdigest()[:10]}"
     with (job.log / "log.txt").open("a", encoding="utf-8") as file:
         file.write(f"{number}\t{field}\t{what}\t{name}\n".encode(errors="backslashreplace").decode())
