@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgekd.benchmarks"}
 LAYERS = [
-    {"errors", "llama_flags"},
+    {"errors", "llama_flags", "privacy"},
     {"files"},
     {"spec"},
     {"student", "manifest", "plan", "session"},
