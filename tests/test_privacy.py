@@ -109,7 +109,7 @@ def test_a_user_who_is_offline_stays_so(code: str, hub, tmp_path: Path) -> None:
 
 def test_after_a_hub_model_the_network_is_away_again(hub, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    address, asked = hub
+    address, _ = hub
     code = (
         RESOLVE
         + "import huggingface_hub, os\nprint(huggingface_hub.is_offline_mode(), os.environ['HF_HUB_OFFLINE'])\n"
