@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 from tempfile import TemporaryDirectory
 
 from .errors import EdgekdError
@@ -72,16 +73,15 @@ def find_tools() -> Watch:
 
 def _first_working(prefix: Sequence[str], candidates: Sequence[Sequence[str]]) -> tuple[Sequence[str], str]:
     """The first of these wrappers that runs a program, or why the last does not."""
-    reason = ""
+    name, reason = candidates[0][0], ""
+    if which(name) is None:
+        return [], f"{name} is not installed"
     for words in candidates:
-        try:
-            done = subprocess.run([*prefix, *words, *_TRUE], capture_output=True, text=True, errors="replace")
-        except OSError as error:
-            return [], f"{words[0]} is not here ({error.strerror})"
+        done = subprocess.run([*prefix, *words, *_TRUE], capture_output=True, text=True, errors="replace")
         if done.returncode == 0:
             return words, ""
         reason = " ".join(done.stderr.split())[:200] or f"exit code {done.returncode}"
-    return [], f"{candidates[-1][0]} does not work here ({reason})"
+    return [], f"{name} does not work here ({reason})"
 
 
 def audit(artifact: Artifact, tools: Watch | None = None) -> Audit:
@@ -114,6 +114,8 @@ def watch(command: Sequence[str], artifact: Artifact, tools: Watch) -> Audit:
         trouble = _run([*tools.isolated, *tracing, *command], place)
         lines = log.read_text("utf-8", "surrogateescape").splitlines() if log.is_file() else []
         events = [_without_links(event) for event in read_log(lines, str(place / "tmp"))]
+        if tools.traced and not events:
+            trouble.append("run: strace saw nothing of it")
         return _verdict(tools, events, _Rules(artifact, place), trouble)
 
 

@@ -28,6 +28,7 @@ _CALLS = ",".join(f"?{name}" for name in (*_OPENS, *_RUNS, *_CHANGES, *_NETWORK,
 OPTIONS = ("-f", "-y", "-s", "4096", "-e", f"trace={_CALLS}", "-e", "signal=none")
 """The options that make the log this module reads; add ``-o`` and the command."""
 
+_UNFINISHED = " <unfinished ...>"
 _LINE = re.compile(r"(\d+)\s+(.*)")
 _RESUMED = re.compile(r"<\.\.\. (\w+) resumed>(.*)")
 _CALL = re.compile(r"(\w+)\((.*)\)\s+= (.*)")
@@ -48,7 +49,7 @@ Kind = Literal["read", "write", "socket", "unseen"]
 
 @dataclass(frozen=True)
 class Event:
-    """A file that was opened or run, a file that was changed, a socket, or a way around strace."""
+    """A file that was opened or run, a file that was changed, a socket, or a call that cannot be judged."""
 
     kind: Kind
     what: str
@@ -74,10 +75,9 @@ class _Reader:
     def _line(self, pid: str, text: str) -> Iterator[Event]:
         if resumed := _RESUMED.match(text):
             text = self.waiting.pop(pid, f"{resumed[1]}(") + resumed[2]
-        head, unfinished, _ = text.partition(" <unfinished ...>")
-        if unfinished and ") = " not in head:
-            self.waiting[pid] = head
-        else:
+        if text.endswith(_UNFINISHED):
+            self.waiting[pid] = text.removesuffix(_UNFINISHED)
+        elif not text.startswith(("+++", "---")):  # ends and signals
             yield from self._call(pid, text)
 
     def _folder(self, pid: str) -> list[str]:
@@ -89,6 +89,7 @@ class _Reader:
 
     def _call(self, pid: str, text: str) -> Iterator[Event]:
         if not (parts := _CALL.match(text)):
+            yield Event("unseen", text[:100])
             return
         name, arguments, result = parts.groups()
         worked = result[0].isdigit()
