@@ -116,6 +116,7 @@ def _row_groups(artifacts: Sequence[Artifact]) -> list[tuple[str, list[Row]]]:
             ("Token ids identical", str, _identical("strings")),
             ("Chats identical", str, _identical("chats")),
         ]),
+        ("Privacy", [("Audit", str, _audit)]),
         ("Speed", [
             ("Load", show.duration, of_benchmark("load_s")),
             *(ttft or [("TTFT", show.duration, lambda a: None)]),
@@ -139,6 +140,13 @@ def _run_by(artifact: Artifact) -> str:
         return NOT_MEASURED
     instead = str(parity(artifact).get("stand_in") or "")
     return instead.partition(",")[0] or str((artifact.get("manifest") or {}).get("runtime") or NOT_MEASURED)
+
+
+def _audit(artifact: Artifact) -> str:
+    """The verdict of the privacy audit, and the first thing behind it."""
+    audit = (artifact.get("manifest") or {}).get("audit") or {}
+    reasons = audit.get("failures") or audit.get("not_checked") or ()
+    return ": ".join([str(audit.get("status") or NOT_MEASURED), *map(str, reasons[:1])])
 
 
 def _identical(kind: str) -> Callable[[Artifact], str]:

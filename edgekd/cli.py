@@ -311,6 +311,39 @@ def bench(
     _print_json(figures)
 
 
+@app.command(epilog="Example: edgekd audit model-q4")
+def audit(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
+    """Run an artifact without a network and watch it: no socket, no file written or read that is not its own."""
+    from .audit import audit as watch_artifact
+    from .console import audit_lines
+    from .errors import GateFailed
+    from .files import check_writable
+    from .manifest import add_proof, load_artifact
+
+    loaded = load_artifact(artifact)
+    try:
+        check_writable(artifact)
+        unwritable = None
+    except EdgekdError as error:  # it can be watched all the same
+        unwritable = error
+    seen = watch_artifact(loaded)
+    if unwritable:
+        typer.echo(f"not recorded in the manifest: {unwritable.cause}", err=True)
+    else:
+        add_proof(loaded, audit=seen)
+    if as_json:
+        _print_json(seen.model_dump())
+    else:
+        for line in audit_lines(seen):
+            typer.echo(line)
+    if seen.failures:
+        raise GateFailed(f"{artifact}: the audit failed: " + "; ".join(seen.failures) + ".")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 @app.command(epilog="Example: edgekd report runs/quickstart")
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],

@@ -15,7 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .doctor import Check
-    from .manifest import Contract
+    from .manifest import Audit, Contract
     from .session import Session
 
 STDOUT, STDERR = Console(), Console(stderr=True)
@@ -175,6 +175,20 @@ def bench_table(figures: Mapping[str, Any]) -> None:
         ("of the decode roofline", f"{_text(_value(figures['decode_roofline_fraction']), '.1f', 100)} %"),
     ]
     _figures_table(rows)
+
+
+def audit_lines(audit: Audit) -> list[str]:
+    """What an audit saw, the verdict last."""
+    lines = []
+    if audit.opened:  # strace was there
+        lines.append(f"opened: {', '.join(f'{count} {group}' for group, count in audit.opened.items())}")
+        for title in ("opened_outside", "written", "sockets"):
+            found = getattr(audit, title)
+            lines.append(f"{title.replace('_', ' ')}:{'' if found else ' none'}")
+            lines += [f"  {text}" for text in found]
+    lines += [f"not checked: {text}" for text in audit.not_checked]
+    lines += [f"failed: {text}" for text in audit.failures]
+    return [*lines, f"audit: {audit.status}"]
 
 
 def doctor_table(checks: Sequence[Check]) -> None:

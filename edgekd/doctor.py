@@ -112,8 +112,7 @@ def install(extra: str, flags: frozenset[str] = frozenset(), *, again: bool = Fa
 
 def run_child(command: Sequence[str], timeout_s: float) -> Outcome:
     """Run a command and read the JSON object on the last line of its output."""
-    # A child must not look for a network, and one thread is enough.
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # one thread is enough
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False, env=environment,

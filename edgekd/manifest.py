@@ -35,6 +35,24 @@ class Contract(BaseModel):
     """Unicode normal form that the caller must bring text to, because the runtime's tokenizer does not."""
 
 
+class Audit(BaseModel):
+    """What the artifact did to a machine when it ran there: ``edgekd audit``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    status: Literal["passed", "failed", "not checked"]
+    failures: list[str]
+    """What it must not do: sockets, files written and files read, by name."""
+    not_checked: list[str]
+    """What could not be checked there, and why."""
+    opened: dict[str, int]
+    """Number of files read, by whose they are: ``artifact``, ``interpreter``, ``system``, ``temporary``, ``other``."""
+    opened_outside: list[str]
+    """Those that are neither the artifact's nor the interpreter's; ``TMPDIR`` and ``~`` were the run's own."""
+    written: list[str]
+    sockets: list[str]
+
+
 class Manifest(BaseModel):
     """``manifest.json``."""
 
@@ -62,6 +80,7 @@ class Manifest(BaseModel):
     """What one target alone has to say."""
     parity: dict[str, Any] | None = None
     benchmark: dict[str, Any] | None = None
+    audit: Audit | None = None
 
 
 @dataclass(frozen=True)
@@ -106,10 +125,15 @@ def write_artifact(folder: Path, **fields: Any) -> Artifact:
 
 
 def add_proof(
-    artifact: Artifact, *, parity: Mapping[str, Any] | None = None, benchmark: Mapping[str, Any] | None = None
+    artifact: Artifact,
+    *,
+    parity: Mapping[str, Any] | None = None,
+    benchmark: Mapping[str, Any] | None = None,
+    audit: Audit | None = None,
 ) -> Artifact:
     """Write measured figures into the manifest; what is not given stays."""
-    update = {k: dict(v) for k, v in (("parity", parity), ("benchmark", benchmark)) if v is not None}
+    update: dict[str, Any] = {k: dict(v) for k, v in (("parity", parity), ("benchmark", benchmark)) if v is not None}
+    update |= {"audit": audit} if audit else {}
     manifest = artifact.manifest.model_copy(update=update)
     write_json(artifact.folder / MANIFEST, manifest.model_dump())
     return Artifact(artifact.folder, manifest)

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from shutil import which
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,7 +29,7 @@ import numpy as np
 from . import plan
 from .errors import EdgekdError, GateFailed, SpecError
 from .files import atomic_folder, digest, file_sha256, write_json
-from .manifest import Artifact, add_proof, load_artifact
+from .manifest import Artifact, Audit, add_proof, load_artifact
 from .spec import BenchSpec, Method, QadSpec, Spec, TargetSpec, VerifySpec
 from .student import Checkpoint, init_student, load_model, load_tokenizer, resolve_model, save_model, student_config
 
@@ -306,6 +307,13 @@ def _artifact_stages(
             _code("benchmarks/harness.py", "benchmarks/metrics.py", "targets"),
         ]
     )
+    # A tool that was installed since sees more.
+    audit_key = digest(
+        [
+            [export_key, platform.node(), [which(tool) for tool in ("strace", "unshare")]],
+            _code("audit.py", "strace.py", "privacy.py", "targets"),
+        ]
+    )
     tokens = spec.verify.windows * spec.verify.context
     size = sum(spec.bench.prompt_tokens) + spec.bench.decode_tokens
     found = [
@@ -313,6 +321,8 @@ def _artifact_stages(
               partial(_export, run, target, recipe)),
         Stage(f"verify {label}", f"parity/{label}", verify_key, plan.inference_cost([student], 6 * tokens, machine),
               partial(_verify, run, label, recipe)),
+        Stage(f"audit {label}", f"audit/{label}", audit_key,
+              plan.Cost(plan.export_cost(student, 16).ram_bytes, 2**16, 10), partial(_audit, run, label)),
         Stage(f"bench {label}", f"bench/{label}", bench_key,
               plan.Cost(plan.export_cost(student, 16).ram_bytes, 2**16,
                         plan.inference_cost([student], size * spec.bench.runs, machine).seconds + 2 * spec.bench.runs),
@@ -657,6 +667,13 @@ def _verify(run: Run, label: str, recipe: Recipe, out: Path, tell: Callable[[flo
     return {}
 
 
+def _audit(run: Run, label: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    from .audit import audit
+
+    write_json(out / "audit.json", audit(load_artifact(run.path(f"artifacts/{label}"))).model_dump())
+    return {}
+
+
 def bench_artifact(
     artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None], config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -810,7 +827,8 @@ def write_results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
         parity = _read(run.path(f"parity/{label}") / "parity.json")
         if parity is not None:
             parity["failures"] = judge(parity, parity["tokens"], run.spec.verify.gate(recipe))
-        add_proof(artifact, parity=parity, benchmark=_read(run.path(f"bench/{label}") / "bench.json"))
+        benchmark, audit = (_read(run.path(f"{kind}/{label}") / f"{kind}.json") for kind in ("bench", "audit"))
+        add_proof(artifact, parity=parity, benchmark=benchmark, audit=audit and Audit.model_validate(audit))
     results = _results(run, chain)
     write_json(run.folder / "results.json", results)
     build(results, run.folder / "report.html")

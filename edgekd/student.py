@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import EdgekdError, SpecError
+from .privacy import online
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,10 @@ def resolve_model(reference: str, base: Path = Path()) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+        name = reference.removeprefix("hub:")
         try:
-            return Path(snapshot_download(reference.removeprefix("hub:"), allow_patterns=["*.json", "*.safetensors"]))
+            with online():
+                return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise SpecError(

@@ -41,6 +41,7 @@ def runtime() -> Any:
         raise MissingExtra("onnxruntime", "onnx") from error
     except ImportError as error:
         raise EdgekdError(f"onnxruntime does not load: {error}.", "Run: edgekd doctor") from error
+    onnxruntime.disable_telemetry_events()  # where the program that calls us had imported it before
     return onnxruntime
 
 
@@ -98,6 +99,7 @@ def genai_tokenizer(folder: Path) -> Callable[[str], list[int]]:
         import onnxruntime_genai
     except ModuleNotFoundError as error:
         raise MissingExtra(GENAI, "onnx") from error
+    onnxruntime_genai.disable_telemetry_events()
     try:
         tokenizer = onnxruntime_genai.Tokenizer(str(folder))
     except Exception as error:  # RuntimeError, or what its reader of JSON throws

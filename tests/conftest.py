@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import edgekd  # noqa: F401 - before any test imports a library that it silences
+
 # A shared machine stalls now and then: a slow example is not a failing one.
 settings.register_profile("edgekd", deadline=None)
 settings.load_profile("edgekd")

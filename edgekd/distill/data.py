@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import EdgekdError, SpecError
 from ..files import atomic_file
+from ..privacy import online
 from .chat import render_chat
 from .corpus import stdlib_corpus
 
@@ -240,12 +241,11 @@ def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
         raise MissingExtra("datasets", "train") from error
     try:
         if spec.source == "hub":
-            rows = datasets.load_dataset(spec.name, split="train", streaming=True)
-        else:
+            with online():
+                yield from datasets.load_dataset(spec.name, split="train", streaming=True)
+        elif names := [str(file) for file in files if file.stat().st_size]:
             kind = {"jsonl": "json", "parquet": "parquet"}[spec.source]
-            names = [str(file) for file in files if file.stat().st_size]
-            rows = datasets.load_dataset(kind, data_files=names, split="train", streaming=True) if names else []
-        yield from rows
+            yield from datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
     except Exception as error:  # datasets raises many kinds, some of its own, some of pyarrow's
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
