@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgekd.benchmarks"}
 LAYERS = [
     {"errors", "llama_flags"},
-    {"files"},
+    {"files", "trial", "tokenizer_file"},
     {"spec"},
     {"student", "manifest", "plan", "session"},
     {"quant"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"cli", "optimum"},
 ]
 # Modules of one layer that may know each other; distill, targets, verify and benchmarks never do.
-SIBLINGS = {3}
+SIBLINGS = {1, 3}
 HEAVY = ["torch", "transformers", "datasets", "llama_cpp", "gguf", "plotly", "jinja2", "onnx", "coremltools"]
 
 
