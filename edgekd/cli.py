@@ -234,14 +234,18 @@ def verify(
 ) -> None:
     """Compare an artifact, run by its own runtime, with the model it was made from, in float32."""
     from .console import parity_table, watching
-    from .errors import GateFailed
+    from .errors import BadArtifact, GateFailed
+    from .files import check_writable
     from .manifest import add_proof, load_artifact
     from .pipeline import verify_artifact
     from .spec import Thresholds, VerifySpec
     from .student import resolve_model
+    from .targets import try_artifact
     from .verify.parity import judge
 
     loaded, folder = load_artifact(artifact), resolve_model(reference)
+    check_writable(loaded.folder, BadArtifact)
+    try_artifact(loaded)
     ids = _windows(folder, _documents(text, "test"), windows, context)
     spec = VerifySpec(windows=windows, context=context)
     with watching() as watcher:
@@ -293,12 +297,15 @@ def bench(
 ) -> None:
     """Measure TTFT, prefill and decode speed, memory and load time, each run in a fresh process."""
     from .console import bench_table, watching
+    from .errors import BadArtifact
+    from .files import check_writable
     from .manifest import add_proof, load_artifact
     from .pipeline import bench_artifact
     from .spec import BenchSpec
 
     spec = BenchSpec(decode_tokens=decode_tokens, runs=runs, threads=threads, **_given(prompt_tokens=prompt_tokens))
     loaded = load_artifact(artifact)
+    check_writable(loaded.folder, BadArtifact)
     with watching() as watcher:
         watcher.begin("bench")
         figures = bench_artifact(loaded, spec, lambda f, note: watcher.progress("bench", f, note))

@@ -19,12 +19,22 @@ from .trial import try_once
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_CHAINS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MAX_STEPS = 64
 _MAX_GROWTH = 64
 _MAX_PAD = 2**20
 _REMEDY = "Save the tokenizer again, without it."
-HARD_TEXTS = ["Hello, world! Grüße 你好 🚀 \x00", *(char * 4000 for char in "ax1 .!-_\n\t'é世")]
-"""Long runs, over which regular expressions backtrack."""
+_PLAIN_TEXT = "Hello, world! Grüße 你好 🚀 \x00"
+_RUN = 4000
+
+
+def hard_texts(path: Path | None) -> list[str]:
+    """Long runs of one character, over which regular expressions backtrack: of common ones, and of those that the
+    expressions of a ``tokenizer.json`` name."""
+    content = read_json(path) if path else {}
+    patterns = [_pattern(step) for key in _CHAINS for step in _steps(content.get(key))]
+    chars = dict.fromkeys("a1 .!-_\n\t'é世" + "".join(patterns))
+    return [_PLAIN_TEXT, *(char * _RUN + "\x01" for char in list(chars)[:_MAX_STEPS])]
 
 
 def check_tokenizer_file(path: Path, error: type[EdgekdError] = EdgekdError) -> dict[str, Any]:
@@ -37,7 +47,7 @@ def check_tokenizer_file(path: Path, error: type[EdgekdError] = EdgekdError) -> 
     data = read_json(path, error, "Save the tokenizer again.")
     if not isinstance(data.get("model"), dict):
         raise error(f"{path}: key 'model' holds no tokenizer.", "Save the tokenizer again.")
-    for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+    for key in _CHAINS:
         steps = _steps(data.get(key))
         if len(steps) > _MAX_STEPS:
             raise error(f"{path}: key {key!r} has {len(steps)} steps, more than {_MAX_STEPS}.", _REMEDY)
@@ -67,7 +77,7 @@ def run_trial(path: Path) -> None:
         EdgekdError: the tokenizers package refuses the file, or fails on a text.
     """
     tokenizer, _ = read_tokenizer_file(path)
-    for text in HARD_TEXTS:
+    for text in hard_texts(path):
         with tokenizer_errors(path):
             tokenizer.decode(tokenizer.encode(text).ids)
 
@@ -105,6 +115,13 @@ def _steps(value: Any) -> list[dict[str, Any]]:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     here = [value] if isinstance(value, dict) and "type" in value else []
     return here + [step for one in inner for step in _steps(one)]
+
+
+def _pattern(step: dict[str, Any]) -> str:
+    """Its regular expression, if it has one."""
+    pattern = step.get("pattern")
+    expression = pattern.get("Regex") if isinstance(pattern, dict) else None
+    return expression if isinstance(expression, str) else ""
 
 
 def _growth(step: dict[str, Any]) -> float:

@@ -20,7 +20,7 @@ from ..files import digest
 from ..manifest import Artifact, load_artifact
 from ..session import Session
 from ..spec import TargetSpec
-from ..tokenizer_file import HARD_TEXTS
+from ..tokenizer_file import hard_texts
 from ..trial import mark, try_once
 from ._recipes import load_recipe, recipe_names
 
@@ -37,6 +37,7 @@ __all__ = [
     "try_artifact",
 ]
 
+TOKENIZER = "tokenizer.json"
 TARGETS = {
     "gguf": "edgekd.targets.gguf",
     "onnx": "edgekd.targets.onnx",
@@ -148,7 +149,7 @@ def run_trial(folder: Path) -> None:
     module = _module(artifact.manifest.target)
     getattr(module, "inspect", lambda artifact: None)(artifact)
     session: Session = module.open(artifact, threads=1)
-    for text in HARD_TEXTS:
+    for text in hard_texts(artifact.path(TOKENIZER) if TOKENIZER in artifact.manifest.files else None):
         session.tokenize(text)
     session.token_bytes(contract.vocab_size - 1)
     ids = [0] * min(2, contract.context_length)

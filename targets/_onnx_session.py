@@ -255,9 +255,9 @@ class OnnxEngine:
 
     def feed_all(self, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids; logits of all."""
-        hidden = self._outputs(ids, start, HIDDEN)
+        head, hidden = self._head, self._outputs(ids, start, HIDDEN)
         try:
-            (logits,) = self._head.run(["logits"], {HIDDEN: hidden})
+            (logits,) = head.run(["logits"], {HIDDEN: hidden})
         except Exception as error:  # as above
             raise EdgekdError(f"{self._head_path}: onnxruntime failed: {_first_words(error)}.") from error
         return logits[0].astype(np.float32)
