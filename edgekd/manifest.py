@@ -105,16 +105,16 @@ class Artifact:
             raise BadArtifact(f"{path} is missing.", "Export the artifact again.")
         return path
 
-    def check_nothing_else(self, below: str = ".") -> None:
+    def check_nothing_else(self, below: str = "") -> None:
         """Refuse files that the manifest does not list, for a library that looks through a folder by itself.
 
         Args:
-            below: relative name of the folder to look through.
+            below: relative name of the folder to look through; default: the artifact's own.
 
         Raises:
             BadArtifact: names one.
         """
-        start = inside(self.folder, below, BadArtifact)
+        start = inside(self.folder, below, BadArtifact) if below else self.folder
         for folder, folders, names in os.walk(start):
             links = [name for name in folders if Path(folder, name).is_symlink()]
             for name in sorted([*names, *links]):
