@@ -235,16 +235,20 @@ def verify(
 ) -> None:
     """Compare an artifact, run by its own runtime, with the model it was made from, in float32."""
     from .console import parity_table, watching
-    from .errors import GateFailed
+    from .errors import BadArtifact, GateFailed
+    from .files import check_writable
     from .manifest import add_proof, load_artifact
     from .pipeline import verify_artifact
     from .spec import Thresholds, VerifySpec, of_options
     from .student import resolve_model
+    from .targets import try_artifact
     from .verify.parity import judge
 
     spec = of_options(VerifySpec, windows=windows, context=context)
     gate = of_options(Thresholds, kl_mean_max=kl_mean_max, top1_min=top1_min)
     loaded, folder = load_artifact(artifact), resolve_model(reference)
+    check_writable(loaded.folder, BadArtifact)
+    try_artifact(loaded)
     ids = _windows(folder, _documents(text, "test"), windows, context)
     with watching() as watcher:
         watcher.begin("verify")
@@ -294,6 +298,8 @@ def bench(
 ) -> None:
     """Measure TTFT, prefill and decode speed, memory and load time, each run in a fresh process."""
     from .console import bench_table, watching
+    from .errors import BadArtifact
+    from .files import check_writable
     from .manifest import add_proof, load_artifact
     from .pipeline import bench_artifact
     from .spec import BenchSpec, of_options
@@ -302,6 +308,7 @@ def bench(
         BenchSpec, prompt_tokens=prompt_tokens or None, decode_tokens=decode_tokens, runs=runs, threads=threads
     )
     loaded = load_artifact(artifact)
+    check_writable(loaded.folder, BadArtifact)
     with watching() as watcher:
         watcher.begin("bench")
         figures = bench_artifact(loaded, spec, lambda f, note: watcher.progress("bench", f, note))
@@ -338,10 +345,6 @@ def audit(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
             typer.echo(line)
     if seen.failures:
         raise GateFailed(f"{artifact}: the audit failed: " + "; ".join(seen.failures) + ".")
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command(epilog="Example: edgekd report runs/quickstart")

@@ -6,33 +6,44 @@ verification and benchmarks add what they measured; the report and the apps read
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import BadArtifact
-from .files import file_sha256, write_json
+from .files import file_sha256, inside, read_json, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
+MAX_TOKENS = 2**24
+"""More than any model's vocabulary or context."""
+Id = Annotated[int, Field(ge=0, lt=MAX_TOKENS)]
 
 
 class Contract(BaseModel):
     """What a program that runs the artifact must know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    context_length: int
-    vocab_size: int
-    bos_id: int | None
-    eos_ids: list[int]
+    context_length: int = Field(ge=1, le=MAX_TOKENS)
+    vocab_size: int = Field(ge=1, le=MAX_TOKENS)
+    bos_id: Id | None
+    eos_ids: list[Id] = Field(max_length=1024)
     add_bos: bool
     chat_template: str | None
     normalizer: Literal["NFC"] | None = None
     """Unicode normal form that the caller must bring text to, because the runtime's tokenizer does not."""
+
+    @model_validator(mode="after")
+    def _ids_are_in_the_vocabulary(self) -> Self:
+        for index in [*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])]:
+            if index >= self.vocab_size:
+                raise ValueError(f"id {index} is outside the vocabulary of {self.vocab_size}")
+        return self
 
 
 class Audit(BaseModel):
@@ -56,7 +67,7 @@ class Audit(BaseModel):
 class Manifest(BaseModel):
     """``manifest.json``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str
@@ -72,8 +83,8 @@ class Manifest(BaseModel):
     """How the grid's integers were chosen."""
     int8_by_width: list[str] = []
     """int8 matrices of the grid whose input width is not divisible by 32."""
-    parameters: int
-    bits_per_weight: float
+    parameters: int = Field(ge=1, le=10**15)
+    bits_per_weight: float = Field(gt=0, le=128, allow_inf_nan=False)
     contract: Contract
     versions: dict[str, str]
     details: dict[str, Any] | None = None
@@ -93,12 +104,45 @@ class Artifact:
     @property
     def main_file(self) -> Path:
         """The file the runtime opens."""
-        return self.folder / self.manifest.main_file
+        return self.path(self.manifest.main_file)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files but the manifest."""
-        return sum((self.folder / name).stat().st_size for name in self.manifest.files)
+        return sum(self.path(name).stat().st_size for name in self.manifest.files)
+
+    def path(self, name: str) -> Path:
+        """The path of a file that the manifest lists; what it does not list is never opened.
+
+        Raises:
+            BadArtifact: it is not listed, it leaves the folder, or it is missing.
+        """
+        if name not in self.manifest.files:
+            raise BadArtifact(f"{self.folder / MANIFEST} does not list {name!r:.200}.", "Export the artifact again.")
+        path = inside(self.folder, name, BadArtifact)
+        if not path.is_file():
+            raise BadArtifact(f"{path} is missing.", "Export the artifact again.")
+        return path
+
+    def check_nothing_else(self, below: str = "") -> None:
+        """Refuse files that the manifest does not list, for a library that looks through a folder by itself.
+
+        Args:
+            below: relative name of the folder to look through; default: the artifact's own.
+
+        Raises:
+            BadArtifact: names one.
+        """
+        start = inside(self.folder, below, BadArtifact) if below else self.folder
+        for folder, folders, names in os.walk(start):
+            links = [name for name in folders if Path(folder, name).is_symlink()]
+            for name in sorted([*names, *links]):
+                found = Path(folder, name).relative_to(self.folder).as_posix()
+                if found not in self.manifest.files and found != MANIFEST and not found.startswith("."):
+                    raise BadArtifact(
+                        f"{self.folder / MANIFEST} does not list {found!r:.200}, which the runtime may read.",
+                        "Remove that file, or export the artifact again.",
+                    )
 
 
 def first_complaint(error: ValidationError) -> str:
@@ -150,22 +194,25 @@ def load_artifact(folder: str | Path, *, check_files: bool = True) -> Artifact:
         BadArtifact: no manifest, an invalid one, a path outside the folder, a missing or changed file.
     """
     folder = Path(folder)
-    path = folder / MANIFEST
+    path = inside(folder, MANIFEST, BadArtifact)
     if not path.is_file():
         raise BadArtifact(f"{folder} is not an artifact: it has no {MANIFEST}.", "Make one with: edgekd export")
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate(read_json(path, BadArtifact, "Export the artifact again."))
     except ValidationError as error:
         raise BadArtifact(f"{path}: {first_complaint(error)}.", "Export the artifact again.") from error
-    for name in [manifest.main_file, *manifest.files]:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise BadArtifact(f"{path}: {name!r} leaves the artifact's folder.", "Do not use this artifact.")
+    artifact = Artifact(folder, manifest)
     if manifest.main_file not in manifest.files:
-        raise BadArtifact(f"{path}: main_file {manifest.main_file!r} is not among files.", "Export it again.")
+        raise BadArtifact(f"{path}: main_file {manifest.main_file!r:.200} is not among files.", "Export it again.")
     for name, expected in manifest.files.items():
-        if not (folder / name).is_file():
-            raise BadArtifact(f"{folder / name} is missing.", "Export the artifact again.")
-        if check_files and file_sha256(folder / name) != expected:
+        listed = artifact.path(name)
+        if check_files and _sha256(listed) != expected:
             raise BadArtifact(f"{folder / name} is not the file its manifest names.", "Export the artifact again.")
-    return Artifact(folder, manifest)
+    return artifact
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise BadArtifact(f"{path}: cannot be read: {error.strerror}.", "Copy it to a folder of your own.") from error

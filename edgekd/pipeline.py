@@ -687,7 +687,7 @@ def bench_artifact(
     """
     from .benchmarks.harness import bench
     from .benchmarks.metrics import Traffic, kv_bytes_per_position
-    from .targets import open_artifact, stand_in
+    from .targets import open_artifact, stand_in, try_artifact
 
     manifest = artifact.manifest
     if instead := stand_in(manifest.target):
@@ -701,6 +701,7 @@ def bench_artifact(
     def on_event(event: dict[str, Any]) -> None:
         tell(event["run"] / event["runs"], f"run {event['run']} of {event['runs']}")
 
+    try_artifact(artifact)  # here, not in the processes that are timed
     return bench(open_artifact, artifact, spec, traffic=traffic, on_event=on_event)
 
 

@@ -60,6 +60,9 @@ class Session(Protocol):
         """Reset, prefill ``ids`` and yield new tokens one at a time, the end-of-sequence token excluded and ending it.
 
         ``temperature`` 0 is greedy.
+
+        Raises:
+            ValueError: another call has changed the cache since the last token.
         """
         ...
 

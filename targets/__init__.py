@@ -9,15 +9,19 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import SpecError
+from ..errors import BadArtifact, SpecError
+from ..files import digest
 from ..manifest import Artifact, load_artifact
 from ..session import Session
 from ..spec import TargetSpec
+from ..tokenizer_file import hard_texts
+from ..trial import mark, try_once
 from ._recipes import load_recipe, recipe_names
 
 __all__ = [
@@ -30,8 +34,10 @@ __all__ = [
     "recipe_names",
     "stand_in",
     "target_modules",
+    "try_artifact",
 ]
 
+TOKENIZER = "tokenizer.json"
 TARGETS = {
     "gguf": "edgekd.targets.gguf",
     "onnx": "edgekd.targets.onnx",
@@ -112,14 +118,74 @@ def export(
     artifact: Artifact = _module(spec.target).export(
         student, spec, recipe, out_dir, name=name, grid=grid, moments=moments
     )
+    mark(_key(artifact))
     return artifact
+
+
+def try_artifact(artifact: Artifact) -> None:
+    """Open an artifact in a process of its own and run a token, unless this process, or the one that started it, has
+    made it or tried it already. ``open_artifact`` does so by itself.
+
+    Raises:
+        BadArtifact: the process died, or did not answer in time.
+        EdgekdError: and its children, as ``open_artifact``.
+    """
+    function = f"{__name__}:run_trial"
+    try:
+        try_once(_key(artifact), function, artifact.folder.absolute(), artifact.size_bytes, BadArtifact)
+    except BadArtifact as error:
+        raise BadArtifact(error.cause, f"{error.remedy} {_other_versions(artifact)}".strip()) from error
+
+
+def run_trial(folder: Path) -> None:
+    """What ``try_artifact`` runs: every call of a session, on little; the files' sums have been checked.
+
+    Raises:
+        BadArtifact: the logits are not one for each token of the vocabulary.
+        EdgekdError: and its children, as ``open_artifact``.
+    """
+    artifact = load_artifact(folder, check_files=False)
+    contract = artifact.manifest.contract
+    module = _module(artifact.manifest.target)
+    getattr(module, "inspect", lambda artifact: None)(artifact)
+    session: Session = module.open(artifact, threads=1)
+    for text in hard_texts(artifact.path(TOKENIZER) if TOKENIZER in artifact.manifest.files else None):
+        session.tokenize(text)
+    session.token_bytes(contract.vocab_size - 1)
+    ids = [0] * min(2, contract.context_length)
+    for all_logits in (True, False):
+        session.reset()
+        logits = session.prefill(ids, all_logits=all_logits)
+        if logits.shape[-1:] != (contract.vocab_size,):
+            raise BadArtifact(
+                f"{folder}: the model gives {logits.shape[-1]} logits for a vocabulary of {contract.vocab_size}.",
+                "Export the artifact again.",
+            )
+    if contract.context_length > len(ids):
+        session.decode(0)
+
+
+def _other_versions(artifact: Artifact) -> str:
+    """What of the exporter's packages has another version here."""
+    words = []
+    for package, made in artifact.manifest.versions.items():
+        with suppress(PackageNotFoundError):
+            if (here := version(package)) != made:
+                words.append(f"It was made with {package} {made}; this is {here}.")
+    return " ".join(words)
+
+
+def _key(artifact: Artifact) -> str:
+    """Digest of an artifact's files and of what the manifest says of them."""
+    return digest(artifact.manifest.model_dump(exclude={"parity", "benchmark"}))
 
 
 def open_artifact(artifact: Artifact | Path, *, threads: int | None = None) -> Session:
     """The artifact in its own runtime. Imports no transformers, and torch only where the runtime does: ExecuTorch.
 
     Args:
-        artifact: taken as checked when it is an ``Artifact``; a folder is checked against its sha256 sums first.
+        artifact: taken as checked when it is an ``Artifact``; a folder is checked against its sha256 sums first. It is
+            tried in a process of its own, see ``try_artifact``.
         threads: default: the physical cores.
 
     Raises:
@@ -128,5 +194,7 @@ def open_artifact(artifact: Artifact | Path, *, threads: int | None = None) -> S
     """
     if not isinstance(artifact, Artifact):
         artifact = load_artifact(artifact)
-    session: Session = _module(artifact.manifest.target).open(artifact, threads=threads)
+    module = _module(artifact.manifest.target)
+    try_artifact(artifact)
+    session: Session = module.open(artifact, threads=threads)
     return session

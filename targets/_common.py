@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..files import atomic_folder
-from ..manifest import Artifact, write_artifact
+from ..manifest import MANIFEST, Artifact, Contract, first_complaint, write_artifact
 from ..quant.recipe import Recipe
 from ..student import Checkpoint
 from ._source import open_source, source_fields
@@ -85,23 +86,76 @@ def check_size(path: Path, size: int) -> None:
     """Refuse a file that is not whole.
 
     Raises:
-        BadArtifact: it is missing, or of another size.
+        BadArtifact: it is of another size.
     """
-    found = path.stat().st_size if path.is_file() else -1
-    if found != size:
-        what = f"has {found} bytes, not {size}" if found >= 0 else "is missing"
-        raise BadArtifact(f"{path} {what}.", "Export the artifact again.")
+    if (found := path.stat().st_size) != size:
+        raise BadArtifact(f"{path} has {found} bytes, not {size}.", "Export the artifact again.")
 
 
-def details_of(artifact: Artifact) -> dict[str, Any]:
+def main_file(artifact: Artifact, name: str) -> Path:
+    """The file that the target's runtime opens, which apps find by the manifest's ``main_file``.
+
+    Raises:
+        BadArtifact: the manifest names another, or does not list it.
+    """
+    if artifact.manifest.main_file != name:
+        raise BadArtifact(
+            f"{artifact.folder}: main_file is {artifact.manifest.main_file!r:.200}, not {name!r}.",
+            "Export the artifact again.",
+        )
+    return artifact.main_file
+
+
+class Details(BaseModel):
+    """What a target's manifests have to say; each target adds its fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+D = TypeVar("D", bound=Details)
+
+
+class TokenizerProof(Details):
+    """Whether a runtime's own tokenizer gives the student's ids."""
+
+    used: str
+    """The runtime where it does, else ``tokenizers``."""
+    texts: int = Field(ge=0)
+    differ: int = Field(ge=0)
+    first: str | None
+    """The first text that differs, and how."""
+
+
+def details_of(artifact: Artifact, kind: type[D]) -> D:
     """What the exporter told of its artifact.
 
     Raises:
-        BadArtifact: it told nothing.
+        BadArtifact: a key is missing, unknown or of another type.
     """
-    if not artifact.manifest.details:
-        raise BadArtifact(f"{artifact.folder}: the manifest has no details.", "Export the artifact again.")
-    return artifact.manifest.details
+    try:
+        return kind.model_validate(artifact.manifest.details)
+    except ValidationError as error:
+        raise BadArtifact(
+            f"{artifact.folder / MANIFEST}: details: {first_complaint(error)}.", "Export the artifact again."
+        ) from error
+
+
+def check_contract(path: Path, contract: Contract, vocab_size: int, context_length: int) -> None:
+    """Compare the manifest's numbers with the model's own, before memory is taken for them.
+
+    Args:
+        vocab_size, context_length: what the model file says.
+
+    Raises:
+        BadArtifact: another vocabulary, or a longer context.
+    """
+    if contract.vocab_size != vocab_size:
+        what = f"a vocabulary of {vocab_size}, the manifest one of {contract.vocab_size}"
+    elif contract.context_length > context_length:
+        what = f"a context of {context_length}, the manifest one of {contract.context_length}"
+    else:
+        return
+    raise BadArtifact(f"{path} has {what}.", "Export the artifact again.")
 
 
 def cores(threads: int | None = None) -> int:

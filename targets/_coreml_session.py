@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import BadArtifact
+from ..manifest import Contract
+from ._common import check_contract
 from ._coreml_graph import MASKED
 
 
@@ -38,6 +40,22 @@ class Interpreted:
 
         self._program = Interpreter(package)
         self.reset()
+
+    def sizes(self) -> tuple[int, int]:
+        """Vocabulary and context length.
+
+        Raises:
+            BadArtifact: the program is not a decoder of this target.
+        """
+        logits, states = self._program.outputs.get("logits"), self._program.states.values()
+        lengths = [state.shape[3] for state in states if len(state.shape) == 5]
+        found = [logits.shape[-1] if logits and logits.shape else None, min(lengths, default=None)]
+        match found:
+            case [int(vocab_size), int(context_length)]:
+                return vocab_size, context_length
+        raise BadArtifact(
+            f"{self._program.path} is no decoder of this target: no logits, or no cache.", "Export it again."
+        )
 
     def reset(self) -> None:
         self._state = self._program.make_state()
@@ -88,8 +106,11 @@ def step_inputs(ids: Sequence[int], start: int, *, all_logits: bool) -> dict[str
 class CoremlEngine:
     """A Core ML decoder: the ``Engine`` protocol."""
 
-    def __init__(self, package: Path) -> None:
-        self._runner: Runner | None = open_runner(package)
+    def __init__(self, package: Path, contract: Contract) -> None:
+        runner = open_runner(package)
+        if isinstance(runner, Interpreted):
+            check_contract(package, contract, *runner.sizes())
+        self._runner: Runner | None = runner
 
     def feed(self, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids; logits of the last."""

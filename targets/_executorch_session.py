@@ -9,13 +9,9 @@ import ctypes
 import functools
 import hashlib
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ import numpy as np
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..manifest import Contract
-from ._common import check_size
 from ._session import BATCH_TOKENS
 
 PREFILL, ALL = "forward", "all_logits"
@@ -31,7 +26,6 @@ CHUNK = BATCH_TOKENS
 """Most tokens of a call: memory for the results of so many is planned."""
 ROWS = 128
 """Most tokens of a call of ``all_logits``."""
-_TRIAL_SECONDS = 120
 
 
 def runtime() -> Any:
@@ -97,46 +91,6 @@ def head_sha256(path: Path, size: int) -> str:
     """Hex digest of the first bytes of a file."""
     with path.open("rb") as file:
         return hashlib.sha256(file.read(size)).hexdigest()
-
-
-def check_program(path: Path, details: Mapping[str, Any], versions: Mapping[str, str]) -> None:
-    """Compare what the runtime parses with what was exported: on a changed byte there it may end the process. A program
-    of another ExecuTorch is tried in a process of its own.
-
-    Raises:
-        BadArtifact: it is another file, or this ExecuTorch does not run it.
-        MissingExtra: ExecuTorch is not installed.
-    """
-    check_size(path, details["file_bytes"])
-    if head_sha256(path, details["head_bytes"]) != details["head_sha256"]:
-        raise BadArtifact(f"{path} is not the program that was exported.", "Export the artifact again.")
-    try:
-        here, there = version("executorch"), versions["executorch"]
-    except PackageNotFoundError as error:
-        raise MissingExtra("executorch", "executorch") from error
-    if here != there and (reason := try_program(path)):
-        raise BadArtifact(
-            f"{path} was made by ExecuTorch {there}; this is {here}, which {reason}.",
-            f"Export the artifact again, or install executorch=={there}.",
-        )
-
-
-def try_program(path: Path) -> str:
-    """How a program fails to run in a process of its own; empty where it runs."""
-    code = (
-        "import sys; from pathlib import Path; from edgekd.targets import _executorch_session as s\n"
-        "with s.silent(): method = s.runtime().load_program(Path(sys.argv[1])).load_method(s.PREFILL)\n"
-        "import torch; method.execute([torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)])\n"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TRIAL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"does not answer within {_TRIAL_SECONDS} s"
-    if done.returncode < 0:
-        return f"dies of it by {signal.Signals(-done.returncode).name}"
-    last = (done.stderr.strip() or "without a word").splitlines()[-1]
-    return "" if done.returncode == 0 else f"refuses it: {last}"
 
 
 def set_threads(threads: int) -> None:
@@ -215,6 +169,20 @@ class ExecutorchEngine:
                 f"{self._path}: ExecuTorch does not load its method {name}: {error}.",
                 "Free memory, or export the artifact again.",
             ) from error
+
+    def number(self, name: str) -> int:
+        """What a method of the program says that takes nothing and gives a number.
+
+        Raises:
+            BadArtifact: there is none.
+        """
+        try:
+            values = self._method(name).execute([])
+        except RuntimeError as error:
+            raise BadArtifact(f"{self._path}: its method {name} fails: {error}.", "Export it again.") from error
+        if len(values) != 1 or not isinstance(values[0], int):
+            raise BadArtifact(f"{self._path}: its method {name} gives no number.", "Export the artifact again.")
+        return values[0]
 
     def feed(self, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids; logits of the last."""

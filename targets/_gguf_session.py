@@ -6,6 +6,7 @@ Shapes: ``T`` tokens, ``V`` vocabulary. Logits are float32.
 from __future__ import annotations
 
 import ctypes
+import os
 import unicodedata
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..manifest import Contract
+from ._common import check_contract
 from ._session import BATCH_TOKENS
 
 _log: deque[str] = deque(maxlen=40)
@@ -31,6 +33,7 @@ def runtime() -> Any:
         MissingExtra: it is not installed.
         EdgekdError: it is installed but does not load.
     """
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an assertion of ggml starts a debugger, which may hang
     try:
         import llama_cpp
     except ModuleNotFoundError as error:
@@ -105,6 +108,12 @@ class GgufEngine:
         self._contract = contract
         self._model = load_model(path)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self._vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        try:
+            check_contract(path, contract, self._vocab_size, self._lib.llama_model_n_ctx_train(self._model))
+        except BadArtifact:
+            self._lib.llama_model_free(self._model)
+            raise
         params = self._lib.llama_context_default_params()
         params.n_ctx = contract.context_length
         params.n_batch = params.n_ubatch = BATCH_TOKENS
@@ -118,7 +127,6 @@ class GgufEngine:
                 "Free memory, or export with a smaller context.",
             )
         self._memory = self._lib.llama_get_memory(self._context)
-        self._vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self._one = (self._lib.llama_token * 1)()
         self._one_batch = self._lib.llama_batch_get_one(self._one, 1)
         self._logits_address = 0

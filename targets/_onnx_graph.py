@@ -28,6 +28,8 @@ DATA_FILE = "model.onnx.data"
 HEAD_FILE = "head.onnx"
 HIDDEN = "hidden"
 POSITIONS = "position_ids"
+COSINES = "rotary.cos"
+"""Its first dimension is the context length."""
 MS = "com.microsoft"
 _PAGE = 4096
 BLOCK = GROUP
@@ -279,7 +281,7 @@ def build(arch: Architecture, settings: Settings) -> Models:
     lengths = _lengths(graph)
     table = (settings.context_length, arch.head_dim // 2)
     rotary = (
-        graph.store(Stored("rotary.cos", settings.activations, table, "cos", (), "plain")),
+        graph.store(Stored(COSINES, settings.activations, table, "cos", (), "plain")),
         graph.store(Stored("rotary.sin", settings.activations, table, "sin", (), "plain")),
     )
     total = _embedding(graph, "input_ids")

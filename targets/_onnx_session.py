@@ -6,7 +6,7 @@ faster. Shapes: ``T`` tokens, ``V`` vocabulary, ``C`` context length. Logits are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra
-from ._common import check_size
-from ._onnx_graph import DATA_FILE, HEAD_FILE, HIDDEN, POSITIONS
+from ..manifest import MAX_TOKENS, Artifact, Contract
+from ._common import check_contract, check_installed
+from ._onnx_graph import COSINES, HIDDEN, POSITIONS
 
 GENAI = "onnxruntime-genai"
 _LEAST_CAPACITY = 256
+_PAST = "past_key_values"
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -53,7 +55,7 @@ def choose_provider(wanted: Sequence[str]) -> str:
     """
     installed = runtime().get_available_providers()
     for name in wanted:
-        if PROVIDERS[name] in installed:
+        if PROVIDERS.get(name) in installed:
             return name
     raise EdgekdError(
         f"the artifact is for {', '.join(wanted)}; this onnxruntime has {', '.join(installed)}.",
@@ -84,8 +86,82 @@ def load(path: Path, provider: str, threads: int, *, light: bool = False) -> Any
             str(path), options, providers=list(dict.fromkeys([PROVIDERS[provider], "CPUExecutionProvider"]))
         )
     except Exception as error:  # its exceptions have no common parent but this
-        reason = " ".join(str(error).split())[:300]
-        raise BadArtifact(f"{path}: onnxruntime does not load it: {reason}.", "Export the artifact again.") from error
+        raise BadArtifact(
+            f"{path}: onnxruntime does not load it: {_first_words(error)}.", "Export the artifact again."
+        ) from error
+
+
+def _first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def check_graph(path: Path, artifact: Artifact, context_length: int | None = None) -> None:
+    """What onnxruntime does not check of a graph: every file that it names is the artifact's own.
+
+    Args:
+        context_length: for the decoder, whose table of the rotary embedding must be as long.
+
+    Raises:
+        BadArtifact: it is no graph, it names another file, or its table is shorter.
+        MissingExtra: onnx is not installed.
+    """
+    check_installed("onnx", "onnx")
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, which differs between its implementations
+        raise BadArtifact(f"{path} is no ONNX graph: {_first_words(error)}.", "Export the artifact again.") from error
+    for tensor in _tensors(model):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                artifact.path(entry.value)
+    if context_length is not None:
+        tables = [tensor for tensor in model.graph.initializer if tensor.name == COSINES and tensor.dims]
+        if not tables or min(tensor.dims[0] for tensor in tables) < context_length:
+            raise BadArtifact(
+                f"{path} has no table of the rotary embedding for a context of {context_length}.",
+                "Export the artifact again.",
+            )
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor of a graph, of its nodes' attributes, inner graphs and functions too."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if hasattr(value, "DESCRIPTOR") else value:
+                yield from _tensors(inner)
+
+
+def _check_nodes(path: Path, inputs: Sequence[Any], outputs: Mapping[str, Any]) -> None:
+    """Refuse a graph that is not a decoder with a cache, by its inputs and outputs.
+
+    Raises:
+        BadArtifact: names what is wrong.
+    """
+
+    def whole(node: Any, rank: int, *axes: int) -> bool:
+        lengths = [node.shape[axis] for axis in axes] if len(node.shape) == rank else [0]
+        return node.type in _NUMPY and all(isinstance(n, int) and 0 < n < MAX_TOKENS for n in lengths)
+
+    caches = [node for node in inputs if node.name.startswith(_PAST)]
+    other = {node.name for node in inputs} - {node.name for node in caches}
+    if not {"input_ids", "attention_mask"} <= other <= {"input_ids", "attention_mask", POSITIONS}:
+        what = f"takes {sorted(other)}"
+    elif wrong := [node.name for node in caches if not whole(node, 4, 1, 3) or _present(node.name) not in outputs]:
+        what = f"keeps no such cache as {wrong[0]!r}"
+    elif "logits" not in outputs or HIDDEN not in outputs or not whole(outputs["logits"], 3, 2):
+        what = f"gives no logits of a fixed vocabulary, but {sorted(outputs)}"
+    else:
+        return
+    raise BadArtifact(f"{path} is no decoder of this target: it {what:.300}.", "Export the artifact again.")
+
+
+def _present(past: str) -> str:
+    """The output that continues a cache."""
+    return past.replace(_PAST, "present", 1)
 
 
 def genai_tokenizer(folder: Path) -> Callable[[str], list[int]]:
@@ -110,22 +186,28 @@ def genai_tokenizer(folder: Path) -> Callable[[str], list[int]]:
 class OnnxEngine:
     """An ONNX decoder: the ``Engine`` protocol."""
 
-    def __init__(self, path: Path, context_length: int, details: Mapping[str, Any], threads: int) -> None:
-        check_size(path.with_name(DATA_FILE), details["data_bytes"])
-        self._provider = choose_provider(list(details["providers"]))
-        self._folder, self._context, self._threads = path.parent, context_length, threads
-        self._session: Any = load(path, self._provider, threads)
-        self._start()
+    def __init__(self, path: Path, head: Path, contract: Contract, provider: str, threads: int) -> None:
+        self._path, self._head_path, self._provider, self._threads = path, head, provider, threads
+        self._context = contract.context_length
+        self._session: Any = load(path, provider, threads)
+        self._start(contract)
 
-    def _start(self) -> None:
-        """Bind what stays the same from call to call."""
+    def _start(self, contract: Contract) -> None:
+        """Bind what stays the same from call to call.
+
+        Raises:
+            BadArtifact: the graph is not such a decoder's.
+        """
         lib = runtime()
+        outputs = {node.name: node for node in self._session.get_outputs()}
+        _check_nodes(self._path, self._session.get_inputs(), outputs)
+        logits = outputs["logits"]
+        check_contract(self._path, contract, logits.shape[2], self._context)
         self._many, self._one = self._session.io_binding(), self._session.io_binding()
         self._wants_positions = any(node.name == POSITIONS for node in self._session.get_inputs())
         self._capacity = 0
         self._arrays: dict[str, np.ndarray] = {}
         self._present: dict[str, Any] = {}
-        logits = self._session.get_outputs()[0]
         self._logits = np.empty((1, 1, logits.shape[2]), _NUMPY[logits.type])
         self._token = np.zeros((1, 1), np.int64)
         self._mask = np.ones((1, self._context), np.int64)
@@ -143,10 +225,10 @@ class OnnxEngine:
         doubled = max(_LEAST_CAPACITY, 2 ** (wanted - 1).bit_length())
         self._capacity = min(self._context, doubled) if grows else self._context
         for node in self._session.get_inputs():
-            if not node.name.startswith("past_key_values"):
+            if not node.name.startswith(_PAST):
                 continue
             shape, dtype = [1, node.shape[1], self._capacity, node.shape[3]], _NUMPY[node.type]
-            present = node.name.replace("past_key_values", "present")
+            present = _present(node.name)
             if grows:
                 grown = np.zeros(shape, dtype)
                 if present in self._arrays:
@@ -162,7 +244,7 @@ class OnnxEngine:
 
     @cached_property
     def _head(self) -> Any:
-        return load(self._folder / HEAD_FILE, self._provider, self._threads)
+        return load(self._head_path, self._provider, self._threads)
 
     def feed(self, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids; logits of the last."""
@@ -175,7 +257,11 @@ class OnnxEngine:
 
     def feed_all(self, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids; logits of all."""
-        (logits,) = self._head.run(None, {HIDDEN: self._outputs(ids, start, HIDDEN)})
+        head, hidden = self._head, self._outputs(ids, start, HIDDEN)
+        try:
+            (logits,) = head.run(["logits"], {HIDDEN: hidden})
+        except Exception as error:  # as above
+            raise EdgekdError(f"{self._head_path}: onnxruntime failed: {_first_words(error)}.") from error
         return logits[0].astype(np.float32)
 
     def _outputs(self, ids: Sequence[int], start: int, output: str) -> np.ndarray:
@@ -197,8 +283,7 @@ class OnnxEngine:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common parent but this
-            reason = " ".join(str(error).split())[:300]
-            raise EdgekdError(f"onnxruntime failed on {count} tokens: {reason}.") from error
+            raise EdgekdError(f"onnxruntime failed on {count} tokens: {_first_words(error)}.") from error
 
     def reset(self) -> None:
         """What is cached is written over."""

@@ -52,6 +52,7 @@ class DecoderSession:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, contract: Contract) -> None:
         self._engine: Engine | None = engine
         self._tokenizer, self._contract, self._used = tokenizer, contract, 0
+        self._turn = 0  # counts the calls that change the cache
 
     @property
     def vocab_size(self) -> int:
@@ -76,6 +77,7 @@ class DecoderSession:
 
     def reset(self) -> None:
         """Empty the cache."""
+        self._turn += 1
         self._open().reset()
         self._used = 0
 
@@ -85,6 +87,7 @@ class DecoderSession:
             raise ValueError("no ids to prefill")
         check_ids(ids, self.vocab_size)
         engine = self._room(len(ids))
+        self._turn += 1
         rows = []
         for i in range(0, len(ids), BATCH_TOKENS):
             piece = ids[i : i + BATCH_TOKENS]
@@ -99,18 +102,30 @@ class DecoderSession:
         """Append one id; its logits ``(V,)``."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
-        logits = self._room(1).feed((token,), self._used)
+        engine = self._room(1)
+        self._turn += 1
+        logits = engine.feed((token,), self._used)
         self._used += 1
         return logits
 
     def generate(
         self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[int]:
-        """Yield new tokens until an end-of-sequence token, ``max_tokens``, or a full cache."""
-        return generate(self, self._contract.eos_ids, ids, max_tokens, temperature, seed)
+        """Yield new tokens until an end-of-sequence token, ``max_tokens``, or a full cache.
+
+        Raises:
+            ValueError: another call has changed the cache since the last token.
+        """
+        tokens = generate(self, self._contract.eos_ids, ids, max_tokens, temperature, seed)
+        for count, token in enumerate(tokens, 1):
+            turn = self._turn
+            yield token
+            if self._turn != turn and count < max_tokens:
+                raise ValueError("the session was used by another call; this generation cannot go on")
 
     def close(self) -> None:
         """Free the runtime's memory."""
+        self._turn += 1
         if self._engine is not None:
             self._engine.close()
             self._engine = None

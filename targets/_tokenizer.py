@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra, Unsupported
 from ..manifest import Contract
+from ..tokenizer_file import read_tokenizer_file, tokenizer_errors
+from ._common import TokenizerProof
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER = "tokenizer.json"
 PROBES = (
     "", " ", "  ", "\n", "\t\n \n\n   \n", "Hello, world!", " leading and trailing  ", "def f(x):\n    return x + 1\n",
     "if a:\n\t\tb = {'k': [1, 2]}  # why?\n\n\n", "1 12 123 1234 12345 123456 3.14159 1,000,000 0x1F 1e-5 ١٢٣ ½",
@@ -127,29 +130,25 @@ def eos_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[int]:
 
 def compare_tokenizers(
     tokenizer: PreTrainedTokenizerFast, name: str, load: Callable[[], Callable[[str], list[int]]]
-) -> dict[str, Any]:
+) -> TokenizerProof:
     """Whether a runtime's own tokenizer gives the student's ids, id by id; where not, sessions use ``tokenizer.json``.
 
     Args:
         name: the runtime.
         load: makes its text → ids.
-
-    Returns:
-        ``used``, how many ``texts`` were compared and how many ``differ``, and the ``first`` that does.
     """
     texts = [*PROBES, *marked_texts(list(special_tokens(tokenizer)))]
-    told: dict[str, Any] = {"used": name, "texts": len(texts), "differ": 0, "first": None}
+    other, differ, first = "tokenizers", 0, ""
     try:
         encode = load()
     except EdgekdError as error:
-        return told | {"used": "tokenizers", "differ": len(texts), "first": error.cause}
+        return TokenizerProof(used=other, texts=len(texts), differ=len(texts), first=error.cause)
     for text in texts:
         expected, actual = list(tokenizer(text)["input_ids"]), encode(text)
         if actual != expected:
-            told["used"] = "tokenizers"
-            told["differ"] += 1
-            told["first"] = told["first"] or f"{text!r:.100}: {actual[:20]} instead of {expected[:20]}"
-    return told
+            differ += 1
+            first = first or f"{text!r:.100}: {actual[:20]} instead of {expected[:20]}"
+    return TokenizerProof(used=other if differ else name, texts=len(texts), differ=differ, first=first or None)
 
 
 class JsonTokenizer:
@@ -163,36 +162,34 @@ class JsonTokenizer:
 
     def __init__(self, path: Path, extra: str) -> None:
         try:
-            from tokenizers import Tokenizer
+            self._tokenizer, data = read_tokenizer_file(path, BadArtifact)
         except ModuleNotFoundError as error:
             raise MissingExtra("tokenizers", extra) from error
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-            data = json.loads(path.read_text("utf-8"))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise BadArtifact(f"{path}: not a readable tokenizer ({error}).", "Export the artifact again.") from error
+        self._path = path
         self._level = _byte_level(data)
         if not self._level and not data["model"].get("byte_fallback"):
             raise Unsupported(
-                f"{path}: tokens of a {data['model']['type']} tokenizer without bytes cannot be streamed.",
+                f"{path}: tokens of a {data['model'].get('type')} tokenizer without bytes cannot be streamed.",
                 "Use a byte-level BPE or a SentencePiece BPE tokenizer.",
             )
-        self._added = {token["id"]: (token["content"], token["special"]) for token in data["added_tokens"]}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {index: (token.content, token.special) for index, token in added.items()}
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it parsed, BOS and EOS added as the post-processor says."""
-        return list(self._tokenizer.encode(text).ids)
+        with tokenizer_errors(self._path):
+            return list(self._tokenizer.encode(text).ids)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; nothing for a special one and for an id without a token."""
         if token in self._added:
-            text, special = self._added[token]
-            return b"" if special else text.encode()
+            content, special = self._added[token]
+            return b"" if special else content.encode()
         text = self._tokenizer.id_to_token(token)
         if text is None:
             return b""
         if self._level:
-            return bytes(_BYTES[char] for char in text)
+            return bytes(_BYTES[char] for char in text) if _BYTES.keys() >= set(text) else text.encode()
         byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text)
         return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
 

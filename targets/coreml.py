@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from ..errors import Unsupported
 from ..files import file_sha256, write_json
 from ..manifest import Artifact, Contract
@@ -17,7 +19,7 @@ from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _coreml_graph as graph_
-from ._common import build_artifact, check_installed
+from ._common import Details, build_artifact, check_installed, details_of, main_file
 from ._coreml_session import CoremlEngine
 from ._decoder import (
     MAX_CACHE_BYTES,
@@ -30,7 +32,7 @@ from ._decoder import (
 )
 from ._recipes import load_recipe
 from ._session import DecoderSession
-from ._tokenizer import SessionTokenizer, check_has_tokenizer, contract_of
+from ._tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, contract_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,6 +42,15 @@ if TYPE_CHECKING:
 
 PACKAGE = "model.mlpackage"
 MINIMUM_IOS = 18
+
+
+class CoremlDetails(Details):
+    """What the manifest says of a Core ML artifact."""
+
+    minimum: dict[str, str]
+    """Version by system."""
+    compute_units: dict[str, str]
+    weight_bytes: int = Field(ge=0)
 
 
 def stand_in() -> str | None:
@@ -121,8 +132,11 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
         Unsupported: it has an operator that the interpreter does not know.
         MissingExtra: coremltools is not installed.
     """
-    tokenizer = SessionTokenizer(artifact.folder / "tokenizer.json", "coreml")  # Core ML has none
-    return DecoderSession(CoremlEngine(artifact.main_file.parent), tokenizer, artifact.manifest.contract)
+    details_of(artifact, CoremlDetails)
+    contract, package = artifact.manifest.contract, main_file(artifact, f"{PACKAGE}/Manifest.json").parent
+    artifact.check_nothing_else(PACKAGE)
+    tokenizer = SessionTokenizer(artifact.path(TOKENIZER), "coreml")  # Core ML has none
+    return DecoderSession(CoremlEngine(package, contract), tokenizer, contract)
 
 
 def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:
@@ -163,11 +177,11 @@ def _write(
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
         "versions": {package: version(package) for package in ("edgekd", "coremltools")},
-        "details": {
-            "minimum": {"ios": "18", "macos": "15"},
-            "compute_units": {"cpuAndGPU": "not run", "cpuAndNeuralEngine": "not run"},
-            "weight_bytes": (folder / PACKAGE / WEIGHT_FILE).stat().st_size,
-        },
+        "details": CoremlDetails(
+            minimum={"ios": "18", "macos": "15"},
+            compute_units={"cpuAndGPU": "not run", "cpuAndNeuralEngine": "not run"},
+            weight_bytes=(folder / PACKAGE / WEIGHT_FILE).stat().st_size,
+        ).model_dump(),
     }
 
 

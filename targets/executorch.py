@@ -12,12 +12,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EdgekdError, SpecError, Unsupported
+from pydantic import Field
+
+from ..errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
-from ._common import build_artifact, check_installed, cores, details_of
+from ._common import (
+    Details,
+    TokenizerProof,
+    build_artifact,
+    check_contract,
+    check_installed,
+    check_size,
+    cores,
+    details_of,
+    main_file,
+)
 from ._decoder import (
     MAX_CACHE_BYTES,
     Architecture,
@@ -27,10 +39,10 @@ from ._decoder import (
     check_weights,
     read_config,
 )
-from ._executorch_session import CHUNK, ExecutorchEngine, check_program, head_sha256, runner_tokenizer
+from ._executorch_session import CHUNK, ExecutorchEngine, head_sha256, runner_tokenizer
 from ._recipes import Real, load_recipe, real_of
 from ._session import DecoderSession
-from ._tokenizer import SessionTokenizer, check_has_tokenizer, compare_tokenizers, contract_of
+from ._tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, compare_tokenizers, contract_of
 
 if TYPE_CHECKING:
     from ..quant.folder import Grid
@@ -38,6 +50,26 @@ if TYPE_CHECKING:
 MAIN_FILE = "model.pte"
 PROVIDERS = {"cpu": "tested", "vulkan": "not run"}
 """``cpu`` is XNNPACK."""
+
+
+class ExecutorchDetails(Details):
+    """What the manifest says of an ExecuTorch artifact."""
+
+    providers: dict[str, str] = Field(min_length=1)
+    """The one that the program is lowered for, and whether it was tested."""
+    delegates: int = Field(ge=0)
+    delegated: dict[str, int]
+    """Nodes by operator, inside the delegates; and those outside."""
+    undelegated: dict[str, int]
+    undelegated_heavy: list[str]
+    chunk_tokens: int = Field(ge=1)
+    """Most tokens of a call."""
+    cache_bytes: int = Field(ge=0)
+    tokenizer: TokenizerProof
+    file_bytes: int = Field(ge=0)
+    head_bytes: int = Field(ge=0)
+    """What the runtime parses, before the weights; and its sum."""
+    head_sha256: str
 
 
 def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
@@ -109,16 +141,20 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
         EdgekdError: a program for Vulkan.
         MissingExtra: ExecuTorch is not installed.
     """
-    details, contract, path = details_of(artifact), artifact.manifest.contract, artifact.folder / "tokenizer.json"
-    if "cpu" not in details["providers"]:
+    details, contract = details_of(artifact, ExecutorchDetails), artifact.manifest.contract
+    path, tokenizer = main_file(artifact, MAIN_FILE), artifact.path(TOKENIZER)
+    if "cpu" not in details.providers:
         raise EdgekdError(
-            f"{artifact.folder}: the program is for {', '.join(details['providers'])}, which is not run here.",
+            f"{artifact.folder}: the program is for {', '.join(details.providers)}, which is not run here.",
             "Run it on a phone, or export with providers: [cpu].",
         )
-    check_program(artifact.main_file, details, artifact.manifest.versions)
-    encoder = partial(runner_tokenizer, path, contract) if details["tokenizer"]["used"] == "executorch" else None
-    engine = ExecutorchEngine(artifact.main_file, cores(threads))
-    return DecoderSession(engine, SessionTokenizer(path, "executorch", encoder), contract)
+    check_size(path, details.file_bytes)
+    if head_sha256(path, details.head_bytes) != details.head_sha256:  # a changed byte there may end the process
+        raise BadArtifact(f"{path} is not the program that was exported.", "Export the artifact again.")
+    encoder = partial(runner_tokenizer, tokenizer, contract) if details.tokenizer.used == "executorch" else None
+    engine = ExecutorchEngine(path, cores(threads))
+    check_contract(path, contract, engine.number("get_vocab_size"), engine.number("get_max_context_len"))
+    return DecoderSession(engine, SessionTokenizer(tokenizer, "executorch", encoder), contract)
 
 
 def _write(
@@ -151,19 +187,19 @@ def _write(
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
         "versions": {package: version(package) for package in ("edgekd", "executorch", "torch", "torchao")},
-        "details": {
-            "providers": {provider: PROVIDERS[provider]},
-            "delegates": lowered.delegates,
-            "delegated": lowered.delegated,
-            "undelegated": lowered.undelegated,
-            "undelegated_heavy": lowered.heavy,
-            "chunk_tokens": CHUNK,
-            "cache_bytes": cache_bytes(arch, context, 4),
-            "tokenizer": told,
-            "file_bytes": (folder / MAIN_FILE).stat().st_size,
-            "head_bytes": written.head_bytes,
-            "head_sha256": head_sha256(folder / MAIN_FILE, written.head_bytes),
-        },
+        "details": ExecutorchDetails(
+            providers={provider: PROVIDERS[provider]},
+            delegates=lowered.delegates,
+            delegated=lowered.delegated,
+            undelegated=lowered.undelegated,
+            undelegated_heavy=lowered.heavy,
+            chunk_tokens=CHUNK,
+            cache_bytes=cache_bytes(arch, context, 4),
+            tokenizer=told,
+            file_bytes=(folder / MAIN_FILE).stat().st_size,
+            head_bytes=written.head_bytes,
+            head_sha256=head_sha256(folder / MAIN_FILE, written.head_bytes),
+        ).model_dump(),
     }
 
 

@@ -15,7 +15,7 @@ from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _gguf_arch as arch_
 from . import _gguf_vocab as vocab_
-from ._common import build_artifact, cores
+from ._common import build_artifact, cores, main_file
 from ._decoder import check_context
 from ._gguf_session import GgufEngine, load_model, runtime, said, tokenize
 from ._recipes import load_recipe
@@ -86,7 +86,7 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
         MissingExtra: llama-cpp-python is not installed.
     """
     contract = artifact.manifest.contract
-    engine = GgufEngine(artifact.main_file, contract, cores(threads))
+    engine = GgufEngine(main_file(artifact, MAIN_FILE), contract, cores(threads))
     return DecoderSession(engine, engine, contract)
 
 
@@ -112,17 +112,17 @@ def _write(
         return _writer(arch, context_length, vocabulary, pre, name, file_type)
 
     pre = _prove(writer, vocabulary, tokenizer, folder / "vocabulary.gguf")
-    main_file = folder / MAIN_FILE
-    packed = folder / "f16.gguf" if recipe.native else main_file
+    path = folder / MAIN_FILE
+    packed = folder / "f16.gguf" if recipe.native else path
     file_type = "q4_0" if recipe.has_int4 else "q8_0" if recipe.on_grid else "f16"
     write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, source, rope_factors=arch.rope_factors)
     if recipe.native:
         importance = _importance(plan, checkpoint, moments) if recipe.needs_moments else {}
-        _quantize(packed, main_file, FILE_TYPES[recipe.native.type], importance)
+        _quantize(packed, path, FILE_TYPES[recipe.native.type], importance)
         packed.unlink()
     tokenizer.save_pretrained(folder)
     return {
-        "bits_per_weight": round(8 * _tensor_bytes(main_file) / checkpoint.parameters, 4),
+        "bits_per_weight": round(8 * _tensor_bytes(path) / checkpoint.parameters, 4),
         "contract": vocab_.contract(vocabulary, context_length),
         "versions": {package: version(package) for package in ("edgekd", "llama-cpp-python", "gguf")},
     }

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from ..errors import BadArtifact, SpecError, Unsupported
 from ..files import write_json
@@ -17,12 +19,38 @@ from ..session import Session
 from ..spec import TargetSpec
 from ..student import Checkpoint, load_tokenizer
 from . import _onnx_graph as graph_
-from ._common import build_artifact, check_installed, cores, details_of
+from ._common import (
+    Details,
+    TokenizerProof,
+    build_artifact,
+    check_installed,
+    check_size,
+    cores,
+    details_of,
+    main_file,
+)
 from ._decoder import Architecture, check_context, check_weights, read_config
-from ._onnx_session import GENAI, PROVIDERS, OnnxEngine, genai_tokenizer, load, runtime
+from ._onnx_session import (
+    GENAI,
+    PROVIDERS,
+    OnnxEngine,
+    check_graph,
+    choose_provider,
+    genai_tokenizer,
+    load,
+    runtime,
+)
 from ._recipes import Real, load_recipe, real_of
 from ._session import DecoderSession
-from ._tokenizer import CHATS, SessionTokenizer, chat_template, check_has_tokenizer, compare_tokenizers, contract_of
+from ._tokenizer import (
+    CHATS,
+    TOKENIZER,
+    SessionTokenizer,
+    chat_template,
+    check_has_tokenizer,
+    compare_tokenizers,
+    contract_of,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -34,6 +62,27 @@ if TYPE_CHECKING:
 MAIN_FILE = "model.onnx"
 TESTED = ("cpu",)
 _WITHOUT_KERNELS = ("coreml", "qnn", "nnapi")
+
+
+class ChatProof(Details):
+    """Whether onnxruntime-genai renders chats as the tokenizer does."""
+
+    chats: int = Field(ge=0)
+    differ: int = Field(ge=0)
+    first: str | None
+
+
+class OnnxDetails(Details):
+    """What the manifest says of an ONNX artifact."""
+
+    providers: dict[str, str] = Field(min_length=1)
+    """The preferred first, and whether it was tested."""
+    activations: Literal["float16", "float32"]
+    ops: dict[str, int]
+    """Nodes of the decoder by operator."""
+    data_bytes: int = Field(ge=0)
+    tokenizer: TokenizerProof
+    chat: ChatProof | None
 
 
 def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
@@ -101,11 +150,27 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
         EdgekdError: none of the artifact's execution providers is installed.
         MissingExtra: onnxruntime is not installed.
     """
-    details, contract = details_of(artifact), artifact.manifest.contract
-    engine = OnnxEngine(artifact.main_file, contract.context_length, details, cores(threads))
-    folder = artifact.folder
-    encoder = partial(genai_tokenizer, folder) if details["tokenizer"]["used"] == GENAI else None
-    return DecoderSession(engine, SessionTokenizer(folder / "tokenizer.json", "onnx", encoder), contract)
+    details, contract = details_of(artifact, OnnxDetails), artifact.manifest.contract
+    path, head = main_file(artifact, MAIN_FILE), artifact.path(graph_.HEAD_FILE)
+    check_size(artifact.path(graph_.DATA_FILE), details.data_bytes)
+    engine = OnnxEngine(path, head, contract, choose_provider(list(details.providers)), cores(threads))
+    encoder = None
+    if details.tokenizer.used == GENAI:
+        artifact.check_nothing_else()  # genai looks for the tokenizer's files itself
+        encoder = partial(genai_tokenizer, artifact.folder)
+    return DecoderSession(engine, SessionTokenizer(artifact.path(TOKENIZER), "onnx", encoder), contract)
+
+
+def inspect(artifact: Artifact) -> None:
+    """Read the graphs without onnxruntime, before it does.
+
+    Raises:
+        BadArtifact: one names files that are not the artifact's, or holds a shorter context.
+        MissingExtra: onnx is not installed.
+    """
+    context_length = artifact.manifest.contract.context_length
+    check_graph(main_file(artifact, MAIN_FILE), artifact, context_length)
+    check_graph(artifact.path(graph_.HEAD_FILE), artifact)
 
 
 def _write(
@@ -130,11 +195,6 @@ def _write(
     tokenizer.save_pretrained(folder)
     config = genai_config(arch, contract, tokenizer.pad_token_id, spec.providers, positions=settings.rotary_apart)
     write_json(folder / "genai_config.json", config)
-    told = {
-        "tokenizer": compare_tokenizers(tokenizer, GENAI, partial(genai_tokenizer, folder)),
-        "chat": _compare_chats(tokenizer, folder),
-    }
-
     models = graph_.build(arch, settings)
     (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
     (folder / graph_.HEAD_FILE).write_bytes(models.head.SerializeToString())
@@ -147,13 +207,14 @@ def _write(
         "contract": contract,
         "versions": {"edgekd": version("edgekd")}
         | {module.__name__.replace("_", "-"): module.__version__ for module in (onnxruntime, onnxruntime_genai, onnx)},
-        "details": {
-            "providers": {name: "tested" if name in TESTED else "not run" for name in spec.providers},
-            "activations": activations,
-            "ops": _histogram(models.decoder),
-            "data_bytes": (folder / graph_.DATA_FILE).stat().st_size,
-            **told,
-        },
+        "details": OnnxDetails(
+            providers={name: "tested" if name in TESTED else "not run" for name in spec.providers},
+            activations=activations,
+            ops=_histogram(models.decoder),
+            data_bytes=(folder / graph_.DATA_FILE).stat().st_size,
+            tokenizer=compare_tokenizers(tokenizer, GENAI, partial(genai_tokenizer, folder)),
+            chat=_compare_chats(tokenizer, folder),
+        ).model_dump(),
     }
 
 
@@ -193,7 +254,7 @@ def genai_config(
     }  # fmt: skip
 
 
-def _compare_chats(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any] | None:
+def _compare_chats(tokenizer: PreTrainedTokenizerFast, folder: Path) -> ChatProof | None:
     """Whether onnxruntime-genai's own template engine renders chats as the tokenizer does; None without a template.
 
     Sessions are fed rendered text, so a difference touches those alone who render by genai.
@@ -202,7 +263,7 @@ def _compare_chats(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str
 
     if not chat_template(tokenizer):
         return None
-    told: dict[str, Any] = {"chats": len(CHATS), "differ": 0, "first": None}
+    differ, first = 0, ""
     for chat in CHATS:
         expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         try:
@@ -211,9 +272,9 @@ def _compare_chats(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str
         except Exception as error:  # RuntimeError, or what its template engine throws
             actual = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if actual != expected:
-            told["differ"] += 1
-            told["first"] = told["first"] or f"{actual!r:.200} instead of {expected!r:.200}"
-    return told
+            differ += 1
+            first = first or f"{actual!r:.200} instead of {expected!r:.200}"
+    return ChatProof(chats=len(CHATS), differ=differ, first=first or None)
 
 
 def _prove(folder: Path) -> None:

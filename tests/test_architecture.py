@@ -12,7 +12,7 @@ FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgek
 LAYERS = [
     {"privacy"},
     {"", "errors", "llama_flags"},  # the package itself begins with privacy
-    {"files", "strict_yaml", "strace"},
+    {"files", "strict_yaml", "strace", "trial", "tokenizer_file"},
     {"spec"},
     {"student", "manifest", "plan", "session"},
     {"quant"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"cli", "optimum"},
 ]
 # Modules of one layer that may know each other; distill, targets, verify and benchmarks never do.
-SIBLINGS = {4}
+SIBLINGS = {2, 4}
 HEAVY = ["torch", "transformers", "datasets", "llama_cpp", "gguf", "plotly", "jinja2", "onnx", "coremltools"]
 
 

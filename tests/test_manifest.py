@@ -1,6 +1,7 @@
 """The artifact: valid only with a whole manifest, whole files, and no path that leaves the folder."""
 
 import json
+import os
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_a_missing_file(folder):
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside"])
 def test_paths_stay_inside(folder, name):
     _edit(folder, lambda m: m["files"].update({name: "0" * 64}))
-    with pytest.raises(BadArtifact, match=r"leaves the artifact's folder"):
+    with pytest.raises(BadArtifact, match=r"leaves the folder"):
         load_artifact(folder)
 
 
@@ -74,13 +75,71 @@ def test_a_link_to_the_outside(folder, tmp_path_factory):
     outside.write_text("secret")
     (folder / "link").symlink_to(outside)
     _edit(folder, lambda m: m["files"].update({"link": "0" * 64}))
-    with pytest.raises(BadArtifact, match=r"leaves the artifact's folder"):
+    with pytest.raises(BadArtifact, match=r"leaves the folder"):
         load_artifact(folder)
 
 
 def test_the_main_file_is_checked_too(folder):
     _edit(folder, lambda m: m.update(main_file=MANIFEST))
     with pytest.raises(BadArtifact, match=r"main_file"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "", ".", "loop", "sub", "pipe"])
+def test_names_that_are_no_files(folder, name):
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
+    _edit(folder, lambda m: m["files"].update({name: "0" * 64}))
+    with pytest.raises(BadArtifact):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("what", ["manifest.json", "model.bin", "sub"])
+def test_links_that_lead_out_are_refused(folder, tmp_path_factory, what):
+    outside = tmp_path_factory.mktemp("outside") / "it"
+    (folder / what).rename(outside)
+    (folder / what).symlink_to(outside)
+    with pytest.raises(BadArtifact, match="leaves the folder"):
+        load_artifact(folder)
+
+
+def test_only_listed_files_have_a_path(folder):
+    (folder / "unlisted").write_text("x")
+    artifact = load_artifact(folder)
+    assert artifact.path("sub/more.txt").read_text() == "more"
+    with pytest.raises(BadArtifact, match="does not list 'unlisted'"):
+        artifact.path("unlisted")
+    with pytest.raises(BadArtifact, match="does not list 'unlisted'"):
+        artifact.check_nothing_else()
+    artifact.check_nothing_else("sub")
+    (folder / "sub" / "more").symlink_to(folder)
+    with pytest.raises(BadArtifact, match="does not list 'sub/more'"):
+        artifact.check_nothing_else("sub")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"contract": {"context_length": 0}}, {"contract": {"context_length": -1}}, {"contract": {"context_length": 2**31}},
+        {"contract": {"context_length": 2**32}}, {"contract": {"context_length": 8.5}},
+        {"contract": {"context_length": "8"}}, {"contract": {"context_length": True}},
+        {"contract": {"context_length": float("nan")}}, {"contract": {"vocab_size": 0}},
+        {"contract": {"vocab_size": 2**63}}, {"contract": {"eos_ids": [4]}}, {"contract": {"eos_ids": [-1]}},
+        {"contract": {"eos_ids": [0] * 10**5}}, {"contract": {"bos_id": 4}}, {"contract": {"bos_id": -1}},
+        {"contract": {"normalizer": "NFKD"}}, {"contract": {"add_bos": 1}}, {"contract": []},
+        {"parameters": -1}, {"parameters": 2**70}, {"bits_per_weight": 0}, {"bits_per_weight": float("inf")},
+        {"bits_per_weight": float("nan")}, {"bits_per_weight": -4.0}, {"files": []}, {"files": {"model.bin": 7}},
+        {"details": []}, {"unknown": 1}, {"schema_version": 2}, {"main_file": None},
+    ],
+)  # fmt: skip
+def test_numbers_have_bounds_and_keys_a_type(folder, change):
+    def edit(manifest):
+        for key, value in change.items():
+            inner = isinstance(value, dict) and key == "contract"
+            manifest[key] = manifest[key] | value if inner else value
+
+    _edit(folder, edit)
+    with pytest.raises(BadArtifact, match=r"manifest\.json"):
         load_artifact(folder)
 
 

@@ -18,7 +18,7 @@ import typer
 
 from ...manifest import Artifact, load_artifact
 from ...spec import BenchSpec
-from ...targets import open_artifact
+from ...targets import open_artifact, try_artifact
 from ..harness import bench
 from ..metrics import median
 
@@ -49,6 +49,7 @@ def main(
 ) -> None:
     """Measure both in turns and print the ratios of the medians."""
     loaded = load_artifact(artifact)
+    try_artifact(loaded)  # here, not in the processes that are timed
     spec = BenchSpec(prompt_tokens=[prompt], decode_tokens=decode, runs=1, threads=threads)
     samples: dict[str, dict[str, list[float]]] = {
         "edgekd": {"prefill": [], "decode": [], "decode and sampling": []},

@@ -26,7 +26,7 @@ import typer
 
 from ...manifest import Artifact, load_artifact
 from ...spec import BenchSpec
-from ...targets import open_artifact
+from ...targets import open_artifact, try_artifact
 from ...targets._common import cores
 from ...targets._executorch_session import execute, runner_tokenizer, runtime, set_threads
 from ...targets._onnx_session import genai_tokenizer
@@ -154,6 +154,8 @@ def main(
 ) -> None:
     """Measure all in turns and print a table."""
     loaded = [load_artifact(folder) for folder in artifacts]
+    for artifact in loaded:
+        try_artifact(artifact)  # here, not in the processes that are timed
     contenders: list[tuple[str, Any, Artifact]] = [(a.folder.name, open_artifact, a) for a in loaded]
     peers = (("genai", Genai, genai), ("transformers", Transformers, transformers), ("export_llm", Program, pte))
     for name, opener, paths in peers:
