@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from ..checkpoint import Checkpoint
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..files import atomic_folder
 from ..manifest import Artifact, write_artifact
 from ..quant.recipe import Recipe
-from ..student import Checkpoint
 from ._source import open_source, source_fields
 
 if TYPE_CHECKING:

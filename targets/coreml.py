@@ -10,12 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import Checkpoint
 from ..errors import Unsupported
 from ..files import file_sha256, write_json
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
-from ..student import Checkpoint, load_tokenizer
+from ..student import load_tokenizer
 from . import _coreml_graph as graph_
 from ._common import build_artifact, check_installed
 from ._coreml_session import CoremlEngine

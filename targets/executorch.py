@@ -12,11 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import Checkpoint
 from ..errors import EdgekdError, SpecError, Unsupported
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
-from ..student import Checkpoint, load_tokenizer
+from ..student import load_tokenizer
 from ._common import build_artifact, check_installed, cores, details_of
 from ._decoder import (
     MAX_CACHE_BYTES,

@@ -10,12 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import Checkpoint
 from ..errors import BadArtifact, SpecError, Unsupported
 from ..files import write_json
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
-from ..student import Checkpoint, load_tokenizer
+from ..student import load_tokenizer
 from . import _onnx_graph as graph_
 from ._common import build_artifact, check_installed, cores, details_of
 from ._decoder import Architecture, check_context, check_weights, read_config

@@ -12,8 +12,8 @@ FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgek
 LAYERS = [
     {"errors", "llama_flags"},
     {"files"},
-    {"spec"},
-    {"student", "manifest", "plan", "session"},
+    {"spec", "architecture"},
+    {"checkpoint", "student", "manifest", "plan", "session"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest"},
