@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +62,19 @@ def resolve_model(reference: str, base: Path = Path()) -> Path:
     return folder
 
 
-def _quiet() -> None:
-    """Turn transformers' own progress bars off: the command line shows the progress."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and reports: the command line shows the progress, and our errors say
+    what is wrong."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -86,9 +94,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
         )
     except Exception as error:  # tokenizers raises Exception itself, transformers what a wrong type brings about
-        reason = str(error).strip().partition("\n")[0]
         raise EdgekdError(
-            f"{folder}: no usable tokenizer ({reason:.200}).", "Put its tokenizer.json there, or update edgekd."
+            f"{folder}: no usable tokenizer ({_reason(error)}).", "Put its tokenizer.json there, or update edgekd."
         ) from error
     rows, ids = Checkpoint(folder).decoder.vocab_size, vocabulary_size(tokenizer)
     if rows is not None and ids > rows:
@@ -145,21 +152,20 @@ def _fill(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _quiet()
     _check_plain(checkpoint)
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trusted)
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config, **trusted))
-        model, said = kind.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, device_map=device,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        with _quiet():
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trusted)
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config, **trusted))
+            model, said = kind.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, device_map=device, **told
+            )
     except Exception as error:  # a stranger's configuration: its classes raise whatever it brings about
-        reason = str(error).strip().replace("\n", " ")
         raise EdgekdError(
-            f"{checkpoint.folder}: cannot be loaded: {reason:.300}", "Check config.json against the weights."
+            f"{checkpoint.folder}: cannot be loaded: {_reason(error)}.", "Check config.json against the weights."
         ) from error
     _check_whole(checkpoint, said)
     return model
@@ -213,8 +219,8 @@ def save_model(
     Args:
         generation: the ``generation_config.json`` that it inherits; without one the model's own is written.
     """
-    _quiet()
-    model.save_pretrained(folder)
+    with _quiet():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if generation:
         shutil.copyfile(generation, folder / _GENERATION)
@@ -263,10 +269,15 @@ def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[model_type].from_dict(dict(config))
     except Exception as error:  # each class checks what it likes, and raises what it likes
-        reason = str(error).strip().rpartition("\n")[2].strip()
         raise SpecError(
-            f"student: no {model_type} can be built so: {reason:.300}", "Change student's sizes, or the teacher."
+            f"student: no {model_type} can be built so: {_reason(error)}.", "Change student's sizes, or the teacher."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of a library's error that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[1 if lines[0].endswith(':') and lines[1:] else 0].rstrip('.'):.300}"
 
 
 def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path = Path()) -> PreTrainedModel:

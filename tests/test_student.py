@@ -131,7 +131,10 @@ def test_a_fresh_student_takes_the_teachers_rope_base():
         init="config", architecture="llama", hidden_size=32, intermediate_size=48, layers=1, heads=1, kv_heads=1
     )
     for teacher in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}):
-        assert student_config(spec, {"vocab_size": 320} | teacher)["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
+        assert student_config(spec, {"vocab_size": 320} | teacher)["rope_parameters"] == {
+            "rope_type": "default",
+            "rope_theta": 5e5,
+        }
 
 
 def test_sliding_layers_stay_sliding_when_layers_go():
