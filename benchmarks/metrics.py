@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..architecture import read_decoder
+
 _BANDWIDTH_REPEATS = 7
 _MIN_BUFFER_BYTES = 256 * 2**20
 
@@ -39,10 +41,8 @@ class Traffic:
 
 def kv_bytes_per_position(config: Mapping[str, Any], bytes_per_value: int = 2) -> int:
     """Key-value bytes of one position from a model's ``config.json``; fp16 unless told otherwise."""
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * bytes_per_value)
+    decoder = read_decoder(config)
+    return 2 * decoder.size("num_hidden_layers") * decoder.kv_heads * decoder.head_size * bytes_per_value
 
 
 def figure(value: float | None, source: str, samples: Sequence[float] = ()) -> dict[str, Any] | None:

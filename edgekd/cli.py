@@ -202,9 +202,10 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Make an artifact for one runtime from a model folder."""
+    from .checkpoint import Checkpoint
     from .pipeline import export_model
     from .spec import TargetSpec, of_options
-    from .student import Checkpoint, resolve_model
+    from .student import resolve_model
     from .targets import check, load_recipe
 
     if out.exists():

@@ -27,11 +27,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from . import plan
+from .checkpoint import Checkpoint
 from .errors import EdgekdError, GateFailed, SpecError
 from .files import atomic_folder, digest, file_sha256, write_json
 from .manifest import Artifact, Audit, add_proof, load_artifact
 from .spec import BenchSpec, Method, QadSpec, Spec, TargetSpec, VerifySpec
-from .student import Checkpoint, init_student, load_model, load_tokenizer, resolve_model, save_model, student_config
+from .student import (
+    check_model,
+    generation_config,
+    init_student,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    save_model,
+    student_config,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +119,7 @@ def open_run(spec: Spec, *, base: Path, out: Path | None = None, words: Sequence
     teacher = resolve_model(spec.teacher.model, base)
     run = Run(spec, folder, base, teacher, words or ["edgekd", "run", spec.name])
     load_tokenizer(teacher, trust_remote_code=spec.teacher.trust_remote_code)
-    _ = Checkpoint(teacher).files
+    check_model(teacher, trust_remote_code=spec.teacher.trust_remote_code)
     _check_student(run)
     _check_lengths(run)
     spec.data.files(base)
@@ -123,7 +134,7 @@ def _check_student(run: Run) -> None:
         from .distill.signals import check_same_tokenizer
 
         folder = resolve_model(run.spec.student.model, run.base)
-        load_tokenizer(folder)
+        check_model(folder)
         check_same_tokenizer(run.teacher, folder)
 
 
@@ -183,7 +194,7 @@ def stages(run: Run, machine: plan.Machine) -> list[Stage]:
         "seed": spec.seed,
         "data": data_key,
         "teacher": teacher.digest,
-        "code": _code("distill", "student.py"),
+        "code": _code("distill", "student.py", "checkpoint.py", "architecture.py"),
     }
     distill = spec.distill.model_dump(exclude={"baseline"})
     labels = spec.distill.model_dump(exclude={"baseline", "loss", "temperature", "jsd_beta"})
@@ -373,10 +384,11 @@ def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float
     spec = run.spec
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=spec.teacher.trust_remote_code)
     model = init_student(spec.student, run.teacher, spec.seed, run.base)
+    generation = generation_config(spec.student, run.teacher, run.base)
     signal = None
     if distilled:
         teacher = load_model(run.teacher, trust_remote_code=spec.teacher.trust_remote_code)
-        signal = OnlineTeacher(teacher, len(tokenizer))
+        signal = OnlineTeacher(teacher, vocabulary_size(tokenizer))
     name = "student" if distilled else "baseline"
     work = run.folder / ".edgekd" / f"{name}-{key[:12]}"
 
@@ -385,7 +397,7 @@ def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float
         model, load_windows(data, "train"), load_windows(data, "validation"), spec.distill,
         signal=signal, seed=spec.seed, work_dir=work, on_event=_telling(tell),
     )  # fmt: skip
-    save_model(model, tokenizer, out)
+    save_model(model, tokenizer, out, generation)
     return figures | {"log": str((work / "log.jsonl").relative_to(run.folder))}
 
 
@@ -399,7 +411,7 @@ def _quality(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[st
         load_windows(run.path("data"), "test"), max(1, spec.data.max_test_tokens // spec.data.context)
     )
     teacher = load_model(run.teacher, trust_remote_code=spec.teacher.trust_remote_code)
-    signal = OnlineTeacher(teacher, len(load_tokenizer(run.teacher)))
+    signal = OnlineTeacher(teacher, vocabulary_size(load_tokenizer(run.teacher)))
     names = ["teacher", "student", *(["baseline"] if run.spec.distill.baseline else [])]
     quality: dict[str, Any] = {"baseline": None}
     for i, name in enumerate(names):
@@ -450,7 +462,7 @@ def _quantize_aware(
     spec, data = run.spec, run.path("data")
     settings = spec.quantize.qad
     trusted = spec.teacher.trust_remote_code
-    vocab_size = len(load_tokenizer(run.teacher, trust_remote_code=trusted))
+    vocab_size = vocabulary_size(load_tokenizer(run.teacher, trust_remote_code=trusted))
     if settings.teacher == "teacher":
         signal = OnlineTeacher(load_model(run.teacher, trust_remote_code=trusted), vocab_size)
     else:
@@ -480,7 +492,7 @@ def _measure_hops(run: Run, out: Path, tell: Callable[[float, str], None]) -> di
     from .verify.parity import compare
 
     trusted = run.spec.teacher.trust_remote_code
-    shared = len(load_tokenizer(run.teacher, trust_remote_code=trusted))
+    shared = vocabulary_size(load_tokenizer(run.teacher, trust_remote_code=trusted))
     student, windows, grids = load_model(run.path("student")), _verify_windows(run), _grids(run)
     tell(0, "student")
     teacher = load_model(run.teacher, trust_remote_code=trusted)
@@ -547,7 +559,7 @@ def quantize_model(
     )
     if not len(validation):
         raise EdgekdError(f"quantize: qad needs 20 windows of text, there are {len(calibration)}.", "Give more text.")
-    signal = OnlineTeacher(load_model(student), len(load_tokenizer(student)))
+    signal = OnlineTeacher(load_model(student), vocabulary_size(load_tokenizer(student)))
     return quantize_aware_distill(
         student, out, recipe, train, validation, qad, calibration_windows=calibration_windows, signal=signal, seed=seed,
         work_dir=out.with_name(out.name + ".training"), on_event=_telling(tell),

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from .architecture import Decoder, read_decoder
 from .errors import DoesNotFit
 from .spec import TrainingSpec
 
@@ -69,27 +70,32 @@ def _flops_per_s(dtype: str) -> float:
 
 def parameter_count(config: Mapping[str, Any]) -> int:
     """Weights of a Llama-like model from its ``config.json``; the tied head counts once."""
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    mlp = 3 * hidden * config["intermediate_size"]
-    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return layers * (attention + mlp) + embeddings
+    decoder = read_decoder(config)
+    embeddings = decoder.size("vocab_size") * decoder.size("hidden_size") * (1 if decoder.tie_word_embeddings else 2)
+    return decoder.size("num_hidden_layers") * _layer_parameters(decoder) + embeddings
+
+
+def _layer_parameters(decoder: Decoder) -> int:
+    hidden, heads = decoder.size("hidden_size"), decoder.size("num_attention_heads")
+    return hidden * (decoder.head_size * (2 * heads + 2 * decoder.kv_heads) + 3 * _mlp_width(decoder))
+
+
+def _mlp_width(decoder: Decoder) -> int:
+    """Units of the MLP; of families that name none, what most of them take."""
+    width = decoder.intermediate_size
+    return width if isinstance(width, int) else max(width or [4 * decoder.size("hidden_size")])
 
 
 def training_cost(
     student: Mapping[str, Any], teacher: Mapping[str, Any] | None, spec: TrainingSpec, context: int, machine: Machine
 ) -> Cost:
     """Cost of training: weights, gradients and two Adam moments in fp32, activations, logits, and the teacher."""
-    weights = parameter_count(student)
+    decoder, weights = read_decoder(student), parameter_count(student)
     taught = parameter_count(teacher) if teacher else 0
     tokens = spec.batch_size * context
-    activations = (
-        tokens * student["num_hidden_layers"] * (12 * student["hidden_size"] + 4 * student["intermediate_size"])
-    )
-    logits = tokens * student["vocab_size"] * (3 if teacher else 2)
+    width = 12 * decoder.size("hidden_size") + 4 * _mlp_width(decoder)
+    activations = tokens * decoder.size("num_hidden_layers") * width
+    logits = tokens * decoder.size("vocab_size") * (3 if teacher else 2)
     operations = spec.steps * spec.gradient_accumulation * tokens * (6 * weights + 2 * taught)
     return Cost(
         ram_bytes=_PROCESS_RAM + 4 * (4 * weights + taught + activations + logits),
@@ -101,8 +107,9 @@ def training_cost(
 def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: Machine) -> Cost:
     """Cost of running models in fp32 over ``tokens`` tokens each."""
     weights = sum(map(parameter_count, configs))
+    most_ids = max(read_decoder(config).size("vocab_size") for config in configs)
     return Cost(
-        ram_bytes=_PROCESS_RAM + 4 * (weights + 2 * 2048 * max(c["vocab_size"] for c in configs)),
+        ram_bytes=_PROCESS_RAM + 4 * (weights + 2 * 2048 * most_ids),
         disk_bytes=2**16,
         seconds=3 + 2 * weights * tokens / (machine.flops_per_s * _INFERENCE_SHARE),
     )
@@ -111,13 +118,13 @@ def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: M
 def calibration_cost(config: Mapping[str, Any], tokens: int, machine: Machine) -> Cost:
     """Cost of walking a model over calibration text one decoder layer at a time, some six passes over each, and of
     GPTQ's Hessians: the widest is square in the MLP's width."""
-    layer = parameter_count({**config, "num_hidden_layers": 1, "vocab_size": 0})
-    hidden = tokens * config["hidden_size"]
-    hessians = 4 * config["intermediate_size"] ** 2 + 3 * config["hidden_size"] ** 2
+    decoder = read_decoder(config)
+    hidden, width = decoder.size("hidden_size"), _mlp_width(decoder)
+    hessians = 4 * width**2 + 3 * hidden**2
     passes = inference_cost([config], 6 * tokens, machine)
-    products = 2 * config["num_hidden_layers"] * config["intermediate_size"] ** 2 * (tokens + config["hidden_size"])
+    products = 2 * decoder.size("num_hidden_layers") * width**2 * (tokens + hidden)
     return Cost(
-        ram_bytes=_PROCESS_RAM + 4 * (layer + 2 * hidden + hessians),
+        ram_bytes=_PROCESS_RAM + 4 * (_layer_parameters(decoder) + 2 * tokens * hidden + hessians),
         disk_bytes=export_cost(config, 5).disk_bytes,
         seconds=passes.seconds + products / (machine.flops_per_s * _INFERENCE_SHARE),
     )
@@ -125,7 +132,8 @@ def calibration_cost(config: Mapping[str, Any], tokens: int, machine: Machine) -
 
 def export_cost(config: Mapping[str, Any], bits_per_weight: float) -> Cost:
     """Cost of packing, one tensor in memory at a time; the largest is the embedding."""
-    largest = config["vocab_size"] * config["hidden_size"]
+    decoder = read_decoder(config)
+    largest = decoder.size("vocab_size") * decoder.size("hidden_size")
     size = int(parameter_count(config) * bits_per_weight / 8)
     return Cost(_PROCESS_RAM + 4 * 4 * largest, 2 * size + 2**22, 2 + size / 100e6)
 

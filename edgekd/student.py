@@ -1,30 +1,34 @@
-"""Models on disk: find, check, load, initialise and save.
+"""Models on disk: find, load, initialise and save.
 
 A *model folder* is what Hugging Face writes: ``config.json``, ``tokenizer.json``, one or more ``*.safetensors``.
-Shapes follow ``torch.nn.Linear``: weights are ``(out, in)``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .architecture import read_decoder
+from .checkpoint import EMBEDDING, Checkpoint
 from .errors import EdgekdError, SpecError
+from .files import read_json
 from .privacy import online
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from .spec import ConfigStudent, CutStudent, StudentSpec
+
+
+_GENERATION = "generation_config.json"
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def resolve_model(reference: str, base: Path = Path()) -> Path:
@@ -49,7 +53,7 @@ def resolve_model(reference: str, base: Path = Path()) -> Path:
         name = reference.removeprefix("hub:")
         try:
             with online():
-                return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+                return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise SpecError(
@@ -61,102 +65,26 @@ def resolve_model(reference: str, base: Path = Path()) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model folder read lazily: one tensor in memory at a time."""
-
-    folder: Path
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """``config.json``."""
-        path = self.folder / "config.json"
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise EdgekdError(f"{path}: not readable as JSON.", "Save the model again.") from error
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        """The safetensors file of every tensor, checked to be whole.
-
-        Raises:
-            EdgekdError: no safetensors, or a truncated file.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        found: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, "numpy") as file:
-                    found |= dict.fromkeys(file.keys(), path)
-            except SafetensorError as error:
-                raise EdgekdError(f"{path}: truncated or not safetensors ({error}).", "Copy it again.") from error
-        if not found:
-            raise EdgekdError(f"{self.folder}: no *.safetensors file.", "Other weight formats are not read.")
-        return found
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        from safetensors import safe_open
-
-        with safe_open(self.files[name], "numpy") as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in the dtype of the file."""
-        from safetensors import safe_open
-
-        with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    @contextmanager
-    def naming(self, name: str) -> Iterator[None]:
-        """Put a tensor and its file before an error that lacks its subject."""
-        try:
-            yield
-        except EdgekdError as error:
-            raise EdgekdError(f"{self.files[name]}: tensor {name!r} {error.cause}", error.remedy) from error
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights; a tied head counts once."""
-        import math
-
-        return sum(math.prod(self.shape(name)) for name in self if not (self.tied and name == "lm_head.weight"))
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding."""
-        return bool(self.config.get("tie_word_embeddings", False)) or "lm_head.weight" not in self.files
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over configuration, tokenizer and weights."""
-        whole = hashlib.sha256()
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model"):
-                whole.update(path.name.encode())
-                with path.open("rb") as file:
-                    whole.update(hashlib.file_digest(file, "sha256").digest())
-        return whole.hexdigest()
-
-
-def _quiet() -> None:
-    """Turn transformers' own progress bars off: the command line shows the progress."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and reports: the command line shows the progress, and our errors say
+    what is wrong."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder.
 
     Raises:
-        EdgekdError: none is there, or it has more ids than the model's embedding has rows.
+        EdgekdError: none is there, it cannot be read, or it has more ids than the model's embedding has rows.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -168,47 +96,153 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = loader.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise EdgekdError(f"{folder}: no usable tokenizer ({error}).", "Put its tokenizer.json there.") from error
-    rows = Checkpoint(folder).config.get("vocab_size")
-    if rows is not None and len(tokenizer) > rows:
+    except Exception as error:  # tokenizers raises Exception itself, transformers what a wrong type brings about
         raise EdgekdError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {rows} rows (config.json: vocab_size).",
+            f"{folder}: no usable tokenizer ({_reason(error)}).", "Put its tokenizer.json there, or update edgekd."
+        ) from error
+    rows, ids = Checkpoint(folder).decoder.vocab_size, vocabulary_size(tokenizer)
+    if rows is not None and ids > rows:
+        raise EdgekdError(
+            f"{folder}: the tokenizer has {ids} ids, the embedding {rows} rows (config.json: vocab_size).",
             "Use the model's own tokenizer, or resize the embedding.",
         )
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest id. The ids may have holes, so this is no count of tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model in evaluation mode; float32 unless ``dtype`` says otherwise.
 
     Raises:
-        EdgekdError: a file is missing or truncated, or the tensors do not fit the configuration.
+        EdgekdError: the folder cannot be read, or its tensors are not exactly those of the architecture.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from safetensors import safe_open
 
-    _quiet()
     checkpoint = Checkpoint(folder)
-    _ = checkpoint.files  # names a truncated file
+    with ExitStack() as opened:
+        files = {stored.file: None for stored in checkpoint.tensors.values()}
+        readers = {path: opened.enter_context(safe_open(path, "pt")) for path in files}
+        slices = {name: readers[at.file].get_slice(at.name) for name, at in checkpoint.tensors.items()}
+        return _fill(checkpoint, slices, dtype or torch.float32, None, trust_remote_code).eval()
+
+
+def check_model(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse what ``load_model`` would, without reading a weight.
+
+    Raises:
+        EdgekdError: the folder cannot be read, or its tensors are not exactly those of the architecture.
+    """
+    import torch
+
+    checkpoint = Checkpoint(folder)
+    hollow = {name: torch.empty(checkpoint.shape(name), device="meta") for name in checkpoint}
+    _fill(checkpoint, hollow, torch.float32, "meta", trust_remote_code)
+
+
+def _fill(
+    checkpoint: Checkpoint, tensors: dict[str, Any], dtype: torch.dtype, device: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with these tensors, which transformers may take under other names of its own.
+
+    Args:
+        tensors: by name, each a tensor or safetensors' lazy slice of one.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_plain(checkpoint)
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EdgekdError(f"{folder}: cannot be loaded: {reason}", "Check config.json against the weights.") from error
-    return model.eval()
+        with _quiet():
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trusted)
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config, **trusted))
+            model, said = kind.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, device_map=device, **told
+            )
+    except Exception as error:  # a stranger's configuration: its classes raise whatever it brings about
+        raise EdgekdError(
+            f"{checkpoint.folder}: cannot be loaded: {_reason(error)}.", "Check config.json against the weights."
+        ) from error
+    _check_whole(checkpoint, said)
+    return model
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a model folder. ``folder`` should be a temporary one that is renamed when whole."""
-    _quiet()
-    model.save_pretrained(folder)
+def _check_plain(checkpoint: Checkpoint) -> None:
+    """Refuse a quantized model, and more layers than there are tensors, which would be long in the making."""
+    where = checkpoint.folder / "config.json"
+    if checkpoint.decoder.quantization_config is not None:
+        method = checkpoint.decoder.quantization_config.get("quant_method")
+        raise EdgekdError(f"{where}: the model is quantized already ({method}).", "Give the model it was made from.")
+    layers = checkpoint.decoder.num_hidden_layers
+    if layers and layers > len(checkpoint):
+        raise EdgekdError(
+            f"{where}: num_hidden_layers: {layers} layers cannot be in {len(checkpoint)} tensors.",
+            "Check config.json against the weights.",
+        )
+
+
+def _check_whole(checkpoint: Checkpoint, said: Mapping[str, Any]) -> None:
+    """No weight may be left as it was made, none may be left over.
+
+    Args:
+        said: transformers' loading information.
+    """
+    remedy = "Save the model again, or check config.json against the weights."
+    for name, found, expected in sorted(said["mismatched_keys"]):
+        raise EdgekdError(
+            f"{checkpoint.folder}: tensor {name!r} has shape {tuple(found)}, by config.json {tuple(expected)}.", remedy
+        )
+    missing, extra = sorted(said["missing_keys"]), sorted(said["unexpected_keys"])
+    if missing:
+        same = next((name for name in extra if name.endswith(missing[0])), None)
+        instead = f"; there is {same!r}" if same else ""
+        raise EdgekdError(f"{checkpoint.folder}: tensor {missing[0]!r} is missing{instead}.", remedy)
+    if extra:
+        raise EdgekdError(
+            f"{checkpoint.folder}: tensor {extra[0]!r} has no place in the model that config.json describes "
+            f"({len(extra)} such).",
+            remedy,
+        )
+    if said["error_msgs"]:
+        raise EdgekdError(f"{checkpoint.folder}: cannot be loaded: {said['error_msgs'][0]:.300}", remedy)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, generation: Path | None = None
+) -> None:
+    """Write a model folder. ``folder`` should be a temporary one that is renamed when whole.
+
+    Args:
+        generation: the ``generation_config.json`` that it inherits; without one the model's own is written.
+    """
+    with _quiet():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if generation:
+        shutil.copyfile(generation, folder / _GENERATION)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes for the owner's eyes alone
+
+
+def generation_config(spec: StudentSpec, teacher_folder: Path, base: Path = Path()) -> Path | None:
+    """The ``generation_config.json`` that a student inherits: its tokenizer is the teacher's, and so are the ids that
+    end a text; what a student that exists says counts where the teacher says nothing.
+
+    Raises:
+        EdgekdError: it cannot be read.
+    """
+    folders = [teacher_folder, *([resolve_model(spec.model, base)] if spec.init == "checkpoint" else [])]
+    found = next((folder / _GENERATION for folder in folders if (folder / _GENERATION).is_file()), None)
+    if found:
+        read_json(found, remedy="Save the model again.")
+    return found
 
 
 def student_config(spec: StudentSpec, teacher: Mapping[str, Any], base: Path = Path()) -> dict[str, Any]:
@@ -219,13 +253,34 @@ def student_config(spec: StudentSpec, teacher: Mapping[str, Any], base: Path = P
         base: folder that relative paths start from.
 
     Raises:
-        SpecError: more layers or units than the teacher has, or heads that do not divide.
+        SpecError: more layers or units than the teacher has, heads that do not divide, or no such architecture.
     """
     if spec.init == "checkpoint":
         return Checkpoint(resolve_model(spec.model, base)).config
-    if spec.init == "cut":
-        return _cut_config(spec, teacher)
-    return _fresh_config(spec, teacher)
+    config = _cut_config(spec, teacher) if spec.init == "cut" else _fresh_config(spec, teacher)
+    _transformers_config(config)
+    return config
+
+
+def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+    """A ``config.json`` as transformers has it, once its own checks have passed."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise SpecError(f"no student can be built from model_type {model_type!r}.", "Use Llama, Qwen2 or Qwen3.")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+    except Exception as error:  # each class checks what it likes, and raises what it likes
+        raise SpecError(
+            f"student: no {model_type} can be built so: {_reason(error)}.", "Change student's sizes, or the teacher."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of a library's error that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[1 if lines[0].endswith(':') and lines[1:] else 0].rstrip('.'):.300}"
 
 
 def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path = Path()) -> PreTrainedModel:
@@ -242,33 +297,25 @@ def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path 
         SpecError: more layers or units than the teacher has, or a vocabulary other than the teacher's.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    teacher = Checkpoint(teacher_folder)
-    config = student_config(spec, teacher.config, base)
     if spec.init == "checkpoint":
         folder = resolve_model(spec.model, base)
-        ids = len(load_tokenizer(teacher_folder))
-        if config.get("vocab_size", ids) < ids:
+        rows, ids = Checkpoint(folder).decoder.vocab_size, vocabulary_size(load_tokenizer(teacher_folder))
+        if rows is not None and rows < ids:
             raise SpecError(
-                f"student.model: {folder} has {config['vocab_size']} embedding rows for {ids} ids of the teacher.",
+                f"student.model: {folder} has {rows} embedding rows for {ids} ids of the teacher.",
                 "Take a student with the teacher's tokenizer.",
             )
         return load_model(folder)
-    if spec.init == "cut":
-        _ = teacher.files  # names a truncated file before a model is built
-    model_type = config.get("model_type", "")
-    try:
-        hf_config = CONFIG_MAPPING[model_type].from_dict(config)
-    except (KeyError, ValueError, TypeError) as error:
-        raise EdgekdError(
-            f"{teacher_folder}: no student can be built from model_type {model_type!r}.", "Use Llama, Qwen2 or Qwen3."
-        ) from error
+    teacher = Checkpoint(teacher_folder)
+    _ = teacher.tensors  # names a damaged file before a model is built
+    config = _transformers_config(student_config(spec, teacher.config, base))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if spec.init == "cut":
-        _copy_cut(model, teacher, kept_layers(teacher.config["num_hidden_layers"], spec.layers))
+        _copy_cut(model, teacher, kept_layers(teacher.decoder.size("num_hidden_layers"), spec.layers))
     return model.eval()
 
 
@@ -281,9 +328,9 @@ def kept_layers(teacher_layers: int, layers: int) -> list[int]:
 
 
 def _cut_config(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
-    layers, width = teacher.get("num_hidden_layers"), teacher.get("intermediate_size")
-    if layers is None:
+    if "num_hidden_layers" not in teacher:
         raise SpecError("student.init: cut: the teacher's config.json has no num_hidden_layers.", "Use init: config.")
+    layers = read_decoder(teacher).size("num_hidden_layers")
     if spec.layers > layers:
         raise SpecError(
             f"student.layers: {spec.layers} layers cannot be cut from a teacher of {layers}.",
@@ -296,27 +343,37 @@ def _cut_config(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
         )
     config = {**teacher, "num_hidden_layers": spec.layers, "dtype": "float32"}
     config.pop("torch_dtype", None)
-    types = teacher.get("layer_types")
-    if types is None and teacher.get("use_sliding_window"):
-        first_sliding = teacher.get("max_window_layers", layers)
+    return config | _cut_layer_types(spec, teacher, layers) | _cut_widths(spec, teacher)
+
+
+def _cut_layer_types(spec: CutStudent, teacher: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    decoder = read_decoder(teacher)
+    types = decoder.layer_types
+    if types is None and decoder.use_sliding_window:
+        first_sliding = layers if decoder.max_window_layers is None else decoder.max_window_layers
         types = ["sliding_attention" if i >= first_sliding else "full_attention" for i in range(layers)]
-    if types is not None:
-        if len(types) != layers:
-            raise SpecError(
-                f"teacher.model: config.json names {layers} layers and {len(types)} layer_types.", "Save it again."
-            )
-        config["layer_types"] = [types[i] for i in kept_layers(layers, spec.layers)]
+    if types is None:
+        return {}
+    if len(types) != layers:
+        raise SpecError(
+            f"teacher.model: config.json names {layers} layers and {len(types)} layer_types.", "Save it again."
+        )
+    return {"layer_types": [types[i] for i in kept_layers(layers, spec.layers)]}
+
+
+def _cut_widths(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    decoder, widths = read_decoder(teacher), {}
     if spec.hidden_size is not None:
-        hidden = teacher["hidden_size"]
+        hidden = decoder.size("hidden_size")
         if spec.hidden_size > hidden:
             raise SpecError(
                 f"student.hidden_size: {spec.hidden_size} channels cannot be cut from a teacher of {hidden}.",
                 f"Set student.hidden_size to {hidden} or fewer.",
             )
         # The heads stay as they are, so their width no longer follows from the channels.
-        config["head_dim"] = teacher.get("head_dim") or hidden // teacher["num_attention_heads"]
-        config["hidden_size"] = spec.hidden_size
+        widths |= {"head_dim": decoder.head_size, "hidden_size": spec.hidden_size}
     if spec.intermediate_size is not None:
+        width = decoder.intermediate_size
         if not isinstance(width, int):
             raise SpecError("student.intermediate_size: the teacher's config.json has no such width.", "Leave it out.")
         if spec.intermediate_size > width:
@@ -324,11 +381,42 @@ def _cut_config(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
                 f"student.intermediate_size: {spec.intermediate_size} units cannot be cut from a teacher of {width}.",
                 f"Set student.intermediate_size to {width} or fewer.",
             )
-        config["intermediate_size"] = spec.intermediate_size
-    return config
+        widths["intermediate_size"] = spec.intermediate_size
+    return widths
 
 
 def _fresh_config(spec: ConfigStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    _check_heads(spec)
+    decoder = read_decoder(teacher)
+    rope = decoder.rope_parameters
+    context = (
+        {} if decoder.max_position_embeddings is None else {"max_position_embeddings": decoder.max_position_embeddings}
+    )
+    return {
+        # The special ids are named even where absent: these classes have defaults of their own.
+        "vocab_size": decoder.size("vocab_size"),
+        "bos_token_id": decoder.bos_token_id,
+        "eos_token_id": decoder.eos_token_id,
+        "pad_token_id": decoder.pad_token_id,
+        **context,
+        "model_type": spec.architecture,
+        "architectures": [_CLASSES[spec.architecture]],
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim or spec.hidden_size // spec.heads,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": (rope.rope_theta if rope else None) or decoder.rope_theta or 10000.0,
+        },
+        "tie_word_embeddings": spec.tie_embeddings,
+        "dtype": "float32",
+    }
+
+
+def _check_heads(spec: ConfigStudent) -> None:
     if spec.head_dim is None and spec.hidden_size % spec.heads:
         raise SpecError(
             f"student.heads: {spec.heads} heads do not divide student.hidden_size {spec.hidden_size}.",
@@ -343,25 +431,6 @@ def _fresh_config(spec: ConfigStudent, teacher: Mapping[str, Any]) -> dict[str, 
         raise SpecError(
             f"student.head_dim: {head_dim} is odd, and rotary embeddings turn pairs.", "Choose an even head_dim."
         )
-    classes = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-    rope = teacher.get("rope_parameters") or {}
-    theta = rope.get("rope_theta") or teacher.get("rope_theta") or 10000.0
-    kept = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-    return {
-        # The special ids are named even where absent: these classes have defaults of their own.
-        **{key: teacher.get(key) for key in kept if key in teacher or key.endswith("_token_id")},
-        "model_type": spec.architecture,
-        "architectures": [classes[spec.architecture]],
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": head_dim,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "tie_word_embeddings": spec.tie_embeddings,
-        "dtype": "float32",
-    }
 
 
 def _copy_cut(model: PreTrainedModel, teacher: Checkpoint, layers: list[int]) -> None:
@@ -369,13 +438,13 @@ def _copy_cut(model: PreTrainedModel, teacher: Checkpoint, layers: list[int]) ->
     import torch
 
     units: dict[int, torch.Tensor] = {}
-    before, after = teacher.config["hidden_size"], model.config.hidden_size
+    before, after = teacher.decoder.size("hidden_size"), model.config.hidden_size
     channels = _largest_channels(teacher, layers, after) if after < before else None
     for name, parameter in model.named_parameters():
         found = re.match(r"(.*\blayers\.)(\d+)(\..*)", name)
         layer = layers[int(found[2])] if found else None
         source = f"{found[1]}{layer}{found[3]}" if found else name
-        if source not in teacher.files:
+        if source not in teacher.tensors:
             raise EdgekdError(f"{teacher.folder}: has no tensor {source}.", "Check config.json against the weights.")
         weight = teacher.tensor(source)
         if weight.shape != parameter.shape and found and layer is not None and ".mlp." in name:
@@ -409,7 +478,7 @@ def _largest_channels(teacher: Checkpoint, layers: list[int], keep: int) -> torc
     embedding, and the output projections of the kept layers."""
     import torch
 
-    energy = teacher.tensor("model.embed_tokens.weight").float().square().mean(0)
+    energy = teacher.tensor(EMBEDDING).float().square().mean(0)
     for layer in layers:
         for part in ("self_attn.o_proj", "mlp.down_proj"):
             energy += teacher.tensor(f"model.layers.{layer}.{part}.weight").float().square().mean(1)
@@ -424,7 +493,7 @@ def _largest_units(teacher: Checkpoint, prefix: str, keep: int) -> torch.Tensor:
     import torch
 
     names = {part: f"{prefix}{part}_proj.weight" for part in ("gate", "up", "down")}
-    if not all(name in teacher.files for name in names.values()):
+    if not all(name in teacher.tensors for name in names.values()):
         raise SpecError(
             f"student.intermediate_size: {teacher.folder} has no gate, up and down projection under {prefix}",
             "Leave student.intermediate_size out.",

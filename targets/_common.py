@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..checkpoint import Checkpoint
 from ..errors import BadArtifact, EdgekdError, MissingExtra
 from ..files import atomic_folder
 from ..manifest import MANIFEST, Artifact, Contract, first_complaint, write_artifact
 from ..quant.recipe import Recipe
-from ..student import Checkpoint
 from ._source import open_source, source_fields
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..student import Checkpoint
+from ..checkpoint import Checkpoint
 from ._coreml import builder
 from ._coreml_graph import Graph, Stored, palette_rows
 from ._decoder import Architecture, rotary_tables

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..architecture import Decoder, Rope, read_decoder
+from ..checkpoint import EMBEDDING, HEAD, Checkpoint
 from ..errors import EdgekdError, SpecError, Unsupported
 from ..spec import TargetSpec
-from ..student import Checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ..quant.folder import Grid
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-IGNORED_SUFFIX = ".rotary_emb.inv_freq"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_CACHE_BYTES = 2 * 2**30
 """Of a key-value cache that is there in full from the start: about what a phone gives an app in all."""
 
@@ -53,42 +52,40 @@ def read_config(config: Mapping[str, Any], form: str) -> Architecture:
         form: the file format, for messages.
 
     Raises:
+        EdgekdError: a number that is needed is missing.
         Unsupported: an architecture or a setting that the exporters do not write.
     """
-    model_type = str(config.get("model_type"))
-    classes = config.get("architectures") or [_CLASSES.get(model_type)]
-    if model_type not in _CLASSES or classes != [_CLASSES[model_type]]:
+    decoder = read_decoder(config)
+    classes = decoder.architectures or [_CLASSES.get(decoder.model_type, "no architecture")]
+    if classes != [_CLASSES.get(decoder.model_type)] or "text_config" in config:
         raise Unsupported(
-            f"config.json: {', '.join(map(str, classes))} (model_type {model_type!r}) has no {form} export here.",
+            f"config.json: {', '.join(classes)} (model_type {decoder.model_type!r}) has no {form} export here.",
             "Use a student of the Llama, Qwen2 or Qwen3 architecture.",
         )
-    _refuse_odd_settings(config, model_type, form)
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        head_dim = int(config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads))
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        if heads % kv_heads:
-            raise Unsupported(
-                f"config.json: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}.",
-                "Check config.json.",
-            )
-        theta, factors = _rope(config, model_type, head_dim, form)
-        return Architecture(
-            name=model_type,
-            layers=int(config["num_hidden_layers"]),
-            hidden=hidden,
-            intermediate=int(config["intermediate_size"]),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            vocab_size=int(config["vocab_size"]),
-            context_length=int(config["max_position_embeddings"]),
-            rms_eps=float(config["rms_norm_eps"]),
-            rope_theta=theta,
-            rope_factors=factors,
+    _refuse_odd_settings(decoder, form)
+    heads = decoder.size("num_attention_heads")
+    if heads % decoder.kv_heads:
+        raise Unsupported(
+            f"config.json: num_attention_heads {heads} is not divisible by num_key_value_heads {decoder.kv_heads}.",
+            "Check config.json.",
         )
-    except KeyError as error:
-        raise EdgekdError(f"config.json: key {error} is missing.", "Save the model again.") from error
+    theta, factors = _rope(decoder, form)
+    if decoder.rms_norm_eps is None:
+        raise EdgekdError("config.json: key 'rms_norm_eps' is missing.", "Save the model again.")
+    return Architecture(
+        name=decoder.model_type,
+        layers=decoder.size("num_hidden_layers"),
+        hidden=decoder.size("hidden_size"),
+        intermediate=decoder.size("intermediate_size"),
+        heads=heads,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_size,
+        vocab_size=decoder.size("vocab_size"),
+        context_length=decoder.size("max_position_embeddings"),
+        rms_eps=decoder.rms_norm_eps,
+        rope_theta=theta,
+        rope_factors=factors,
+    )
 
 
 def check_context(spec: TargetSpec, arch: Architecture) -> None:
@@ -122,47 +119,55 @@ def cache_bytes(arch: Architecture, context_length: int, value_bytes: int) -> in
     return 2 * value_bytes * arch.layers * context_length * arch.kv_heads * arch.head_dim
 
 
-def _refuse_odd_settings(config: Mapping[str, Any], model_type: str, form: str) -> None:
-    layer_types = config.get("layer_types") or []
-    odd = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "attention_bias": model_type != "qwen2" and bool(config.get("attention_bias")),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "use_sliding_window": bool(config.get("use_sliding_window")),
-        "layer_types": any(kind != "full_attention" for kind in layer_types),
-    }
-    if config.get("quantization_config"):
+def _refuse_odd_settings(decoder: Decoder, form: str) -> None:
+    if decoder.quantization_config:
         raise Unsupported(
             "config.json: the model is quantized already (quantization_config).",
             "Give the student it was made from; a quantized student of edgekd goes behind --grid.",
         )
+    layer_types = decoder.layer_types or []
+    odd = {
+        "hidden_act": decoder.hidden_act != "silu",
+        "attention_bias": decoder.model_type != "qwen2" and bool(decoder.attention_bias),
+        "mlp_bias": bool(decoder.mlp_bias),
+        "use_sliding_window": bool(decoder.use_sliding_window),
+        "layer_types": any(kind != "full_attention" for kind in layer_types),
+    }
     for key in (key for key, is_odd in odd.items() if is_odd):
         raise Unsupported(
-            f"config.json: {key}: {config[key]!r:.80} has no {form} export for {model_type}.",
+            f"config.json: {key}: {getattr(decoder, key)!r:.80} has no {form} export for {decoder.model_type}.",
             "Train a student without it, or export another target.",
         )
 
 
-def _rope(config: Mapping[str, Any], model_type: str, head_dim: int, form: str) -> tuple[float, tuple[float, ...]]:
+def _rope(decoder: Decoder, form: str) -> tuple[float, tuple[float, ...]]:
     """Base of the rotary embedding and its scaling factors."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if kind == "default" and partial == 1.0 and not any(isinstance(value, dict) for value in parameters.values()):
+    rope = decoder.rope_parameters or decoder.rope_scaling or Rope()
+    kind = rope.rope_type or rope.type or "default"
+    theta = rope.rope_theta or decoder.rope_theta or 10000.0
+    partial = rope.partial_rotary_factor or decoder.partial_rotary_factor or 1.0
+    by_layer = any(isinstance(value, dict) for value in (rope.model_extra or {}).values())
+    if kind == "default" and partial == 1.0 and not by_layer:
         return theta, ()
-    if kind == "llama3" and model_type == "llama" and partial == 1.0:
-        return theta, _llama3_factors(parameters, theta, head_dim)
+    if kind == "llama3" and decoder.model_type == "llama" and partial == 1.0:
+        return theta, _llama3_factors(rope, theta, decoder.head_size)
     raise Unsupported(
-        f"config.json: rope_parameters: {dict(parameters)!r:.120} has no {form} export for {model_type}.",
+        f"config.json: rope_parameters: {rope.model_dump(exclude_none=True)!r:.120} has no {form} export for "
+        f"{decoder.model_type}.",
         "Supported: rope_type default, and llama3 for the Llama architecture.",
     )
 
 
-def _llama3_factors(parameters: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
+def _llama3_factors(rope: Rope, theta: float, head_dim: int) -> tuple[float, ...]:
     """Frequency divisors of Llama 3.1's rotary scaling (Llama 3 Herd of Models, 2024, and its reference code)."""
-    factor, original = float(parameters["factor"]), float(parameters["original_max_position_embeddings"])
-    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    factor, original = rope.factor, rope.original_max_position_embeddings
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    if factor is None or original is None or low is None or high is None or low >= high:
+        raise EdgekdError(
+            "config.json: rope_parameters: llama3 needs factor, original_max_position_embeddings, and low_freq_factor "
+            "below high_freq_factor.",
+            "Save the model again.",
+        )
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)
@@ -237,7 +242,7 @@ def check_weights(arch: Architecture, source: Checkpoint | Grid, form: str) -> N
                 "Check config.json against the weights.",
             )
     known = expected.keys() | ({HEAD} if source.tied else set())
-    extra = [name for name in shapes if name not in known and not name.endswith(IGNORED_SUFFIX)]
+    extra = [name for name in shapes if name not in known]
     if extra:
         raise Unsupported(
             f"{folder}: tensor {extra[0]!r} has no place in {form}'s {arch.name} ({len(extra)} such).",

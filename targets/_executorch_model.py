@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..checkpoint import Checkpoint
 from ..quant.folder import Grid
 from ..quant.grid import pack_int4
 from ..quant.recipe import GROUP, Kind
-from ..student import Checkpoint
 from ._decoder import EMBEDDING, HEAD, Architecture, rotary_tables
 from ._recipes import Real
 from ._source import narrow

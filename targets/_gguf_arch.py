@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import Checkpoint
 from ..errors import Unsupported
-from ..student import Checkpoint
 from . import _decoder
 from ._decoder import Architecture
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..checkpoint import Checkpoint
 from ..quant.recipe import GROUP
-from ..student import Checkpoint
 from ._gguf_arch import Weight
 from ._source import exact_half, narrow
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..student import Checkpoint
+from ..checkpoint import Checkpoint
 from ._decoder import Architecture, rotary_tables
 from ._onnx_graph import BLOCK, Stored, offsets
 from ._source import exact_half, narrow

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import Checkpoint
 from ..errors import EdgekdError
 from ..quant.recipe import Recipe
-from ..student import Checkpoint
 
 if TYPE_CHECKING:
     import numpy as np

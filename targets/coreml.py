@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ..checkpoint import Checkpoint
 from ..errors import Unsupported
 from ..files import file_sha256, write_json
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
-from ..student import Checkpoint, load_tokenizer
+from ..student import load_tokenizer
 from . import _coreml_graph as graph_
 from ._common import Details, build_artifact, check_installed, details_of, main_file
 from ._coreml_session import CoremlEngine

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ..checkpoint import Checkpoint
 from ..errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
-from ..student import Checkpoint, load_tokenizer
+from ..student import load_tokenizer
 from ._common import (
     Details,
     TokenizerProof,

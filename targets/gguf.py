@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import Checkpoint
 from ..errors import EdgekdError, MissingExtra, Unsupported
 from ..manifest import Artifact
 from ..session import Session
 from ..spec import TargetSpec
-from ..student import Checkpoint, load_tokenizer
+from ..student import load_tokenizer
 from . import _gguf_arch as arch_
 from . import _gguf_vocab as vocab_
 from ._common import build_artifact, cores, main_file

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ..checkpoint import Checkpoint
 from ..errors import BadArtifact, SpecError, Unsupported
 from ..files import write_json
 from ..manifest import Artifact, Contract
 from ..session import Session
 from ..spec import TargetSpec
-from ..student import Checkpoint, load_tokenizer
+from ..student import load_tokenizer
 from . import _onnx_graph as graph_
 from ._common import (
     Details,

@@ -13,8 +13,8 @@ LAYERS = [
     {"privacy"},
     {"", "errors", "llama_flags"},  # the package itself begins with privacy
     {"files", "strict_yaml", "strace", "trial", "tokenizer_file"},
-    {"spec"},
-    {"student", "manifest", "plan", "session"},
+    {"spec", "architecture"},
+    {"checkpoint", "student", "manifest", "plan", "session"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest", "audit"},

@@ -7,8 +7,9 @@ import sys
 import pytest
 import yaml
 
+from edgekd.checkpoint import Checkpoint
 from edgekd.spec import builtin_spec
-from edgekd.student import Checkpoint, resolve_model
+from edgekd.student import resolve_model
 
 pytest.importorskip("llama_cpp")
 

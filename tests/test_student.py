@@ -8,17 +8,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from edgekd.checkpoint import Checkpoint
 from edgekd.errors import EdgekdError, SpecError
 from edgekd.spec import StudentSpec
-from edgekd.student import (
-    Checkpoint,
-    init_student,
-    kept_layers,
-    load_model,
-    load_tokenizer,
-    save_model,
-    student_config,
-)
+from edgekd.student import init_student, kept_layers, load_model, load_tokenizer, save_model, student_config
 
 IDS = torch.arange(24).view(2, 12) * 13 % 320
 
@@ -138,12 +131,15 @@ def test_a_fresh_student_takes_the_teachers_rope_base():
         init="config", architecture="llama", hidden_size=32, intermediate_size=48, layers=1, heads=1, kv_heads=1
     )
     for teacher in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}):
-        assert student_config(spec, teacher)["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
+        assert student_config(spec, {"vocab_size": 320} | teacher)["rope_parameters"] == {
+            "rope_type": "default",
+            "rope_theta": 5e5,
+        }
 
 
 def test_sliding_layers_stay_sliding_when_layers_go():
     teacher = {
-        "num_hidden_layers": 5, "intermediate_size": 8, "use_sliding_window": True, "max_window_layers": 2,
+        "model_type": "qwen2", "num_hidden_layers": 5, "use_sliding_window": True, "max_window_layers": 2,
     }  # fmt: skip
     config = student_config(_spec(init="cut", layers=3), teacher)
     assert config["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..checkpoint import Checkpoint
 from ..errors import EdgekdError
-from ..student import Checkpoint, load_tokenizer
+from ..student import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,10 +83,10 @@ def check_same_tokenizer(teacher_folder: Path, student_folder: Path) -> int:
             raise EdgekdError(
                 f"{student_folder}: the tokenizer's {key} is {shown[1]}, but {shown[0]} in {teacher_folder}.", remedy
             )
-    shared = max(ours.values()) + 1
+    shared = vocabulary_size(teacher)
     for folder in (teacher_folder, student_folder):
-        rows = Checkpoint(folder).config.get("vocab_size", shared)
-        if rows < shared:
+        rows = Checkpoint(folder).decoder.vocab_size
+        if rows is not None and rows < shared:
             raise EdgekdError(
                 f"{folder}: the embedding has {rows} rows for {shared} ids of the tokenizer (config.json: vocab_size).",
                 "Resize the embedding.",

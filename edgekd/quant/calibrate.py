@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import Checkpoint
 from ..errors import EdgekdError
-from ..student import Checkpoint
 
 BATCH_TOKENS = 2048
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -240,7 +240,7 @@ def _calls(checkpoint: Checkpoint, base: Any, context: int) -> list[_Call]:
     layers, norm = base.layers, base.norm
     catchers = [_Catcher() for _ in layers]
     base.layers, base.norm = nn.ModuleList(catchers), nn.Identity()
-    ones = torch.ones((1, context, checkpoint.config["hidden_size"]))
+    ones = torch.ones((1, context, checkpoint.decoder.size("hidden_size")))
     try:
         with torch.no_grad():
             out = base(inputs_embeds=ones, use_cache=False).last_hidden_state
@@ -256,7 +256,7 @@ def _calls(checkpoint: Checkpoint, base: Any, context: int) -> list[_Call]:
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    if name not in checkpoint.files:
+    if name not in checkpoint.tensors:
         raise EdgekdError(f"{checkpoint.folder}: tensor {name!r} is missing.", "Save the student again.")
     return checkpoint.tensor(name)
 

@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
 
+from ..checkpoint import INDEX_FILE, Checkpoint
 from ..errors import DoesNotFit, EdgekdError
 from ..files import atomic_folder, write_json
 from ..manifest import first_complaint
-from ..student import Checkpoint
+from ..student import check_model
 from .grid import GROUP, check_finite, dequantize_int4, dequantize_int8, pack_int4, unpack_int4
 from .recipe import Kind, Recipe
 
@@ -50,7 +50,6 @@ Block = tuple[torch.Tensor, torch.Tensor]
 """Some rows of a matrix: q int8 ``(rows, I)`` and scale float32, ``(rows, G)`` for int4 and ``(rows,)`` for int8."""
 
 GRID_JSON = "grid.json"
-INDEX_JSON = "model.safetensors.index.json"
 SCALES_FILE = "grid.safetensors"
 SHARD_BYTES = 10**9
 BLOCK_WEIGHTS = 2**20
@@ -177,7 +176,7 @@ class Grid:
         stored = name if is_embedding(name) else f"{module}.weight_packed"
         scales = self._files.tensor(f"{module}.weight_scale").float()
         start = 0
-        for rows in _row_blocks(self._files.files[stored], stored, width):
+        for rows in self._files.rows(stored, _block_rows(width)):
             scale = scales[start : start + rows.shape[0]]
             start += rows.shape[0]
             if is_embedding(name):
@@ -228,13 +227,9 @@ def load_dequantized(grid: Grid) -> PreTrainedModel:
     return model.eval()
 
 
-def _row_blocks(path: Path, name: str, width: int) -> Iterator[torch.Tensor]:
-    """A stored matrix in pieces of whole rows, each of about ``BLOCK_WEIGHTS`` weights when a row holds ``width``."""
-    step = max(1, BLOCK_WEIGHTS // width)
-    with safe_open(path, "pt") as file:
-        matrix = file.get_slice(name)
-        for start in range(0, matrix.get_shape()[0], step):
-            yield matrix[start : start + step].contiguous()
+def _block_rows(width: int) -> int:
+    """How many rows of ``width`` weights are read at a time."""
+    return max(1, BLOCK_WEIGHTS // width)
 
 
 def _read(folder: Path) -> tuple[_GridFile, Grid]:
@@ -246,10 +241,10 @@ def _read(folder: Path) -> tuple[_GridFile, Grid]:
         recorded = _GridFile.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise EdgekdError(f"{path}: {first_complaint(error)}.", "Quantize the student again.") from error
-    files = Checkpoint(folder)
+    files = Checkpoint(folder, beside=SCALES_FILE)
     for name, kind in recorded.tensors.items():
         stored = [name] if kind == "plain" else [s.name for s in _storage(name, kind, (1, GROUP))]
-        if missing := [key for key in stored if key not in files.files]:
+        if missing := [key for key in stored if key not in files.tensors]:
             raise EdgekdError(f"{folder}: tensor {missing[0]!r} is missing.", "Quantize the student again.")
     return recorded, Grid(
         folder, recorded.recipe, recorded.method, recorded.grid_digest, recorded.student_digest,
@@ -365,11 +360,11 @@ class GridWriter:
         if scales:
             self._of |= dict.fromkeys((s.name for s in scales), _File(folder / SCALES_FILE, scales))
         size = sum(s.size_bytes for parts in self._stored.values() for s in parts if s.name in weight_map)
-        write_json(folder / INDEX_JSON, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         """The student's matrix, a few rows at a time, in the dtype of its file."""
-        return _row_blocks(self.source.files[name], name, self.source.shape(name)[1])
+        return self.source.rows(name, _block_rows(self.source.shape(name)[1]))
 
     def put(self, name: str, q: torch.Tensor, scale: torch.Tensor) -> None:
         """The next rows of a quantized matrix: q int8 ``(rows, I)``, scale float32 ``(rows, G)`` or ``(rows,)``.
@@ -411,7 +406,14 @@ class GridWriter:
         _copy_rest(self.source, self._folder, self.kinds)
         bits = _bits_per_weight(self.source, self.kinds, self._stored)
         written = Grid(
-            self._folder, recipe.name, method, "", self.source.digest, bits, self.kinds, Checkpoint(self._folder)
+            self._folder,
+            recipe.name,
+            method,
+            "",
+            self.source.digest,
+            bits,
+            self.kinds,
+            Checkpoint(self._folder, beside=SCALES_FILE),
         )
         recorded = _GridFile(
             schema_version=1, recipe=recipe.name, method=method, group_size=32, student_digest=self.source.digest,
@@ -536,7 +538,7 @@ def _copy_rest(source: Checkpoint, folder: Path, kinds: dict[str, Kind]) -> None
     quantization = _quantization_config(kinds, source.tied)
     write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
     for path in source.folder.iterdir():
-        if path.suffix in _COPIED and path.name not in ("config.json", INDEX_JSON, GRID_JSON):
+        if path.suffix in _COPIED and path.name not in ("config.json", INDEX_FILE, GRID_JSON):
             shutil.copyfile(path, folder / path.name)
 
 
@@ -560,4 +562,4 @@ def check_quantizes(out: Path, recipe: Recipe) -> None:
 def _check_student(source: Checkpoint) -> None:
     if "quantization_config" in source.config:
         raise EdgekdError(f"{source.folder}/config.json: the model is quantized already.", "Give the student itself.")
-    _ = source.files  # names a truncated file
+    check_model(source.folder)

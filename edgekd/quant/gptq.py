@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import Checkpoint
 from ..errors import EdgekdError
-from ..student import Checkpoint
 from .calibrate import Layer, Walk
 from .grid import (
     GROUP,

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from edgekd.checkpoint import Checkpoint
 from edgekd.errors import EdgekdError
 from edgekd.quant.calibrate import Walk, second_moments
-from edgekd.student import Checkpoint, load_model
+from edgekd.student import load_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from edgekd.checkpoint import Checkpoint
 from edgekd.errors import EdgekdError
 from edgekd.quant import gptq
 from edgekd.quant.calibrate import second_moments
@@ -23,7 +24,7 @@ from edgekd.quant.grid import (
 )
 from edgekd.quant.recipe import Kind
 from edgekd.quant.search import search_int4
-from edgekd.student import Checkpoint, load_model
+from edgekd.student import load_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -33,12 +33,13 @@ from cases import (
     spec_of,
 )
 from edgekd import targets
+from edgekd.checkpoint import Checkpoint
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.manifest import Artifact, load_artifact
 from edgekd.quant.folder import Grid, open_grid
 from edgekd.quant.grid import quantize_int8_rows
 from edgekd.session import Session
-from edgekd.student import Checkpoint, load_model
+from edgekd.student import load_model
 from edgekd.targets._coreml_pack import WeightFile, palettize
 from edgekd.targets._coreml_session import step_inputs
 from edgekd.targets.mil import Interpreter

@@ -22,12 +22,13 @@ pytest.importorskip("executorch")
 
 from cases import IDS, LLAMA3_ROPE, check_wrong_calls, export_to, mean_kl, reference, spec_of
 from edgekd import targets
+from edgekd.checkpoint import Checkpoint
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.manifest import Artifact, load_artifact
 from edgekd.quant.folder import open_grid
 from edgekd.quant.quantize import quantize
 from edgekd.session import Session, stream_text
-from edgekd.student import Checkpoint, load_model
+from edgekd.student import load_model
 from edgekd.targets import _executorch_lower, load_recipe
 from edgekd.targets import _executorch_session as session_
 from edgekd.targets._tokenizer import JsonTokenizer

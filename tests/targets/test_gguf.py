@@ -29,6 +29,7 @@ from cases import (
     spec_of,
 )
 from edgekd import targets
+from edgekd.checkpoint import Checkpoint
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.files import file_sha256
 from edgekd.manifest import Artifact, load_artifact
@@ -38,7 +39,6 @@ from edgekd.quant.grid import dequantize_int4, dequantize_int8, quantize_int4, q
 from edgekd.quant.quantize import quantize
 from edgekd.session import Session
 from edgekd.spec import TargetSpec
-from edgekd.student import Checkpoint
 from edgekd.targets import load_recipe
 
 TOLERANCE = 0.1
