@@ -18,6 +18,8 @@ from .files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
+PROOF = frozenset({"parity", "benchmark"})
+"""The keys that ``add_proof`` writes."""
 
 
 class Contract(BaseModel):

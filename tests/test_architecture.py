@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "llama_flags"},
     {"files"},
     {"spec"},
-    {"student", "manifest", "plan", "session"},
+    {"student", "manifest", "records", "plan", "session"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest"},
