@@ -158,7 +158,7 @@ def _left_by(name: str, of: str = ".+") -> int | None:
         of: pattern of the name that it was to become.
     """
     # Work that fills a temporary folder may make one of its own beside it, so the ending can stand twice.
-    named = re.fullmatch(rf"\.+{of}(?:\.(\d+)-[0-9a-f]{{16}}\.tmp)+", name)
+    named = re.fullmatch(rf"\.+{of}(?:\.(\d{{1,9}})-[0-9a-f]{{16}}\.tmp)+", name)
     return int(named[1]) if named else None
 
 
