@@ -12,13 +12,13 @@ kills, after a random time. Filling the disk needs root: the run's folder is a t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -105,8 +105,9 @@ def main() -> int:
 
 def prepare(folder: Path) -> None:
     """A teacher, some text and a spec; and the libraries in this process, without a thread of theirs."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     import torch
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
     from conftest import make_tiny_teacher
 
     torch.set_num_threads(1)
@@ -210,10 +211,8 @@ def attempt(run: Path, kind: Kind | None = None, at: int | None = None, after_s:
 
 def with_group(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process and those it started, if any is left."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _child(run: Path, kind: Kind | None, at: int | None, said: int, counted: Path) -> None:
