@@ -41,6 +41,9 @@ TextOption = Annotated[
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the spec's seed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="Compare every file of the finished stages with its sha256, not only its size.")
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")]
 
 
@@ -81,6 +84,7 @@ def run(
     out: OutOption = None,
     seed: SeedOption = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Do not fail on a missed threshold.")] = False,
+    check: CheckOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Do a whole run: distil, quantize, export, verify, benchmark, report. Run it again to go on after a stop."""
@@ -89,7 +93,7 @@ def run(
 
     opened = _open(spec, out, seed)
     with watching() as watcher:
-        results = run_stages(opened, watcher, report_only=report_only)
+        results = run_stages(opened, watcher, report_only=report_only, check=check)
     if as_json:
         return _print_json(results)
     for line in artifact_lines(results):
@@ -101,16 +105,17 @@ def run(
 def plan(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, as_json: JsonOption = False) -> None:
     """Show the stages, what is done already, and the RAM, disk and time each will need. Does no work."""
     from .console import plan_table
-    from .pipeline import is_done, stages
+    from .pipeline import stages, to_do
     from .plan import measure_machine, refuse_what_cannot_fit
 
     opened = _open(spec, out, seed)
     machine = measure_machine(opened.folder)
     chain = stages(opened, machine)
+    left = to_do(opened, chain)
     rows = [
         {
             "stage": stage.name,
-            "done": is_done(opened, stage),
+            "done": stage.name not in left,
             "ram_bytes": stage.cost.ram_bytes,
             "disk_bytes": stage.cost.disk_bytes,
             "seconds": round(stage.cost.seconds, 1),
@@ -122,19 +127,24 @@ def plan(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, as_
         _print_json({"folder": str(opened.folder), "stages": rows})
     else:
         plan_table(opened.folder, rows)
-    todo = {stage.name: stage.cost for stage in chain if not is_done(opened, stage)}
-    refuse_what_cannot_fit(todo, machine, opened.folder)
+    refuse_what_cannot_fit({s.name: s.cost for s in chain if s.name in left}, machine, opened.folder)
 
 
 @app.command(epilog="Example: edgekd distill quickstart")
-def distill(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, as_json: JsonOption = False) -> None:
+def distill(
+    spec: SpecArgument,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    check: CheckOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Train the student (and the label-only baseline), measure both, and stop there."""
     from .console import quality_table, watching
     from .pipeline import run_stages
 
     opened = _open(spec, out, seed)
     with watching() as watcher:
-        results = run_stages(opened, watcher, until="quality")
+        results = run_stages(opened, watcher, until="quality", check=check)
     if as_json:
         return _print_json({"student": str(opened.path("student")), "quality": results["quality"]})
     quality_table(results["quality"])
@@ -156,6 +166,7 @@ def quantize(
 ) -> None:
     """Choose the grid's integers once, for every target. A stopped qad goes on when the command is given again."""
     from .console import watching
+    from .files import check_writable
     from .pipeline import quantize_model
     from .quant.folder import check_quantizes
     from .spec import QadSpec, of_options
@@ -165,6 +176,7 @@ def quantize(
     training = of_options(QadSpec, steps=steps)
     chosen = load_recipe(recipe)
     check_quantizes(out, chosen)
+    check_writable(out)
     folder = resolve_model(model)
     count = None if method == "qad" else windows
     ids = None if method == "rtn" else _windows(folder, _documents(text, "train"), count, context)
@@ -203,6 +215,7 @@ def export(
 ) -> None:
     """Make an artifact for one runtime from a model folder."""
     from .checkpoint import Checkpoint
+    from .files import check_writable
     from .pipeline import export_model
     from .spec import TargetSpec, of_options
     from .student import resolve_model
@@ -210,6 +223,7 @@ def export(
 
     if out.exists():
         raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
+    check_writable(out)
     spec = of_options(TargetSpec, target=target, recipes=[recipe], context=context, providers=provider or None)
     folder = resolve_model(model)
     check(Checkpoint(folder).config, folder, spec)
@@ -356,12 +370,12 @@ def report(
 ) -> None:
     """Write the report of a run again from its results."""
     from .benchmarks.report import build
-    from .files import read_json
+    from .files import read_sealed
+    from .pipeline import RESULTS
 
-    path = run_folder / "results.json"
-    if not path.is_file():
-        raise EdgekdError(f"{run_folder}: no results.json.", "Finish the run first: edgekd run SPEC.")
-    results = read_json(path, remedy="Run the spec again.")
+    if not (run_folder / RESULTS).is_file():
+        raise EdgekdError(f"{run_folder}: no {RESULTS}.", "Finish the run first: edgekd run SPEC.")
+    results = read_sealed(run_folder / RESULTS, remedy="Write it again: edgekd run SPEC.")
     written = build(results, out or run_folder / "report.html")
     if as_json:
         return _print_json({"report": str(written)})
@@ -412,13 +426,14 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command(epilog="Example: edgekd init my-model.yaml && edgekd plan my-model.yaml")
 def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("edgekd.yaml")) -> None:
     """Write a commented spec to start from."""
-    from .files import write_text
+    from .files import check_writable, write_text
     from .spec import builtin_spec
 
     template = builtin_spec("template")
     assert template is not None
     if os.path.lexists(path):
         raise EdgekdError(f"{path} exists.", "Remove it, or name another file.")
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, template.read_text("utf-8"))
     typer.echo(f"{path}: edit it, then: edgekd plan {path}")

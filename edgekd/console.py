@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,15 +54,34 @@ class Bars:
             STDERR.print(f"{stage}: {note or f'{seconds:.1f} s'}", highlight=False)
 
 
+class _Remarks(logging.Handler):
+    """Shows what the package warns of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        STDERR.print(record.getMessage(), style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    logger, handler = logging.getLogger("edgekd"), _Remarks()
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
 @contextmanager
 def watching() -> Iterator[Bars]:
-    """Progress bars on stderr while the body runs; Ctrl-C ends it with a word on how to go on, exit code 130."""
+    """Progress bars and warnings on stderr while the body runs; Ctrl-C says how to go on, and exits with 130."""
     columns = (
         TextColumn("{task.description:<35}"), BarColumn(bar_width=16), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )  # fmt: skip
     try:
-        with Progress(*columns, console=STDERR, disable=not STDERR.is_terminal) as progress:
+        with _remarks(), Progress(*columns, console=STDERR, disable=not STDERR.is_terminal) as progress:
             yield Bars(progress)
     except KeyboardInterrupt:
         typer.echo("Interrupted. Finished stages are kept; the same command goes on from here.", err=True)

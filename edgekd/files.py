@@ -13,8 +13,8 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -63,8 +63,13 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: ``path`` exists and is not to be replaced, or cannot be written.
     """
+    import psutil
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    for entry in path.parent.iterdir():
+        if (pid := _left_by(entry.name, re.escape(path.name))) and not psutil.pid_exists(pid):
+            with suppress(OSError):
+                remove(entry)
     temporary = _temporary(path)
     temporary.mkdir()
     try:
@@ -73,17 +78,37 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for name in names:
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        if replace and path.exists():
+        if replace and os.path.lexists(path):
             old = _temporary(path)
             path.rename(old)
             temporary.rename(path)
-            shutil.rmtree(old)
+            remove(old)
         else:
             temporary.rename(path)
         _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of what they were writing, anywhere below a folder that this process holds."""
+    import psutil
+
+    for parent, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            # This process has written nothing yet: its number was an earlier one's, as it often is in a container.
+            if (pid := _left_by(name)) and (pid == os.getpid() or not psutil.pid_exists(pid)):
+                with suppress(OSError):
+                    remove(Path(parent, name))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link but not what it names; nothing is fine too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -130,19 +155,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
 
 
-def _sweep(path: Path) -> None:
-    """Remove what processes that are no more left beside ``path``."""
-    import psutil
+def _left_by(name: str, of: str = ".+") -> int | None:
+    """The process that began to write under a temporary name; None for every other name.
 
+    Args:
+        of: pattern of the name that it was to become.
+    """
     # Work that fills a temporary folder may make one of its own beside it, so the ending can stand twice.
-    left = re.compile(rf"\.+{re.escape(path.name)}(?:\.(\d+)-[0-9a-f]{{16}}\.tmp)+")
-    for entry in path.parent.iterdir():
-        named = left.fullmatch(entry.name)
-        if named and not psutil.pid_exists(int(named[1])):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+    named = re.fullmatch(rf"\.+{of}(?:\.(\d{{1,9}})-[0-9a-f]{{16}}\.tmp)+", name)
+    return int(named[1]) if named else None
 
 
 def _sync(path: Path) -> None:
@@ -154,6 +175,15 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+SEAL = "sha256"
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object together with the digest of itself, by which ``read_sealed`` sees damage."""
+    plain = json.loads(json.dumps(value))  # as it will be read: every key a string
+    write_json(path, {**plain, SEAL: digest(plain)})
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -205,6 +235,18 @@ def read_json(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = 
         raise error(f"{path}: not readable as JSON ({_short(reason)}).", remedy) from reason
     if not isinstance(value, dict):
         raise error(f"{path}: holds a {type(value).__name__}, not an object with keys.", remedy)
+    return value
+
+
+def read_sealed(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = "Save it again.") -> dict[str, Any]:
+    """What ``write_sealed`` wrote.
+
+    Raises:
+        EdgekdError: as ``read_json``, or the object is not the one that was written.
+    """
+    value = read_json(path, error, remedy)
+    if value.pop(SEAL, None) != digest(value):
+        raise error(f"{path}: is not what was written.", remedy)
     return value
 
 

@@ -22,6 +22,8 @@ SCHEMA_VERSION: Literal[1] = 1
 MAX_TOKENS = 2**24
 """More than any model's vocabulary or context."""
 Id = Annotated[int, Field(ge=0, lt=MAX_TOKENS)]
+PROOF = frozenset({"parity", "benchmark", "audit"})
+"""The keys that ``add_proof`` writes."""
 
 
 class Contract(BaseModel):

@@ -2,14 +2,15 @@
 
 A stage's key is the hash of what it depends on: its section of the spec, the keys of the stages before it, the digests
 of the files it reads, and the source of the code that does it. A stage fills a temporary folder, which is renamed into
-place when whole; then its record is written. Run again, and a stage with a record of the same key is skipped.
+place when whole; then its record is written. Run again, and a stage is skipped that has a record of the same key, whose
+files are as the record says, and which was made from the content that the stages before it still have.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
+import logging
+import os
 import platform
 import shlex
 import time
@@ -25,12 +26,24 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from . import plan
 from .checkpoint import Checkpoint
 from .errors import EdgekdError, GateFailed, SpecError
-from .files import atomic_folder, digest, file_sha256, write_json
+from .files import (
+    atomic_folder,
+    check_writable,
+    digest,
+    file_sha256,
+    read_json,
+    remove,
+    sweep,
+    write_json,
+    write_sealed,
+)
 from .manifest import Artifact, Audit, add_proof, load_artifact
+from .records import Record, damage, outputs_of, read_record, write_record
 from .spec import BenchSpec, Method, QadSpec, Spec, TargetSpec, VerifySpec
 from .student import (
     check_model,
@@ -50,8 +63,10 @@ if TYPE_CHECKING:
 
     from .quant.recipe import Recipe
 
+_LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).parent
 MOMENTS = "moments.safetensors"
+RESULTS = "results.json"
 
 
 class Watcher(Protocol):
@@ -77,6 +92,10 @@ class Stage:
     cost: plan.Cost
     work: Callable[[Path, Callable[[float, str], None]], dict[str, Any]] = field(repr=False)
     """Fills an empty folder and returns figures for the record."""
+    reads: tuple[str, ...] = ()
+    """Folders of the stages whose files it reads."""
+    state: Path | None = None
+    """Where its training keeps checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,11 @@ class Run:
     def path(self, stage_folder: str) -> Path:
         """Where a stage's result lies."""
         return self.folder / stage_folder
+
+    @property
+    def state(self) -> Path:
+        """Where records, the lock and the state of trainings lie."""
+        return self.folder / ".edgekd"
 
     @property
     def student_config(self) -> dict[str, Any]:
@@ -201,28 +225,19 @@ def stages(run: Run, machine: plan.Machine) -> list[Stage]:
     student_key = digest(training | {"distill": distill})
     baseline_key = digest(training | {"labels": labels})
     context = spec.data.context
-    found = [
-        Stage("data", "data", data_key, plan.Cost(2**30, 2**28, 15), partial(_prepare_data, run)),
-        Stage(
-            "student", "student", student_key,
-            plan.training_cost(student, teacher.config, spec.distill, context, machine),
-            partial(_train, run, True, student_key),
-        ),
-    ]  # fmt: skip
+    found = [Stage("data", "data", data_key, plan.Cost(2**30, 2**28, 15), partial(_prepare_data, run))]
+    trained: dict[str, tuple[str, dict[str, Any] | None]] = {"student": (student_key, teacher.config)}
     if spec.distill.baseline:
-        found.append(
-            Stage(
-                "baseline", "baseline", baseline_key,
-                plan.training_cost(student, None, spec.distill, context, machine),
-                partial(_train, run, False, baseline_key),
-            )
-        )  # fmt: skip
-    compared = [teacher.config, *([teacher.config, student] * (1 + spec.distill.baseline))]
+        trained["baseline"] = (baseline_key, None)
+    for name, (key, taught) in trained.items():
+        cost = plan.training_cost(student, taught, spec.distill, context, machine)
+        state = run.state / f"{name}-{key[:12]}"
+        work = partial(_train, run, taught is not None, state)
+        found.append(Stage(name, name, key, cost, work, reads=("data",), state=state))
+    compared = [teacher.config, *([teacher.config, student] * len(trained))]
     quality_key = digest([student_key, baseline_key if spec.distill.baseline else None, _code("distill/train.py")])
-    found.append(
-        Stage("quality", "quality", quality_key, plan.inference_cost(compared, spec.data.max_test_tokens, machine),
-              partial(_quality, run))
-    )  # fmt: skip
+    cost = plan.inference_cost(compared, spec.data.max_test_tokens, machine)
+    found.append(Stage("quality", "quality", quality_key, cost, partial(_quality, run), reads=("data", *trained)))
     quantizing = _quantize_stages(run, student_key, data_key, machine)
     found += quantizing
     keys = {stage.name: stage.key for stage in quantizing}
@@ -264,7 +279,8 @@ def _quantize_stages(run: Run, student_key: str, data_key: str, machine: plan.Ma
     if any(recipe.needs_moments for _, recipe in _pairs(run)):
         key = digest([student_key, calibration, _code("quant/calibrate.py")])
         cost = plan.inference_cost([student], tokens, machine)
-        stages.append(Stage("calibrate", "calibration", key, cost, partial(_calibrate, run)))
+        work = partial(_calibrate, run)
+        stages.append(Stage("calibrate", "calibration", key, cost, work, reads=("data", "student")))
     grids = _grids(run)
     for recipe, method, folder in grids:
         key = digest(
@@ -274,19 +290,22 @@ def _quantize_stages(run: Run, student_key: str, data_key: str, machine: plan.Ma
                 [settings.qad.model_dump(), spec.seed, _code("distill")] if method == "qad" else None,
             ]
         )  # fmt: skip
-        cost, work = plan.export_cost(student, 5), partial(_quantize, run, recipe, method)
+        cost, work, state = plan.export_cost(student, 5), partial(_quantize, run, recipe, method), None
         if method == "qad":
-            work = partial(_quantize_aware, run, recipe, key)
+            state = run.state / f"qad-{recipe.name}-{key[:12]}"
+            work = partial(_quantize_aware, run, recipe, state)
             taught = student if settings.qad.teacher == "student" else Checkpoint(run.teacher).config
             cost = plan.training_cost(student, taught, settings.qad, spec.data.context, machine)
         elif method != "rtn":
             cost = plan.calibration_cost(student, tokens, machine)
-        stages.append(Stage(f"quantize {recipe.name} {method}", folder, key, cost, work))
+        reads: tuple[str, ...] = ("student",) if method == "rtn" else ("data", "student")
+        stages.append(Stage(f"quantize {recipe.name} {method}", folder, key, cost, work, reads, state))
     verify = spec.verify.model_dump(include={"windows", "context"})
     key = digest([student_key, [stage.key for stage in stages], verify, _code("verify/parity.py")])
     models = [Checkpoint(run.teacher).config, *[student] * (1 + len(grids))]
     cost = plan.inference_cost(models, spec.verify.windows * spec.verify.context, machine)
-    stages.append(Stage("ledger", "ledger", key, cost, partial(_measure_hops, run)))
+    reads = ("data", "student", *(folder for _, _, folder in grids))
+    stages.append(Stage("ledger", "ledger", key, cost, partial(_measure_hops, run), reads))
     return stages
 
 
@@ -298,11 +317,14 @@ def _artifact_stages(
 
     spec, student = run.spec, run.student_config
     label = label_of(target.target, recipe.name)
-    upstream = [student_key]
+    upstream, read = [student_key], ["student"]
     if recipe.on_grid:
-        upstream.append(keys[f"quantize {recipe.name} {_exported_grid(run, recipe)[0]}"])
+        method, grid = _exported_grid(run, recipe)
+        upstream.append(keys[f"quantize {recipe.name} {method}"])
+        read.append(grid)
     if recipe.needs_moments:
         upstream.append(keys["calibrate"])
+        read.append("calibration")
     export_key = digest(
         [
             upstream, target.target, target.context, target.providers, recipe.model_dump(),
@@ -327,18 +349,38 @@ def _artifact_stages(
     )
     tokens = spec.verify.windows * spec.verify.context
     size = sum(spec.bench.prompt_tokens) + spec.bench.decode_tokens
+    exported = f"artifacts/{label}"
+    export_cost = plan.export_cost(student, 16)
+    verify_cost = plan.inference_cost([student], 6 * tokens, machine)
+    bench_s = plan.inference_cost([student], size * spec.bench.runs, machine).seconds + 2 * spec.bench.runs
+    bench_cost = plan.Cost(export_cost.ram_bytes, 2**16, bench_s)
     found = [
-        Stage(f"export {label}", f"artifacts/{label}", export_key, plan.export_cost(student, 16),
-              partial(_export, run, target, recipe)),
-        Stage(f"verify {label}", f"parity/{label}", verify_key, plan.inference_cost([student], 6 * tokens, machine),
-              partial(_verify, run, label, recipe)),
-        Stage(f"audit {label}", f"audit/{label}", audit_key,
-              plan.Cost(plan.export_cost(student, 16).ram_bytes, 2**16, 10), partial(_audit, run, label)),
-        Stage(f"bench {label}", f"bench/{label}", bench_key,
-              plan.Cost(plan.export_cost(student, 16).ram_bytes, 2**16,
-                        plan.inference_cost([student], size * spec.bench.runs, machine).seconds + 2 * spec.bench.runs),
-              partial(_bench, run, label)),
-    ]  # fmt: skip
+        Stage(f"export {label}", exported, export_key, export_cost, partial(_export, run, target, recipe), tuple(read)),
+        Stage(
+            f"verify {label}",
+            f"parity/{label}",
+            verify_key,
+            verify_cost,
+            partial(_verify, run, label, recipe),
+            reads=("data", *read, exported),
+        ),
+        Stage(
+            f"audit {label}",
+            f"audit/{label}",
+            audit_key,
+            plan.Cost(export_cost.ram_bytes, 2**16, 10),
+            partial(_audit, run, label),
+            reads=(exported,),
+        ),
+        Stage(
+            f"bench {label}",
+            f"bench/{label}",
+            bench_key,
+            bench_cost,
+            partial(_bench, run, label),
+            reads=("student", exported),
+        ),
+    ]
     return found[:-1] if stand_in(target.target) else found
 
 
@@ -376,7 +418,8 @@ def _prepare_data(run: Run, out: Path, tell: Callable[[float, str], None]) -> di
     )
 
 
-def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+def _train(run: Run, distilled: bool, state: Path, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
+    from .distill.checkpoint import validation_curve
     from .distill.data import load_windows
     from .distill.signals import OnlineTeacher
     from .distill.train import train
@@ -389,16 +432,13 @@ def _train(run: Run, distilled: bool, key: str, out: Path, tell: Callable[[float
     if distilled:
         teacher = load_model(run.teacher, trust_remote_code=spec.teacher.trust_remote_code)
         signal = OnlineTeacher(teacher, vocabulary_size(tokenizer))
-    name = "student" if distilled else "baseline"
-    work = run.folder / ".edgekd" / f"{name}-{key[:12]}"
-
     data = run.path("data")
     figures = train(
         model, load_windows(data, "train"), load_windows(data, "validation"), spec.distill,
-        signal=signal, seed=spec.seed, work_dir=work, on_event=_telling(tell),
+        signal=signal, seed=spec.seed, work_dir=state, on_event=_telling(tell),
     )  # fmt: skip
     save_model(model, tokenizer, out, generation)
-    return figures | {"log": str((work / "log.jsonl").relative_to(run.folder))}
+    return figures | {"curve": validation_curve(state / "log.jsonl")}
 
 
 def _quality(run: Run, out: Path, tell: Callable[[float, str], None]) -> dict[str, Any]:
@@ -452,7 +492,7 @@ def _quantize(
 
 
 def _quantize_aware(
-    run: Run, recipe: Recipe, key: str, out: Path, tell: Callable[[float, str], None]
+    run: Run, recipe: Recipe, state: Path, out: Path, tell: Callable[[float, str], None]
 ) -> dict[str, Any]:
     from .distill.data import load_windows
     from .distill.qad import quantize_aware_distill
@@ -467,13 +507,11 @@ def _quantize_aware(
         signal = OnlineTeacher(load_model(run.teacher, trust_remote_code=trusted), vocab_size)
     else:
         signal = OnlineTeacher(load_model(run.path("student")), vocab_size)
-    work = run.folder / ".edgekd" / f"qad-{recipe.name}-{key[:12]}"
-    figures = quantize_aware_distill(
+    return quantize_aware_distill(
         run.path("student"), out, recipe, load_windows(data, "train"), load_windows(data, "validation"), settings,
-        calibration_windows=spec.quantize.calibration_windows, signal=signal, seed=spec.seed, work_dir=work,
+        calibration_windows=spec.quantize.calibration_windows, signal=signal, seed=spec.seed, work_dir=state,
         on_event=_telling(tell),
     )  # fmt: skip
-    return figures | {"log": str((work / "log.jsonl").relative_to(run.folder))}
 
 
 def _telling(tell: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
@@ -549,6 +587,7 @@ def quantize_model(
     if method != "qad":
         return quantize(student, out, recipe, method=method, ids=calibration, on_progress=tell)
     assert calibration is not None
+    from .distill.checkpoint import drop_checkpoints
     from .distill.data import Windows
     from .distill.qad import quantize_aware_distill
     from .distill.signals import OnlineTeacher
@@ -560,10 +599,13 @@ def quantize_model(
     if not len(validation):
         raise EdgekdError(f"quantize: qad needs 20 windows of text, there are {len(calibration)}.", "Give more text.")
     signal = OnlineTeacher(load_model(student), vocabulary_size(load_tokenizer(student)))
-    return quantize_aware_distill(
+    state = out.with_name(out.name + ".training")
+    figures = quantize_aware_distill(
         student, out, recipe, train, validation, qad, calibration_windows=calibration_windows, signal=signal, seed=seed,
-        work_dir=out.with_name(out.name + ".training"), on_event=_telling(tell),
+        work_dir=state, on_event=_telling(tell),
     )  # fmt: skip
+    drop_checkpoints(state)
+    return figures
 
 
 def export_model(
@@ -727,57 +769,118 @@ def _bench(run: Run, label: str, out: Path, tell: Callable[[float, str], None]) 
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def is_done(run: Run, stage: Stage) -> bool:
-    """Whether the stage's result is there and was made from the same inputs."""
-    record = _record(run, stage)
-    return record.get("key") == stage.key and run.path(stage.folder).is_dir()
+def to_do(run: Run, chain: Sequence[Stage], *, check: bool = False) -> dict[str, str]:
+    """Why each stage that is not done is not, by its name; empty words where nothing of its key was made before.
+
+    A file is compared with its sha256 where a stage that is to be done will read it, where its size or time of change
+    differ, and where it is small.
+
+    Args:
+        check: compare every file.
+    """
+    faults: dict[str, str] = {}
+    used: set[str] = set()
+    # From the last: whether a stage's files will be read is known once all that might read them are judged.
+    for stage in reversed(chain):
+        fault = _fault(run, stage, every=check or stage.folder in used)
+        if fault is not None:
+            faults[stage.name] = fault
+            used |= set(stage.reads)
+    return faults
 
 
-def _record(run: Run, stage: Stage) -> dict[str, Any]:
+def _fault(run: Run, stage: Stage, *, every: bool) -> str | None:
+    """Why a stage is to be done; None where it is done."""
+    path = _record_path(run, stage.folder)
+    if not os.path.lexists(path):
+        return ""
     try:
-        return json.loads(_record_path(run, stage).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
+        record = read_record(path)
+    except EdgekdError as error:
+        return error.cause
+    if record.key != stage.key:
+        return ""
+    return damage(run.path(stage.folder), record.outputs, every=every) or _changed_input(run, record)
 
 
-def _record_path(run: Run, stage: Stage) -> Path:
-    return run.folder / ".edgekd" / f"{stage.folder.replace('/', '-')}.json"
+def _changed_input(run: Run, record: Record) -> str | None:
+    """Names a stage that has other files now than those that the recorded stage read."""
+    for folder, made_from in record.inputs.items():
+        try:
+            now = read_record(_record_path(run, folder)).digest
+        except EdgekdError:  # that stage is to be done: its files will tell
+            continue
+        if now != made_from:
+            return f"{run.path(folder)} is not what it was made from"
+    return None
+
+
+def _record_path(run: Run, stage_folder: str) -> Path:
+    return run.state / f"{stage_folder.replace('/', '-')}.json"
 
 
 @contextmanager
-def _locked(run: Run) -> Iterator[None]:
-    """Hold the run's folder: two processes must not work in it at once."""
-    state = run.folder / ".edgekd"
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EdgekdError(f"{run.folder}: another edgekd is at work in it.", "Wait, or choose --out.") from error
-        yield
+def _held(run: Run) -> Iterator[None]:
+    """Hold the run's folder: two processes must not work in it at once. What killed ones left in it is removed."""
+    if run.state.is_symlink():
+        raise EdgekdError(f"{run.state} is a link.", "Remove it, or choose --out.")
+    run.state.mkdir(parents=True, exist_ok=True)
+    check_writable(run.state)
+    if links := [entry for entry in run.state.iterdir() if entry.is_symlink()]:
+        raise EdgekdError(f"{links[0]} is a link.", "Remove it, or choose --out.")
+    try:
+        with FileLock(run.state / "lock", timeout=0):
+            sweep(run.folder)
+            yield
+    except Timeout as error:
+        raise EdgekdError(f"{run.folder}: another edgekd is at work in it.", "Wait, or choose --out.") from error
 
 
-def _do(run: Run, stage: Stage, watcher: Watcher) -> None:
-    """Do one stage: temporary folder, rename, record."""
-    if is_done(run, stage):
-        watcher.end(stage.name, _record(run, stage)["seconds"], skipped=True)
-        return
+def _do(run: Run, stage: Stage, faults: Mapping[str, str], watcher: Watcher) -> Record:
+    """The record of a stage, which is done now if it was not."""
+    path = _record_path(run, stage.folder)
+    fault = faults[stage.name] if stage.name in faults else _changed_input(run, read_record(path))
+    if fault:
+        _LOG.warning("%s. Doing again: %s.", fault.removesuffix("."), stage.name)
+    record = read_record(path) if fault is None else _make(run, stage, watcher)
+    watcher.end(stage.name, record.seconds, skipped=fault is None)
+    if stage.state:
+        from .distill.checkpoint import drop_checkpoints
+
+        drop_checkpoints(stage.state)
+    return record
+
+
+def _make(run: Run, stage: Stage, watcher: Watcher) -> Record:
+    """Temporary folder, rename, record: killed between any two, the stage is not done."""
+    path = _record_path(run, stage.folder)
     watcher.begin(stage.name)
     began = time.monotonic()
     with atomic_folder(run.path(stage.folder), replace=True) as folder:
         figures = stage.work(folder, partial(watcher.progress, stage.name))
-        _record_path(run, stage).unlink(missing_ok=True)
-    seconds = time.monotonic() - began
-    write_json(_record_path(run, stage), {"key": stage.key, "name": stage.name, "seconds": seconds, "figures": figures})
-    watcher.end(stage.name, seconds, skipped=False)
+        outputs = outputs_of(folder)
+        remove(path)
+    record = Record(
+        key=stage.key,
+        name=stage.name,
+        seconds=time.monotonic() - began,
+        figures=figures,
+        inputs={folder: read_record(_record_path(run, folder)).digest for folder in stage.reads},
+        outputs=outputs,
+    )
+    write_record(path, record)
+    return record
 
 
-def run_stages(run: Run, watcher: Watcher, *, until: str | None = None, report_only: bool = False) -> dict[str, Any]:
+def run_stages(
+    run: Run, watcher: Watcher, *, until: str | None = None, report_only: bool = False, check: bool = False
+) -> dict[str, Any]:
     """Do every stage that is not done, then write ``results.json`` and ``report.html``.
 
     Args:
         until: stop after the stage of that name, without a report.
         report_only: measure the gates but do not fail on them.
+        check: compare every file of the stages that are done with its sha256.
 
     Raises:
         GateFailed: an artifact missed a threshold; the report is written all the same.
@@ -787,19 +890,21 @@ def run_stages(run: Run, watcher: Watcher, *, until: str | None = None, report_o
     chain = stages(run, machine)
     names = [stage.name for stage in chain]
     chain = chain[: names.index(until) + 1] if until else chain
-    plan.refuse_what_cannot_fit({s.name: s.cost for s in chain if not is_done(run, s)}, machine, run.folder)
-    with _locked(run):
-        write_json(run.folder / ".edgekd" / "spec.json", run.spec.model_dump())
+    for folder in sorted({run.path(stage.folder).parent for stage in chain}):
+        check_writable(folder)
+    with _held(run):
+        faults = to_do(run, chain, check=check)
+        plan.refuse_what_cannot_fit({s.name: s.cost for s in chain if s.name in faults}, machine, run.folder)
+        write_json(run.state / "spec.json", run.spec.model_dump())
         benches = [stage for stage in chain if stage.name.startswith("bench")]
-        for stage in chain[: len(chain) - len(benches)]:
-            _do(run, stage, watcher)
-        if report_only or not _failures(run):
-            for stage in benches:
-                _do(run, stage, watcher)
+        others = chain[: len(chain) - len(benches)]
+        records = {stage.folder: _do(run, stage, faults, watcher) for stage in others}
+        failures = _failures(run, records)
+        if report_only or not failures:
+            records |= {stage.folder: _do(run, stage, faults, watcher) for stage in benches}
         if until:
-            return _results(run, chain)
-        results = write_results(run, chain)
-        failures = _failures(run)
+            return _results(run, records)
+        results = write_results(run, records)
     if failures and not report_only:
         raise GateFailed(
             f"{len(failures)} gate{'s' * (len(failures) > 1)} failed: " + "; ".join(failures) + ".",
@@ -814,88 +919,79 @@ def _labels(run: Run) -> list[tuple[str, str]]:
     return [(label(target.target, recipe.name), recipe.name) for target, recipe in _pairs(run)]
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+def _measured(run: Run, records: Mapping[str, Record], stage_folder: str, name: str) -> dict[str, Any] | None:
+    """The figures in a file of a stage; None where the stage is not done."""
+    return read_json(run.path(stage_folder) / name) if stage_folder in records else None
 
 
-def _failures(run: Run) -> list[str]:
-    """What missed its gate, artifact by artifact."""
+def _parities(run: Run, records: Mapping[str, Record]) -> dict[str, dict[str, Any]]:
+    """Every artifact's parity, judged, by its label."""
     from .verify.parity import judge
 
-    found = []
+    found = {}
     for label, recipe in _labels(run):
-        parity = _read(run.path(f"parity/{label}") / "parity.json")
+        parity = _measured(run, records, f"parity/{label}", "parity.json")
         if parity is not None:
-            found += [f"{label}: {text}" for text in judge(parity, parity["tokens"], run.spec.verify.gate(recipe))]
+            found[label] = parity | {"failures": judge(parity, parity["tokens"], run.spec.verify.gate(recipe))}
     return found
 
 
-def write_results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
-    """Write the proofs into the manifests, then ``results.json`` and ``report.html``."""
-    from .benchmarks.report import build
-    from .verify.parity import judge
+def _failures(run: Run, records: Mapping[str, Record]) -> list[str]:
+    """What missed its gate, artifact by artifact."""
+    return [f"{label}: {text}" for label, parity in _parities(run, records).items() for text in parity["failures"]]
 
-    for label, recipe in _labels(run):
+
+def write_results(run: Run, records: Mapping[str, Record]) -> dict[str, Any]:
+    """Write the proofs into the manifests, then ``results.json`` and ``report.html``.
+
+    Args:
+        records: of the stages that are done, by their folder.
+    """
+    from .benchmarks.report import build
+
+    for label, parity in _parities(run, records).items():
         artifact = load_artifact(run.path(f"artifacts/{label}"), check_files=False)
-        parity = _read(run.path(f"parity/{label}") / "parity.json")
-        if parity is not None:
-            parity["failures"] = judge(parity, parity["tokens"], run.spec.verify.gate(recipe))
-        benchmark, audit = (_read(run.path(f"{kind}/{label}") / f"{kind}.json") for kind in ("bench", "audit"))
+        benchmark, audit = (_measured(run, records, f"{kind}/{label}", f"{kind}.json") for kind in ("bench", "audit"))
         add_proof(artifact, parity=parity, benchmark=benchmark, audit=audit and Audit.model_validate(audit))
-    results = _results(run, chain)
-    write_json(run.folder / "results.json", results)
+    results = _results(run, records)
+    write_sealed(run.folder / RESULTS, results)
     build(results, run.folder / "report.html")
     return results
 
 
-def _results(run: Run, chain: Sequence[Stage]) -> dict[str, Any]:
+def _results(run: Run, records: Mapping[str, Record]) -> dict[str, Any]:
     """Everything that was measured, in the form the report reads."""
     from .verify.ledger import ledger
 
-    quality = _read(run.path("quality") / "quality.json") or {}
-    folders = {label: run.path(f"artifacts/{label}") for label, _ in _labels(run)}
+    folders = {label: f"artifacts/{label}" for label, _ in _labels(run)}
     made = {
-        label: load_artifact(folder, check_files=False)
+        label: load_artifact(run.path(folder), check_files=False)
         for label, folder in folders.items()
-        if (folder / "manifest.json").is_file()
+        if folder in records
     }
-    artifacts = [
-        {"manifest": artifact.manifest.model_dump(), "folder": str(artifact.folder), "size_bytes": artifact.size_bytes}
-        for artifact in made.values()
-    ]
-    measured = (_read(run.path("ledger") / f"{recipe.name}-{method}.json") for recipe, method, _ in _grids(run))
-    grids = [figures for figures in measured if figures]
-    records: dict[str, dict[str, Any]] = {stage.name: _record(run, stage) for stage in chain if is_done(run, stage)}
+    manifests = {label: artifact.manifest.model_dump() for label, artifact in made.items()}
+    measured = (_measured(run, records, "ledger", f"{recipe.name}-{method}.json") for recipe, method, _ in _grids(run))
     return {
         "name": run.spec.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "folder": str(run.folder),
         "spec": run.spec.model_dump(),
         "versions": {"python": platform.python_version()} | _versions(),
-        "data": (records.get("data") or {}).get("figures"),
-        "quality": quality,
-        "training": {name: _curve(run, records.get(name)) for name in ("student", "baseline")},
+        "data": records["data"].figures,
+        "quality": _measured(run, records, "quality", "quality.json"),
+        "training": {
+            name: records[name].figures["curve"] if name in records else [] for name in ("student", "baseline")
+        },
         "ledger": ledger(
-            _read(run.path("ledger") / "student.json"),
-            grids,
-            {label: artifact.manifest.model_dump() for label, artifact in made.items()},
+            _measured(run, records, "ledger", "student.json"), [figures for figures in measured if figures], manifests
         ),
-        "artifacts": artifacts,
-        "stages": [{"name": name, "seconds": record["seconds"]} for name, record in records.items()],
+        "artifacts": [
+            {"manifest": manifests[label], "folder": str(artifact.folder), "size_bytes": artifact.size_bytes}
+            for label, artifact in made.items()
+        ],
+        "stages": [{"name": record.name, "seconds": record.seconds} for record in records.values()],
         "commands": _commands(run),
     }
-
-
-def _curve(run: Run, record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Validation perplexity by step, from a training log."""
-    if record is None:
-        return []
-    events = map(json.loads, (run.folder / record["figures"]["log"]).read_text("utf-8").splitlines())
-    return [
-        {"step": event["step"], "validation_perplexity": event["perplexity"]}
-        for event in events
-        if event["event"] == "validation"
-    ]
 
 
 def _commands(run: Run) -> list[str]:

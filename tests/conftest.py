@@ -18,8 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 VOCAB = 320
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory) -> Path:
+def make_tiny_teacher(folder: Path) -> Path:
     """A Qwen3-shaped model folder with a real byte-level BPE: 3 layers of 64, vocabulary 320, context 128."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -27,7 +26,6 @@ def tiny_teacher(tmp_path_factory) -> Path:
     from edgekd.distill.corpus import stdlib_corpus
     from edgekd.teachers import train_pycode
 
-    folder = tmp_path_factory.mktemp("teacher")
     tokenizer = train_pycode.train_tokenizer(stdlib_corpus().validation[:5], vocab_size=VOCAB, context=128)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
@@ -40,3 +38,9 @@ def tiny_teacher(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """``make_tiny_teacher``'s, made once."""
+    return make_tiny_teacher(tmp_path_factory.mktemp("teacher"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import EdgekdError
-from ..files import atomic_folder, write_json, write_text
+from ..files import atomic_folder, file_sha256, read_sealed, remove, sweep, write_sealed, write_text
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,53 +51,70 @@ def save_checkpoint(
         key: names what the run depends on; ``load_checkpoint`` refuses another.
     """
     final = work_dir / f"checkpoint-{progress.step}"
-    if final.exists():
-        return
-    with atomic_folder(final) as folder:
+    with atomic_folder(final, replace=True) as folder:
         save_file(weights_of(model), folder / "model.safetensors")
         save_file(_optimizer_state(model, optimizer), folder / "optimizer.safetensors")
         if best is not None:
             save_file(best, folder / "best.safetensors")
-        write_json(folder / "progress.json", {"key": key, **asdict(progress)})
-    for folder in work_dir.glob("checkpoint-*"):
-        if folder != final:
-            shutil.rmtree(folder)
+        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+        write_sealed(folder / "progress.json", {"key": key, "files": files, "progress": asdict(progress)})
+    for older in _checkpoints(work_dir):
+        if older != final:
+            remove(older)
 
 
 def load_checkpoint(
     work_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, key: str
 ) -> tuple[Progress, dict[str, Tensor] | None]:
-    """Bring ``model`` and ``optimizer`` to the newest checkpoint; a fresh ``Progress`` if there is none.
+    """Bring ``model`` and ``optimizer`` to the newest whole checkpoint; a fresh ``Progress`` if there is none.
+
+    Damaged ones are removed, with a warning.
 
     Raises:
-        EdgekdError: the checkpoint is of another run, or damaged.
+        EdgekdError: the checkpoint is of another run.
     """
-    folders = sorted(work_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    # Removing an old folder may have been cut short, but only once a newer one was whole.
-    for folder in folders[:-1]:
-        shutil.rmtree(folder)
-    if not folders:
-        return Progress(), None
-    newest = folders[-1]
-    try:
-        raw: dict[str, Any] = json.loads((newest / "progress.json").read_text())
-        if raw.pop("key") != key:
+    sweep(work_dir)
+    for folder in _checkpoints(work_dir):
+        try:
+            made_by, progress, states = _read_checkpoint(folder)
+        except EdgekdError as error:
+            _LOG.warning("%s Training goes on from the checkpoint before it, or else from the start.", error.cause)
+            remove(folder)
+            continue
+        if made_by != key:
             raise EdgekdError(
-                f"{newest}: belongs to a run with another spec, seed, model or data.", f"Remove {work_dir}."
+                f"{folder}: belongs to a run with another spec, seed, model or data.", f"Remove {work_dir}."
             )
-        weights, state = load_file(newest / "model.safetensors"), load_file(newest / "optimizer.safetensors")
-        best = load_file(newest / "best.safetensors") if (newest / "best.safetensors").exists() else None
-        set_weights(model, weights)
-        for name, parameter in model.named_parameters():
-            prefix = f"{name}:"
-            of_parameter = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            # torch keeps the step count on the CPU.
-            moved = {n: t if n == "step" else t.to(parameter.device) for n, t in of_parameter.items()}
-            if moved:
-                optimizer.state[parameter] = moved
-        return Progress(**raw), best
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise EdgekdError(f"{newest}: damaged checkpoint ({error}).", f"Remove {work_dir} to start anew.") from error
+        set_weights(model, states["model"])
+        _set_optimizer_state(model, optimizer, states["optimizer"])
+        return progress, states.get("best")
+    return Progress(), None
+
+
+def _read_checkpoint(folder: Path) -> tuple[str, Progress, dict[str, dict[str, Tensor]]]:
+    """The key, the progress, and the tensors of each file by its stem, all compared with their digests."""
+    sealed = read_sealed(folder / "progress.json")
+    states = {}
+    try:
+        for name, expected in sealed["files"].items():
+            if file_sha256(folder / name) != expected:
+                raise EdgekdError(f"{folder / name}: is not what was written.")
+            states[Path(name).stem] = load_file(folder / name)
+        return sealed["key"], Progress(**sealed["progress"]), states
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise EdgekdError(f"{folder}: damaged ({error}).") from error
+
+
+def drop_checkpoints(work_dir: Path) -> None:
+    """Remove the checkpoints of a training whose outcome is safe elsewhere; its log stays."""
+    for folder in _checkpoints(work_dir):
+        remove(folder)
+
+
+def _checkpoints(work_dir: Path) -> list[Path]:
+    """Every checkpoint, the newest first."""
+    folders = [folder for folder in work_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,18}", folder.name)]
+    return sorted(folders, key=lambda folder: -int(folder.name.rpartition("-")[2]))
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -121,6 +142,17 @@ def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     }
 
 
+def _set_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """The inverse of ``_optimizer_state``."""
+    for name, parameter in model.named_parameters():
+        prefix = f"{name}:"
+        of_parameter = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        # torch keeps the step count on the CPU.
+        moved = {n: t if n == "step" else t.to(parameter.device) for n, t in of_parameter.items()}
+        if moved:
+            optimizer.state[parameter] = moved
+
+
 class RunLog:
     """``log.jsonl``, one line an event, and the same figures for TensorBoard.
 
@@ -134,7 +166,7 @@ class RunLog:
         path = work_dir / "log.jsonl"
         kept = [event for event in read_log(path) if event["step"] <= step]
         write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
-        shutil.rmtree(work_dir / "tensorboard", ignore_errors=True)
+        remove(work_dir / "tensorboard")
         self._file = path.open("a")
         self._writer = SummaryWriter(str(work_dir / "tensorboard"))  # type: ignore[no-untyped-call]
         for event in kept:
@@ -153,18 +185,29 @@ class RunLog:
 
     def _to_tensorboard(self, event: dict[str, Any]) -> None:
         for name, value in event.items():
-            if name not in ("step", "steps", "event"):
+            if name not in ("step", "steps") and isinstance(value, int | float):
                 self._writer.add_scalar(f"{event['event']}/{name}", value, event["step"])  # type: ignore[no-untyped-call]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The events of a ``log.jsonl``; a last line that a kill cut short is left out."""
-    if not path.exists():
+    """The events of a ``log.jsonl``; what is no event, as a line that a kill cut short, is left out."""
+    if not path.is_file():
         return []
     events = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
-        except ValueError:
-            break
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("event"), str):
+            events.append(event)
     return events
+
+
+def validation_curve(path: Path) -> list[dict[str, Any]]:
+    """``step`` and ``validation_perplexity`` of every validation in a ``log.jsonl``."""
+    return [
+        {"step": event["step"], "validation_perplexity": event["perplexity"]}
+        for event in read_log(path)
+        if event["event"] == "validation" and isinstance(event.get("perplexity"), int | float)
+    ]

@@ -6,6 +6,7 @@ Shapes: B windows, T tokens, V vocabulary.
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from edgekd.distill import train as module
-from edgekd.distill.checkpoint import read_log
+from edgekd.distill.checkpoint import read_log, validation_curve
 from edgekd.distill.data import Windows
 from edgekd.distill.signals import OnlineTeacher
 from edgekd.distill.train import batch_indices, evaluate, learning_rate, train
@@ -216,12 +217,74 @@ def test_a_work_folder_of_another_run_is_refused(tmp_path):
         _train(_model(1), tmp_path)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    _train(_model(0), tmp_path)
-    path = tmp_path / "checkpoint-4" / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(EdgekdError, match="checkpoint-4: damaged"):
-        _train(_model(0), tmp_path)
+def _flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "cut": lambda folder: os.truncate(folder / "optimizer.safetensors", 100),
+    "a flipped bit of the weights": lambda folder: _flip(folder / "model.safetensors"),
+    "a flipped bit of the optimizer": lambda folder: _flip(folder / "optimizer.safetensors"),
+    "a file is missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "a number is another": lambda folder: (folder / "progress.json").write_text(
+        (folder / "progress.json").read_text().replace('"step": 4', '"step": 3')
+    ),
+    "progress is no object": lambda folder: (folder / "progress.json").write_text("[]"),
+    "progress is missing": lambda folder: (folder / "progress.json").unlink(),
+    "a checkpoint of an earlier version": lambda folder: (folder / "progress.json").write_text('{"step": 4}'),
+    "a file in its place": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("older", [False, True], ids=["alone", "an older one beside it"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage, older):
+    whole = _model(0)
+    _train(whole, tmp_path / "whole", steps=6)
+    work, keep = tmp_path / "work", tmp_path / "kept"
+
+    def on_event(event):
+        if event["step"] == 3 and older:
+            shutil.copytree(work / "checkpoint-2", keep)
+        if event["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(_model(0), work, steps=6, checkpoint_every=2, on_event=on_event)
+    DAMAGES[damage](work / "checkpoint-4")
+    if older:
+        keep.rename(work / "checkpoint-2")
+    (work / "checkpoint-x").mkdir()
+    again, events = _model(0), []
+    _train(again, work, steps=6, checkpoint_every=2, on_event=events.append)
+    assert events[0]["step"] == (3 if older else 1) and torch.equal(_weights(again), _weights(whole))
+    assert "checkpoint-4" in caplog.text and "Training goes on from the checkpoint before it" in caplog.text
+    assert [event["step"] for event in read_log(work / "log.jsonl") if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_log_costs_only_its_damaged_lines(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(
+        b'{"event": "validation", "step": 1, "perplexity": 9.0}\n{"event": "vali\n[]\n\xff\xfe\n{"event": "step"}\n'
+        b'{"event": "validation", "step": 2}\n' + b"[" * 100_000 + b"\n"
+        b'{"event": "validation", "step": 3, "perplexity": 8.0}\n{"event": "validation", "st'
+    )
+    assert validation_curve(tmp_path / "log.jsonl") == [
+        {"step": 1, "validation_perplexity": 9.0},
+        {"step": 3, "validation_perplexity": 8.0},
+    ]
+
+
+def test_links_in_the_work_folder_are_not_followed(tmp_path):
+    work, outside = tmp_path / "work", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    work.mkdir()
+    for name in ("tensorboard", "checkpoint-2", "log.jsonl"):
+        (work / name).symlink_to(outside if name != "log.jsonl" else outside / "precious")
+    _train(_model(0), work, checkpoint_every=2)
+    assert [path.name for path in outside.iterdir()] == ["precious"] and (outside / "precious").read_text() == "x"
 
 
 def test_windows_longer_than_the_student_and_a_loss_that_explodes(tmp_path):
@@ -270,7 +333,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_student(tmp_pat
     assert code != 0 and "KeyboardInterrupt" in error
     (left,) = work.glob("checkpoint-*")
     stopped_at = int(left.name.rpartition("-")[2])
-    assert stopped_at >= 10 and json.loads((left / "progress.json").read_text())["step"] == stopped_at
+    assert stopped_at >= 10 and json.loads((left / "progress.json").read_text())["progress"]["step"] == stopped_at
 
     code, out, error = _child(work, "finish", tmp_path / "reference")
     assert code == 0, error
