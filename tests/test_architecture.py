@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "llama_flags"},
     {"files"},
     {"spec"},
-    {"student", "manifest", "plan", "session"},
+    {"student", "manifest", "plan", "session", "conversation", "template_process"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest"},
