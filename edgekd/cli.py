@@ -38,19 +38,25 @@ TextOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the spec's seed.")]
+SkippedOption = Annotated[
+    bool, typer.Option("--allow-skipped", help="Go on when more than 5 % of the data's rows are unusable.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")]
 
 
-def _open(spec: str, out: Path | None, seed: int | None = None) -> Run:
+def _open(spec: str, out: Path | None, seed: int | None = None, allow_skipped: bool = False) -> Run:
     from .pipeline import open_run
     from .spec import builtin_spec, load_spec
 
     loaded = load_spec(spec)
     if seed is not None:
         loaded = loaded.model_copy(update={"seed": seed})
+    if allow_skipped:
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
     shipped = not Path(spec).is_file() and builtin_spec(spec) is not None
     words = ["edgekd", "run", spec, *(["--seed", str(seed)] if seed is not None else [])]
+    words += ["--allow-skipped"] * allow_skipped
     return open_run(loaded, base=Path() if shipped else Path(spec).parent, out=out, words=words)
 
 
@@ -81,13 +87,14 @@ def run(
     out: OutOption = None,
     seed: SeedOption = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Do not fail on a missed threshold.")] = False,
+    allow_skipped: SkippedOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Do a whole run: distil, quantize, export, verify, benchmark, report. Run it again to go on after a stop."""
     from .console import artifact_lines, watching
     from .pipeline import run_stages
 
-    opened = _open(spec, out, seed)
+    opened = _open(spec, out, seed, allow_skipped)
     with watching() as watcher:
         results = run_stages(opened, watcher, report_only=report_only)
     if as_json:
@@ -127,12 +134,18 @@ def plan(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, as_
 
 
 @app.command(epilog="Example: edgekd distill quickstart")
-def distill(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, as_json: JsonOption = False) -> None:
+def distill(
+    spec: SpecArgument,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    allow_skipped: SkippedOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Train the student (and the label-only baseline), measure both, and stop there."""
     from .console import quality_table, watching
     from .pipeline import run_stages
 
-    opened = _open(spec, out, seed)
+    opened = _open(spec, out, seed, allow_skipped)
     with watching() as watcher:
         results = run_stages(opened, watcher, until="quality")
     if as_json:

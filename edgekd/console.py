@@ -55,6 +55,10 @@ class Bars:
         if not STDERR.is_terminal:
             STDERR.print(f"{stage}: {note or f'{seconds:.1f} s'}", highlight=False)
 
+    def warn(self, stage: str, words: str) -> None:
+        """The user must see what a stage found."""
+        self._progress.console.print(f"{stage}: {words}", highlight=False, markup=False, soft_wrap=True)
+
 
 @contextmanager
 def watching() -> Iterator[Bars]:

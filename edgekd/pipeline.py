@@ -55,6 +55,9 @@ class Watcher(Protocol):
     def end(self, stage: str, seconds: float, skipped: bool) -> None:
         """A stage is done, or was done before."""
 
+    def warn(self, stage: str, words: str) -> None:
+        """The user must see what a stage found."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -180,12 +183,14 @@ def stages(run: Run, machine: plan.Machine) -> list[Stage]:
     student = run.student_config
     data_key = digest(
         {
-            "data": spec.data.model_dump(),
+            "data": spec.data.model_dump(exclude={"allow_skipped"}),
             "files": [file_sha256(path) for path in _input_files(run)],
             "python": platform.python_version() if spec.data.source == "stdlib" else None,
             "seed": spec.seed,
             "teacher": teacher.digest,
-            "code": _code("distill/data.py", "distill/corpus.py", "distill/chat.py"),
+            "code": _code(
+                "distill/data.py", "distill/corpus.py", "distill/chat.py", "conversation.py", "template_process.py"
+            ),
         }
     )
     training = {
@@ -754,6 +759,8 @@ def _do(run: Run, stage: Stage, watcher: Watcher) -> None:
     seconds = time.monotonic() - began
     write_json(_record_path(run, stage), {"key": stage.key, "name": stage.name, "seconds": seconds, "figures": figures})
     watcher.end(stage.name, seconds, skipped=False)
+    for words in figures.get("warnings", ()):
+        watcher.warn(stage.name, words)
 
 
 def run_stages(run: Run, watcher: Watcher, *, until: str | None = None, report_only: bool = False) -> dict[str, Any]:
