@@ -204,6 +204,7 @@ def limits(results: Mapping[str, Any], quality: Quality, artifacts: Sequence[Art
         found.append("No label-only student was trained, so what distilling gave is unknown.")
     if seeds < 2:
         found.append("One seed only: how much the figures move with the seed is unknown.")
+    found += map(str, (results.get("data") or {}).get("warnings", ()))
     found += _stand_ins(artifacts)
     for words, has in (("verified", was_judged), ("timed", lambda a: bool(benchmark(a)))):
         missing = [label(a) for a in artifacts if not has(a)]

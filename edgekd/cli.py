@@ -40,6 +40,9 @@ TextOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the spec's seed.")]
+SkippedOption = Annotated[
+    bool, typer.Option("--allow-skipped", help="Go on when more than 5 % of the data's rows are unusable.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
 CheckOption = Annotated[
     bool, typer.Option("--check", help="Compare every file of the finished stages with its sha256, not only its size.")
@@ -47,13 +50,16 @@ CheckOption = Annotated[
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")]
 
 
-def _open(spec: str, out: Path | None, seed: int | None = None) -> Run:
+def _open(spec: str, out: Path | None, seed: int | None = None, allow_skipped: bool = False) -> Run:
     from .pipeline import open_run
     from .spec import builtin_spec, load_spec
 
     loaded = load_spec(spec, seed=seed)
+    if allow_skipped:
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
     shipped = not Path(spec).is_file() and builtin_spec(spec) is not None
     words = ["edgekd", "run", spec, *(["--seed", str(seed)] if seed is not None else [])]
+    words += ["--allow-skipped"] * allow_skipped
     return open_run(loaded, base=Path() if shipped else Path(spec).parent, out=out, words=words)
 
 
@@ -85,13 +91,14 @@ def run(
     seed: SeedOption = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Do not fail on a missed threshold.")] = False,
     check: CheckOption = False,
+    allow_skipped: SkippedOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Do a whole run: distil, quantize, export, verify, benchmark, report. Run it again to go on after a stop."""
     from .console import artifact_lines, watching
     from .pipeline import run_stages
 
-    opened = _open(spec, out, seed)
+    opened = _open(spec, out, seed, allow_skipped)
     with watching() as watcher:
         results = run_stages(opened, watcher, report_only=report_only, check=check)
     if as_json:
@@ -136,13 +143,14 @@ def distill(
     out: OutOption = None,
     seed: SeedOption = None,
     check: CheckOption = False,
+    allow_skipped: SkippedOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train the student (and the label-only baseline), measure both, and stop there."""
     from .console import quality_table, watching
     from .pipeline import run_stages
 
-    opened = _open(spec, out, seed)
+    opened = _open(spec, out, seed, allow_skipped)
     with watching() as watcher:
         results = run_stages(opened, watcher, until="quality", check=check)
     if as_json:
@@ -398,6 +406,8 @@ def chat(
     from .manifest import load_artifact
     from .targets import open_artifact
 
+    if prompt is None and sys.stdin is None:
+        raise EdgekdError("the standard input is closed, so there is nothing to answer.", "Give a --prompt.")
     loaded = load_artifact(artifact)
     session = open_artifact(loaded, threads=threads)
     try:

@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .conversation import chat_ids, render_chat, text_ids
+from .errors import EdgekdError
+
 if TYPE_CHECKING:
     from .doctor import Check
     from .manifest import Audit, Contract
@@ -224,48 +227,87 @@ def doctor_table(checks: Sequence[Check]) -> None:
 def converse(
     session: Session, contract: Contract, prompt: str | None, max_tokens: int, temperature: float, seed: int
 ) -> None:
-    """Complete ``prompt``, or answer line after line until the end of input."""
-    if prompt is not None:
-        _answer(session, prompt, max_tokens, temperature, seed)
-        return
-    history: list[dict[str, str]] = []
-    while True:
-        try:
-            line = typer.prompt("you", prompt_suffix="> ", err=True)
-        except (typer.Abort, EOFError):
-            typer.echo("", err=True)
-            return
-        if contract.chat_template is None:
-            _answer(session, line, max_tokens, temperature, seed)
-            continue
-        history.append({"role": "user", "content": line})
-        chat = render_chat(contract.chat_template, history)
-        text = _answer(session, chat, max_tokens, temperature, seed)
-        history.append({"role": "assistant", "content": text})
+    """Complete ``prompt``, or answer line after line until the end of input; Ctrl-C ends an answer that is being given.
 
-
-def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str:
-    """A chat as the model's template writes it, up to where the assistant speaks."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
-
-
-def _answer(session: Session, text: str, max_tokens: int, temperature: float, seed: int) -> str:
-    from .errors import EdgekdError
+    Raises:
+        EdgekdError: the prompt does not fit, the template refuses the conversation, or the input is not text.
+    """
     from .session import stream_text
 
-    ids = session.tokenize(text)
-    room = session.context_length - len(ids)
-    if not ids or room < 1:
-        raise EdgekdError(
-            f"the text has {len(ids)} tokens, the context holds {session.context_length}.", "Give a text that fits."
-        )
-    pieces = []
-    for piece in stream_text(session, session.generate(ids, min(max_tokens, room), temperature=temperature, seed=seed)):
-        pieces.append(piece)
-        typer.echo(piece, nl=False)
+    def answer(ids: list[int]) -> Iterator[str]:
+        most = min(max_tokens, session.context_length - len(ids))
+        return stream_text(session, session.generate(ids, most, temperature=temperature, seed=seed))
+
+    if prompt is not None:
+        _say(answer(_checked(session, text_ids(session, contract, _utf8(prompt)))))
+        return
+    history: list[dict[str, str]] = []
+    while (line := _next_line()) is not None:
+        history.append({"role": "user", "content": _utf8(line)})
+        try:
+            ids = _conversation_ids(session, contract, history, max_tokens)
+        except _TooLong as error:
+            typer.echo(f"{error}", err=True)
+            history.pop()
+            continue
+        history.append({"role": "assistant", "content": _say(answer(ids), stoppable=True)})
+
+
+class _TooLong(EdgekdError):
+    """A text that does not fit the context."""
+
+
+def _next_line() -> str | None:
+    try:
+        return str(typer.prompt("you", prompt_suffix="> ", err=True))
+    except (typer.Abort, EOFError):
+        typer.echo("", err=True)
+        return None
+    except UnicodeDecodeError as error:
+        raise EdgekdError("the input is not UTF-8 text.", "Convert it.") from error
+
+
+def _utf8(text: str) -> str:
+    """The text, if it is one: what is not UTF-8 on the command line or the terminal becomes half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EdgekdError("the input is not UTF-8 text.", "Convert it.") from error
+    return text
+
+
+def _conversation_ids(
+    session: Session, contract: Contract, history: list[dict[str, str]], max_tokens: int
+) -> list[int]:
+    """Ids of the conversation; its oldest exchanges leave ``history`` where an answer would have no room."""
+    if contract.chat_template is None:
+        return _checked(session, text_ids(session, contract, history[-1]["content"]))
+    while True:
+        text = render_chat(contract.chat_template, history, contract.special_tokens)
+        ids = chat_ids(session, contract, text)
+        room = session.context_length - len(ids)
+        if len(history) == 1 or room >= min(max_tokens, session.context_length // 2):
+            return _checked(session, ids)
+        del history[:2]
+        typer.echo("The oldest question and its answer no longer fit; the conversation goes on without.", err=True)
+
+
+def _checked(session: Session, ids: list[int]) -> list[int]:
+    if not 0 < len(ids) < session.context_length:
+        cause = f"the text has {len(ids)} tokens, the context holds {session.context_length} with an answer."
+        raise _TooLong(cause, "Give a text that fits.")
+    return ids
+
+
+def _say(pieces: Iterator[str], *, stoppable: bool = False) -> str:
+    """Write an answer as it comes, to its end or to Ctrl-C; what was written."""
+    said = []
+    try:
+        for piece in pieces:
+            said.append(piece)
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        if not stoppable:
+            raise
     typer.echo("")
-    return "".join(pieces)
+    return "".join(said)

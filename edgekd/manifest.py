@@ -39,6 +39,8 @@ class Contract(BaseModel):
     chat_template: str | None
     normalizer: Literal["NFC"] | None = None
     """Unicode normal form that the caller must bring text to, because the runtime's tokenizer does not."""
+    special_tokens: dict[str, str] = {}
+    """``bos_token``, ``eos_token`` and their like: the values that the chat template may use, by these names."""
 
     @model_validator(mode="after")
     def _ids_are_in_the_vocabulary(self) -> Self:

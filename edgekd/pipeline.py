@@ -202,12 +202,14 @@ def stages(run: Run, machine: plan.Machine) -> list[Stage]:
     student = run.student_config
     data_key = digest(
         {
-            "data": spec.data.model_dump(),
+            "data": spec.data.model_dump(exclude={"allow_skipped"}),
             "files": [file_sha256(path) for path in spec.data.files(run.base)],
             "python": platform.python_version() if spec.data.source == "stdlib" else None,
             "seed": spec.seed,
             "teacher": teacher.digest,
-            "code": _code("distill/data.py", "distill/corpus.py", "distill/chat.py"),
+            "code": _code(
+                "distill/data.py", "distill/corpus.py", "distill/chat.py", "conversation.py", "template_process.py"
+            ),
         }
     )
     training = {
@@ -869,6 +871,8 @@ def _make(run: Run, stage: Stage, watcher: Watcher) -> Record:
         outputs=outputs,
     )
     write_record(path, record)
+    for words in figures.get("warnings", ()):
+        _LOG.warning("%s: %s", stage.name, words)
     return record
 
 

@@ -89,7 +89,14 @@ class DataSpec(_Strict):
     paths: list[Name] = Field([], description="Files, for jsonl, parquet and text. Globs are allowed.")
     name: Name | None = Field(None, description="Data set on the hub, for source hub (downloads).")
     column: Name = Field("text", description="The column that holds the text, or the chat (a list of role/content).")
-    chat: bool = Field(False, description="The column is a chat: only the assistant's tokens are trained on.")
+    chat: bool = Field(
+        False,
+        description="The column is a chat: only the assistant's tokens are trained on. A column tools reaches the "
+        "chat template too, for which it is 26 July 2024.",
+    )
+    allow_skipped: bool = Field(
+        False, description="Go on when more than 5 % of the rows are unusable; option --allow-skipped sets it."
+    )
     include_tests: bool = Field(False, description="For stdlib: read the test suites too.")
     context: Length = Field(512, description="Tokens of a training window.")
     validation_share: Share = Field(0.05, description="Share of documents held out for validation (not for stdlib).")

@@ -77,6 +77,7 @@ class Vocabulary:
     add_eos: bool
     add_space_prefix: bool
     chat_template: str | None
+    special_tokens: dict[str, str]
     normalizer: Literal["NFC"] | None
 
 
@@ -177,6 +178,7 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) 
         add_eos=add_eos,
         add_space_prefix=model == "llama" and _adds_space_prefix(data),
         chat_template=template,
+        special_tokens=tokenizer.special_tokens_map,
         normalizer=normalizer,
     )
 
@@ -234,9 +236,11 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str) -> None
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_eos_token_id(vocabulary.eos_ids[0])
+    turn_end, further = _further_ends(vocabulary)
     for value, add in (
         (vocabulary.bos_id, writer.add_bos_token_id),
-        (vocabulary.turn_end_id, writer.add_eot_token_id),
+        (turn_end, writer.add_eot_token_id),
+        (further, writer.add_eom_token_id),
         (vocabulary.unk_id, writer.add_unk_token_id),
         (vocabulary.pad_id, writer.add_pad_token_id),
     ):
@@ -244,6 +248,15 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str) -> None
             add(value)
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)
+
+
+def _further_ends(vocabulary: Vocabulary) -> tuple[int | None, int | None]:
+    """The ends of a turn and of a message, at which llama.cpp stops too: the only places it has for a second and a
+    third end."""
+    turn_end = vocabulary.turn_end_id
+    others = [i for i in vocabulary.eos_ids[1:] if i != turn_end]
+    first, second, *_ = [*([] if turn_end is None else [turn_end]), *others, None, None]
+    return first, second
 
 
 def contract(vocabulary: Vocabulary, context_length: int) -> Contract:
@@ -255,6 +268,7 @@ def contract(vocabulary: Vocabulary, context_length: int) -> Contract:
         eos_ids=vocabulary.eos_ids,
         add_bos=vocabulary.add_bos,
         chat_template=vocabulary.chat_template,
+        special_tokens=vocabulary.special_tokens,
         normalizer=vocabulary.normalizer,
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArtifact, EdgekdError, MissingExtra, Unsupported
+from ..files import read_json
 from ..manifest import Contract
 from ..tokenizer_file import read_tokenizer_file, tokenizer_errors
 from ._common import TokenizerProof
@@ -63,7 +64,7 @@ def contract_of(tokenizer: PreTrainedTokenizerFast, folder: Path, vocab_size: in
     bos_id, add_bos, _ = added_ends(tokenizer, folder)
     return Contract(
         context_length=context_length, vocab_size=vocab_size, bos_id=bos_id, eos_ids=eos_ids(tokenizer, folder),
-        add_bos=add_bos, chat_template=chat_template(tokenizer),
+        add_bos=add_bos, chat_template=chat_template(tokenizer), special_tokens=tokenizer.special_tokens_map,
     )  # fmt: skip
 
 
@@ -107,25 +108,35 @@ def added_ends(tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[int | 
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[int]:
-    """Ids that end generation, the tokenizer's own EOS first.
+    """Ids that end generation: the tokenizer's own EOS, those of ``generation_config.json``, the turn's end.
 
     Raises:
+        EdgekdError: a file that names them is not readable.
         Unsupported: there is none.
     """
-    special, turn_end = set(special_tokens(tokenizer).values()), turn_end_id(tokenizer)
-    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
+    named = _named_eos_ids(folder / "generation_config.json")
+    if named is None:
         # An ordinary token there is a library's default that was never set for this vocabulary.
-        ids += [i for i in (value if isinstance(value, list) else [value]) if i in special]
-    ids += [] if turn_end is None else [turn_end]
+        special = special_tokens(tokenizer).values()
+        named = [i for i in _named_eos_ids(folder / "config.json") or [] if i in special]
+    known = tokenizer.get_vocab().values()
+    ids = [tokenizer.eos_token_id, *(i for i in named if i in known), turn_end_id(tokenizer)]
+    ids = [i for i in ids if i is not None]
     if not ids:
         raise Unsupported(
             f"{folder}: no end-of-sequence token; the runtime would take an ordinary one for it.",
             "Set eos_token in tokenizer_config.json.",
         )
     return list(dict.fromkeys(ids))
+
+
+def _named_eos_ids(path: Path) -> list[int] | None:
+    """``eos_token_id`` of a model's file, one or many; None where the file or the key is missing."""
+    value = read_json(path, remedy="Save the model again.").get("eos_token_id") if path.is_file() else None
+    ids = value if isinstance(value, list) or value is None else [value]
+    if ids is not None and not all(type(i) is int for i in ids):
+        raise EdgekdError(f"{path}: key 'eos_token_id' is {value!r:.60}, not an id or a list of ids.", "Correct it.")
+    return ids
 
 
 def compare_tokenizers(

@@ -204,6 +204,6 @@ def _metadata(contract: Contract, name: str, recipe: str, folder: Path) -> dict[
     return {
         "co.huggingface.exporters.name": name,  # swift-transformers' key
         "edgekd.recipe": recipe,
-        "edgekd.contract": contract.model_dump_json(),
+        "edgekd.contract": contract.model_dump_json(exclude={"special_tokens"}),  # tokenizer_config.json holds them
         "edgekd.tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
     }

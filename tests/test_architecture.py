@@ -14,7 +14,7 @@ LAYERS = [
     {"", "errors", "llama_flags"},  # the package itself begins with privacy
     {"files", "strict_yaml", "strace", "trial", "tokenizer_file"},
     {"spec", "architecture"},
-    {"checkpoint", "student", "manifest", "records", "plan", "session"},
+    {"checkpoint", "student", "manifest", "records", "plan", "session", "conversation", "template_process"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest", "audit"},

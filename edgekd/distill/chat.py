@@ -1,55 +1,119 @@
-"""Chats as text, and which characters of it the assistant wrote."""
+"""Chats as text to learn from, and which characters of it the assistant gave."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+from ..conversation import ChatTemplate, Rendered, Span, TemplateRefused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]
+TRAINING_TIME = datetime(2024, 7, 26)
+"""What ``strftime_now`` tells in training text, so that the same data gives the same windows on every day: the day that
+Llama 3's own template falls back to."""
 
 # A private-use character on each side: no template trims, splits or looks for it.
 _SENTINEL = "\ue000edgekd\ue001"
+_GIVEN = ("content", "tool_calls", "reasoning_content", "thinking", "reasoning")
 
 
-def render_chat(
-    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
-) -> tuple[str, list[Span]] | None:
-    """A chat as its template renders it, and the character spans to train on.
+class Unusable(Exception):
+    """A row that nothing can be learned from: why, in words that hold for its like."""
 
-    A span is what an assistant's content becomes in the text, with the special token that ends the turn. It is found
-    by rendering the chat again with that content replaced, and taking what the two renders do not share: this needs
-    no ``{% generation %}`` in the template, and holds for templates that rewrite earlier turns (Qwen3 drops their
-    reasoning).
 
-    Returns:
-        None if the template refuses the chat, or if no span can be told apart.
+@dataclass(frozen=True)
+class Chat:
+    """A chat of the training data."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the tools that the assistant may call."""
+
+    @property
+    def text(self) -> str:
+        """All of it, to tell whether two are the same."""
+        whole = [self.messages, self.tools] if self.tools else self.messages
+        return json.dumps(whole, sort_keys=True, default=str)
+
+
+class ChatReader:
+    """Chats as a tokenizer's template renders them, with the character spans to train on.
+
+    A span is what an assistant's turn becomes in the text, with the special token that ends it. The template's own
+    ``{% generation %}`` marks decide, where it has them. Otherwise the chat is rendered again with the turn's words
+    replaced, and what the two renders do not share is the span: this holds for templates that rewrite earlier turns
+    (Qwen3 drops their reasoning). A turn that calls tools is what the text has more, up to its end, than the prompt
+    that the model would be given there; where one of the two ways fails, the other is tried.
     """
-    from jinja2.exceptions import TemplateError
 
-    endings = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    try:
-        text = _render(messages, tokenizer)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or not message.get("content"):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._endings = tuple(sorted(tokenizer.get_added_vocab(), key=len, reverse=True))
+
+    def read(self, chat: Chat) -> tuple[str, list[Span]]:
+        """Text and spans.
+
+        Raises:
+            Unusable: the template refuses the chat, nobody answers in it, or no span can be told apart.
+            EdgekdError: the template does not end.
+        """
+        messages = chat.messages
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and any(m.get(key) for key in _GIVEN)]
+        if not turns:
+            roles = ", ".join(sorted({message["role"] for message in messages}))
+            raise Unusable(f"no turn of the role assistant says anything (roles: {roles})")
+        try:
+            text, marked = self._render(chat, messages)
+        except (TemplateRefused, ValueError) as refusal:
+            raise Unusable(f"the chat template refuses them: {getattr(refusal, 'words', refusal)}") from refusal
+        spans = [span for span in marked if span[0] < span[1]] or [self._span(chat, text, turn) for turn in turns]
+        return text, spans
+
+    def _render(self, chat: Chat, messages: Sequence[dict[str, Any]], prompt: bool = False) -> Rendered:
+        template = ChatTemplate(
+            self._tokenizer.get_chat_template(tools=chat.tools), self._tokenizer.special_tokens_map, TRAINING_TIME
+        )
+        return template.render(messages, tools=chat.tools, add_generation_prompt=prompt)
+
+    def _span(self, chat: Chat, text: str, turn: int) -> Span:
+        ways = [self._replaced, self._grown]
+        if chat.messages[turn].get("tool_calls"):  # a tool's answer may be written by what the call was
+            ways.reverse()
+        for way in ways:
+            try:
+                if span := way(chat, text, turn):
+                    return span
+            except TemplateRefused:
                 continue
-            changed = _render([*messages[:i], {**message, "content": _SENTINEL}, *messages[i + 1 :]], tokenizer)
-            if changed.count(_SENTINEL) != 1:
-                return None
-            before, after = changed.split(_SENTINEL)
-            start = _shared(text, before)
-            end = len(text) - _shared(text[start:][::-1], after[::-1])
-            spans.append((start, end + _length_of_ending(text[end:], endings)))
-    except (TemplateError, TypeError, ValueError, KeyError):
-        return None
-    return (text, spans) if spans else None
+        raise Unusable("the assistant's words cannot be told from the template's")
 
+    def _replaced(self, chat: Chat, text: str, turn: int) -> Span | None:
+        """What changes in the text when the turn says something else."""
+        messages, message = chat.messages, chat.messages[turn]
+        others = {key: value for key, value in message.items() if key not in _GIVEN}
+        parts = isinstance(message.get("content"), list)
+        content = [{"type": "text", "text": _SENTINEL}] if parts else _SENTINEL
+        changed = self._render(chat, [*messages[:turn], others | {"content": content}, *messages[turn + 1 :]]).text
+        if changed.count(_SENTINEL) != 1:
+            return None
+        before, after = changed.split(_SENTINEL)
+        start = _shared(text, before)
+        end = len(text) - _shared(text[start:][::-1], after[::-1])
+        return start, end + _length_of_ending(text[end:], self._endings)
 
-def _render(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    def _grown(self, chat: Chat, text: str, turn: int) -> Span | None:
+        """What the text has more, up to the turn's end, than the prompt for the turn."""
+        prompt = self._render(chat, chat.messages[:turn], prompt=True).text
+        whole = self._render(chat, chat.messages[: turn + 1]).text
+        if not (whole.startswith(prompt) and text.startswith(whole) and len(prompt) < len(whole)):
+            return None
+        bare = whole.rstrip()
+        return len(prompt), len(bare if bare.endswith(self._endings) else whole)
 
 
 def _shared(a: str, b: str) -> int:

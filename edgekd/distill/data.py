@@ -6,19 +6,23 @@ one to learn (so position t is trained on where ``loss_mask[t + 1]`` is 1).
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import EdgekdError, SpecError
 from ..files import atomic_file
 from ..privacy import online
-from .chat import render_chat
+from .chat import Chat, ChatReader, Unusable
 from .corpus import stdlib_corpus
 
 if TYPE_CHECKING:
@@ -28,9 +32,12 @@ if TYPE_CHECKING:
     from ..spec import DataSpec
 
 SPLITS = ("train", "validation", "test")
-Document = str | list[dict[str, Any]]
+MOST_SKIPPED_SHARE = 0.05
+Document = str | Chat
 _BATCH_DOCUMENTS = 64
+_SHOWN_REASONS = 3
 _PIECE_CHARACTERS = 32_768
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ def prepare(
 
     Documents are joined by the end-of-text id and cut to windows of ``spec.context`` tokens; the rest of a split
     that fills no window, and windows without a token to learn, are dropped. A chat is rendered by the tokenizer's
-    template, and only the assistant's content with its end token is learned.
+    template, and only what the assistant gave, tool calls too, is learned, with its end token. Chats that the template
+    refuses, and rows that are none, are counted by reason.
 
     Args:
         seed: with a document's own text, decides its split (the standard library is split by module).
@@ -83,32 +91,33 @@ def prepare(
         on_progress: called with the number of documents read so far.
 
     Returns:
-        Figures: documents, tokens, windows and bytes per split; duplicates and skipped documents.
+        Figures: documents, tokens, windows and bytes per split; duplicates and skipped documents; under ``warnings``,
+        sentences that the user must see.
 
     Raises:
-        SpecError: a file is missing, there is no such column or it is of another type, or a split fills no window.
+        SpecError: a file is missing, there is no such column or it is of another type, a split fills no window, or
+            more than 5 % of the rows are unusable and ``spec.allow_skipped`` is not set.
     """
     if tokenizer.eos_token_id is None:
         raise SpecError("teacher.model: its tokenizer has no end-of-text token to join documents with.")
     if spec.chat and not tokenizer.chat_template:
         raise SpecError("data.chat: the teacher's tokenizer has no chat template.", "Add chat_template.jinja to it.")
-    packers = {split: _Packer(tokenizer, spec) for split in SPLITS}
-    figures: dict[str, Any] = {"not_utf8_skipped": 0, "duplicates_dropped": 0, "unusable_chats_skipped": 0}
+    skips: Counter[str] = Counter()
+    packers = {split: _Packer(tokenizer, spec, skips) for split in SPLITS}
+    figures: dict[str, Any] = {"not_utf8_skipped": 0, "duplicates_dropped": 0}
     if spec.source == "stdlib":
         corpus = stdlib_corpus(spec.include_tests)
         figures |= corpus.stats
         parts: Iterable[tuple[str, Document]] = ((s, text) for s in SPLITS for text in getattr(corpus, s))
     else:
-        parts = _split(_documents(spec, base, figures), spec, seed, figures)
+        parts = _split(_documents(spec, base, figures, skips), spec, seed, figures)
     for count, (split, document) in enumerate(parts, 1):
         packers[split].add(document)
         if on_progress and count % _BATCH_DOCUMENTS == 0:
             on_progress(count)
     windows = {split: packer.windows() for split, packer in packers.items()}
-    if not any(packer.documents for packer in packers.values()):
-        raise SpecError(f"data: {_named(spec)} holds no usable document.", "Check data.paths and data.column.")
+    figures |= _skipped(skips, sum(packer.documents for packer in packers.values()), spec)
     for split, packer in packers.items():
-        figures["unusable_chats_skipped"] += packer.skipped
         figures[f"{split}_documents"], figures[f"{split}_tokens"] = packer.documents, packer.tokens
         figures[f"{split}_bytes"], figures[f"{split}_windows"] = packer.bytes, len(windows[split][0])
         if not len(windows[split][0]):
@@ -123,19 +132,43 @@ def prepare(
     return figures
 
 
+def _skipped(skips: Counter[str], documents: int, spec: DataSpec) -> dict[str, Any]:
+    """Figures of the rows that nothing is learned from.
+
+    Raises:
+        SpecError: they are too many.
+    """
+    count = skips.total()
+    reasons = "; ".join(f"{reason} ({number})" for reason, number in skips.most_common(_SHOWN_REASONS))
+    words = f"{count} of {count + documents} rows of {_named(spec)} are unusable and were skipped: {reasons}."
+    if count > MOST_SKIPPED_SHARE * (count + documents) and not spec.allow_skipped:
+        raise SpecError(f"data: {words}", "Mend them, or go on with the rest: --allow-skipped.")
+    if not documents:
+        said = f" {words}" if count else ""
+        raise SpecError(f"data: {_named(spec)} holds no usable document.{said}", "Check data.paths and data.column.")
+    return {
+        "unusable_chats_skipped": count,
+        "skipped_by_reason": dict(skips.most_common()),
+        "warnings": [words] if count else [],
+    }
+
+
 @dataclass
 class _Packer:
     """One split on its way to windows; documents are tokenized in batches."""
 
     tokenizer: PreTrainedTokenizerFast
     spec: DataSpec
+    skips: Counter[str]
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
-    skipped: int = 0
     waiting: list[Document] = field(default_factory=list)
     ids: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reader = ChatReader(self.tokenizer)
 
     def add(self, document: Document) -> None:
         self.waiting.append(document)
@@ -149,14 +182,13 @@ class _Packer:
         texts: list[str] = []
         spans: list[list[tuple[int, int]] | None] = []
         for document in batch:
-            if isinstance(document, str):
-                texts.append(document)
-                spans.append(None)
-            elif rendered := render_chat(document, self.tokenizer):
-                texts.append(rendered[0])
-                spans.append(rendered[1])
-            else:
-                self.skipped += 1
+            try:
+                text, learned = (document, None) if isinstance(document, str) else self.reader.read(document)
+            except Unusable as reason:
+                self.skips[str(reason)] += 1
+                continue
+            texts.append(text)
+            spans.append(learned)
         if not texts:
             return
         # A template writes its own BOS.
@@ -200,7 +232,7 @@ def _split(
     """The split of each document, by the hash of seed and text; exact duplicates are dropped and counted."""
     seen: set[bytes] = set()
     for document in documents:
-        text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+        text = document if isinstance(document, str) else document.text
         digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
         if digest in seen:
             figures["duplicates_dropped"] += 1
@@ -215,24 +247,67 @@ def _split(
             yield "train", document
 
 
-def _documents(spec: DataSpec, base: Path, figures: dict[str, Any]) -> Iterator[Document]:
-    """The documents of every source but the standard library; empty ones are left out."""
+def _documents(spec: DataSpec, base: Path, figures: dict[str, Any], skips: Counter[str]) -> Iterator[Document]:
+    """The documents of every source but the standard library; empty texts are left out, empty chats counted."""
     if spec.source == "text":
         yield from _text_documents(spec.files(base), figures)
         return
     for number, row in enumerate(_rows(spec, base), 1):
-        if spec.column not in row:
+        if number == 1 and spec.column not in row:
             raise SpecError(
                 f"data.column: {_named(spec)} has no column {spec.column!r}.", f"It has: {', '.join(map(str, row))}."
             )
-        value = row[spec.column]
-        if value is None or value == "" or value == []:
-            continue
-        yield _chat(value, spec, number) if spec.chat else _text(value, spec, number)
+        value = row.get(spec.column)
+        if spec.chat:
+            try:
+                yield Chat(_messages(value, spec), _tools(row.get("tools")))
+            except Unusable as reason:
+                skips[str(reason)] += 1
+        elif value is not None and value != "" and value != []:
+            yield _text(value, spec, number)
 
 
 def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
+    """The rows of every source, each with the keys that it really has."""
     files = spec.files(base) if spec.source != "hub" else []
+    if spec.source == "jsonl":
+        for path in files:
+            yield from _json_rows(path)
+    else:
+        for row in _table_rows(spec, files):
+            # A table gives every row the keys of all rows; whether an empty one was there, it cannot tell.
+            yield {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects, one a line or all in one list, as they stand; a byte order mark and compression are seen."""
+    opener: Callable[..., IO[str]] = _OPENERS.get(path.suffix, open)
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):  # noqa: B007 - the error names it
+                if line.startswith("["):
+                    yield from map(_json_object, json.loads(line + file.read()))
+                elif line.strip():
+                    yield _json_object(json.loads(line))
+    except (OSError, EOFError, lzma.LZMAError, ValueError, RecursionError) as error:
+        raise SpecError(f"data: {path} cannot be read as jsonl: line {number}: {error}.", "Mend the file.") from error
+
+
+def _json_object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object")
+    json.dumps(value, ensure_ascii=False).encode()  # half a character is a ValueError
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _table_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -244,8 +319,7 @@ def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
             with online():
                 yield from datasets.load_dataset(spec.name, split="train", streaming=True)
         elif names := [str(file) for file in files if file.stat().st_size]:
-            kind = {"jsonl": "json", "parquet": "parquet"}[spec.source]
-            yield from datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
+            yield from datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
     except Exception as error:  # datasets raises many kinds, some of its own, some of pyarrow's
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
@@ -281,16 +355,30 @@ def _text(value: Any, spec: DataSpec, number: int) -> str:
     )
 
 
-def _chat(value: Any, spec: DataSpec, number: int) -> list[dict[str, Any]]:
-    """The messages of a chat, without the empty keys that a table gives every row."""
-    if not isinstance(value, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
-    ):
-        raise SpecError(
-            f"data.column: {spec.column!r} is not a chat ({_named(spec)}, row {number}).",
-            "A chat is a list of mappings with role and content.",
-        )
+def _messages(value: Any, spec: DataSpec) -> list[dict[str, Any]]:
+    """The messages of a chat, without their empty keys, as transformers hands them to a template."""
+    wanted = f"{spec.column!r} is not a chat, which is a list of mappings with role and content"
+    if value is None or value == "" or value == []:
+        raise Unusable(f"{spec.column!r} is empty")
+    if not isinstance(value, list):
+        raise Unusable(f"{wanted}: it is a {type(value).__name__}")
+    for message in value:
+        if not isinstance(message, dict):
+            raise Unusable(f"{wanted}: a message is a {type(message).__name__}")
+        if not isinstance(message.get("role"), str):
+            raise Unusable(f"{wanted}: a message has {', '.join(map(str, message)) or 'nothing'}")
     return [{key: item for key, item in message.items() if item is not None} for message in value]
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """The tools of a row, which some data sets hold as JSON in a string; None where it has none."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value else value
+    except (ValueError, RecursionError) as error:
+        raise Unusable("its tools are not JSON") from error
+    if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
+        raise Unusable("its tools are not a list of JSON schemas")
+    return tools or None
 
 
 def _named(spec: DataSpec) -> str:

@@ -5,10 +5,11 @@ Every golden string is valid Unicode without lone surrogates, which have no UTF-
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..conversation import TemplateRefused, chat_ids, render_chat
 from ..errors import EdgekdError
 from ..manifest import Contract
 from ..session import Session
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _SHOWN_DIFFERENCES = 5
+_REFUSED = "the template refuses the chat"
 _COMBINED_SPECIALS = 4  # Llama 3 has 256 reserved tokens: all stand alone, the first few are also mixed with text
 
 _CODE = (
@@ -272,15 +274,17 @@ def golden_chats() -> list[list[dict[str, str]]]:
 def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract: Contract) -> dict[str, Any]:
     """Compare the runtime's tokenizer with the Hugging Face one.
 
-    A text counts as identical when all ids are. A chat is rendered by the contract's template for the runtime (less
-    the leading BOS where the runtime adds it) and by the tokenizer's own for the reference; chats that the template
-    refuses are counted apart. Round trip: the bytes of the ids, joined, are the text's (in the contract's normal
-    form); checked where the text holds no special token and the tokenizer has no other normalizer.
+    A text counts as identical when all ids are. A chat is rendered and tokenized as ``edgekd chat`` does, by the
+    contract, and by transformers for the reference; chats that both refuse are counted apart. Round trip: what the
+    bytes of the runtime's ids, joined, read as is what the reference tokenizer's decoder makes of the same ids.
 
     Returns:
         Counts ``strings``, ``strings_identical``, ``chats``, ``chats_identical``, ``chats_refused``,
         ``round_trips``, ``round_trips_identical``, and ``differences``: the first few, each with ``kind``,
-        ``text``, ``expected`` and ``runtime`` (id lists, byte strings as hex, or the runtime's complaint).
+        ``text``, ``expected`` and ``runtime`` (id lists, texts, or a complaint).
+
+    Raises:
+        EdgekdError: the contract's template does not end.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     result: dict[str, Any] = {"differences": []}
@@ -291,58 +295,70 @@ def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract:
         return bool(expected == runtime)
 
     strings = golden_strings(special)
-    same = [compare("string", text, tokenizer(text)["input_ids"], _runtime_ids(session, text)) for text in strings]
+    ids = [_ids_or_complaint(partial(session.tokenize, text)) for text in strings]
+    same = [compare("string", text, tokenizer(text)["input_ids"], got) for text, got in zip(strings, ids, strict=True)]
     result |= {"strings": len(same), "strings_identical": sum(same)}
 
-    cases = _chat_cases(tokenizer, contract)
-    same = [compare("chat", text, expected, _runtime_ids(session, text)) for text, expected in cases]
-    refused = len(golden_chats()) - len(same) if tokenizer.chat_template or contract.chat_template else 0
-    result |= {"chats": len(same), "chats_identical": sum(same), "chats_refused": refused}
+    chats = [_both_chats(session, tokenizer, contract, chat) for chat in _golden_chats_of(tokenizer, contract)]
+    same = [compare("chat", *case) for case in chats if case[1:] != (_REFUSED, _REFUSED)]
+    result |= {"chats": len(same), "chats_identical": sum(same), "chats_refused": len(chats) - len(same)}
 
-    same = []
-    if _keeps_bytes(tokenizer, contract):
-        for text in strings:
-            ids = _runtime_ids(session, text)
-            if isinstance(ids, list) and not any(token in text for token in special):
-                whole = unicodedata.normalize(contract.normalizer, text) if contract.normalizer else text
-                got = b"".join(session.token_bytes(token) for token in ids)
-                same.append(compare("round trip", text, whole.encode().hex(), got.hex()))
+    reference = _Decoder(tokenizer)
+    same = [
+        compare("round trip", text, reference.text(got), _runtime_text(session, got))
+        for text, got in zip(strings, ids, strict=True)
+        if isinstance(got, list)
+    ]
     return result | {"round_trips": len(same), "round_trips_identical": sum(same)}
 
 
-def _runtime_ids(session: Session, text: str) -> list[int] | str:
+def _ids_or_complaint(give_ids: Callable[[], list[int]]) -> list[int] | str:
     """The runtime's ids, or its complaint, which equals no list."""
     try:
-        return [int(token) for token in session.tokenize(text)]
+        return [int(token) for token in give_ids()]
     except (EdgekdError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def _chat_cases(tokenizer: PreTrainedTokenizerFast, contract: Contract) -> list[tuple[str, list[int]]]:
-    """Each chat as the text that the runtime is fed and the ids that it must give."""
+def _runtime_text(session: Session, ids: Sequence[int]) -> str:
+    return b"".join(session.token_bytes(token) for token in ids).decode("utf-8", "replace")
+
+
+class _Decoder:
+    """The reference tokenizer's decoder: ids to text, special tokens left out, parts of characters replaced."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        # Behind another token, where no decoder drops the space that a tokenizer put before the text.
+        self._before = self._backend.encode("a", add_special_tokens=False).ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return self._backend.decode([*self._before, *ids]).removeprefix(self._backend.decode(self._before))
+
+
+def _golden_chats_of(tokenizer: PreTrainedTokenizerFast, contract: Contract) -> list[list[dict[str, str]]]:
+    return golden_chats() if tokenizer.chat_template or contract.chat_template else []
+
+
+def _both_chats(
+    session: Session, tokenizer: PreTrainedTokenizerFast, contract: Contract, chat: list[dict[str, str]]
+) -> tuple[str, list[int] | str, list[int] | str]:
+    """A chat's text by the contract, the reference's ids and the runtime's."""
+    before = _reference_ids(tokenizer, chat)
+    try:
+        text = render_chat(contract.chat_template or "", chat, contract.special_tokens)
+    except TemplateRefused as refusal:
+        return refusal.words, before, _REFUSED
+    actual = _ids_or_complaint(partial(chat_ids, session, contract, text))
+    # A template may tell the time, which goes on between two renders.
+    return text, before if actual == before else _reference_ids(tokenizer, chat), actual
+
+
+def _reference_ids(tokenizer: PreTrainedTokenizerFast, chat: list[dict[str, str]]) -> list[int] | str:
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template and not contract.chat_template:
-        return []
-    cases = []
-    for chat in golden_chats():
-        try:
-            reference = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ValueError):
-            continue
-        if contract.chat_template:
-            options: dict[str, Any] = {"chat_template": contract.chat_template, "tokenize": False}
-            text = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options))
-        else:
-            text = ""  # the contract lost the template: every chat differs
-        if contract.add_bos and tokenizer.bos_token:
-            text = text.removeprefix(tokenizer.bos_token)
-            reference = tokenizer.bos_token + reference.removeprefix(tokenizer.bos_token)
-        cases.append((text, list(tokenizer(reference, add_special_tokens=False)["input_ids"])))
-    return cases
-
-
-def _keeps_bytes(tokenizer: PreTrainedTokenizerFast, contract: Contract) -> bool:
-    """Whether the tokenizer changes no text but by the contract's normal form."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    return normalizer is None or type(normalizer).__name__ == (contract.normalizer or "")
+    try:
+        return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return _REFUSED

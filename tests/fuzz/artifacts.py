@@ -146,7 +146,9 @@ def _messages(message: Any) -> Iterator[Any]:
 
 def _put(out: bytearray, at: int, size: int, rng: random.Random) -> None:
     number = rng.choice([*INTERESTING, rng.getrandbits(64), -1])
-    new = struct.pack("<d" if size == 8 else "<f", rng.choice([-1, float("nan"), 1e38])) if not rng.randrange(6) else b""
+    new = (
+        struct.pack("<d" if size == 8 else "<f", rng.choice([-1, float("nan"), 1e38])) if not rng.randrange(6) else b""
+    )
     out[at : at + size] = (new or (number % 2**64).to_bytes(8, "little"))[:size]
 
 
@@ -215,7 +217,12 @@ def targets_of(artifact: Path) -> list[tuple[str, Mutate]]:
             import onnx
 
             graph = proto(onnx.ModelProto)
-            return [("model.onnx", graph), ("head.onnx", graph), ("model.onnx", any_bytes), ("model.onnx.data", any_bytes)]
+            return [
+                ("model.onnx", graph),
+                ("head.onnx", graph),
+                ("model.onnx", any_bytes),
+                ("model.onnx.data", any_bytes),
+            ]
         case "executorch":
             return [("model.pte", any_bytes), ("model.pte", head_bytes)]
     from edgekd.targets.mil.package import proto as module

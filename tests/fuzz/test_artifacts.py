@@ -192,6 +192,8 @@ def test_mutations_of_a_message_change_it() -> None:
 
     import onnx
 
-    model = onnx.helper.make_model(onnx.helper.make_graph([onnx.helper.make_node("Add", ["a", "b"], ["c"])], "g", [], []))
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([onnx.helper.make_node("Add", ["a", "b"], ["c"])], "g", [], [])
+    )
     data = model.SerializeToString()
     assert len({proto(onnx.ModelProto)(data, random.Random(seed)) for seed in range(50)}) > 20

@@ -134,7 +134,14 @@ def test_bos_is_not_doubled_in_chats(session, tokenizer, contract):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     session.tokenize = lambda text: [0, *tokenizer(text)["input_ids"]]
-    told = contract.model_copy(update={"add_bos": True, "bos_id": 0, "chat_template": with_bos.chat_template})
+    told = contract.model_copy(
+        update={
+            "add_bos": True,
+            "bos_id": 0,
+            "chat_template": with_bos.chat_template,
+            "special_tokens": with_bos.special_tokens_map,
+        }
+    )
     result = check_tokens(session, with_bos, told)
     assert result["strings"] == result["strings_identical"]
     assert result["chats"] == result["chats_identical"] == len(golden_chats())

@@ -1,0 +1,196 @@
+"""Chats as a model reads them: the one renderer of chat templates, which does what transformers' does without it.
+
+A chat template is a program by whoever made the model. It runs in jinja2's sandbox, in a process of its own that has
+little memory and little time: one that does not end, or eats memory, costs a sentence and not the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import EdgekdError
+
+if TYPE_CHECKING:
+    from .manifest import Contract
+    from .session import Session
+
+MOST_CPU_SECONDS = 5.0
+MOST_MEMORY_BYTES = 512 * 2**20
+MOST_CHARACTERS = 2**24
+"""Of a rendered chat: several times what the longest context holds."""
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class TemplateRefused(EdgekdError):
+    """A template does not render a chat; the cause ends in its own words."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+        super().__init__(f"the chat template refuses the chat: {words}.", "Change the chat, or the template.")
+
+
+class Rendered(NamedTuple):
+    """A chat as text."""
+
+    text: str
+    generated: list[Span]
+    """The characters inside ``{% generation %}``; none where the template does not mark them."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template and the values it may use.
+
+    Args:
+        source: Jinja.
+        special_tokens: ``bos_token``, ``eos_token`` and their like, by these names.
+        now: what ``strftime_now`` tells; None: the clock.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str]
+    now: datetime | None = None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> Rendered:
+        """A chat as transformers' ``apply_chat_template`` renders it.
+
+        Args:
+            tools: JSON schemas.
+            add_generation_prompt: go on to where the assistant speaks.
+
+        Raises:
+            TemplateRefused: the template raises, or is in error.
+            EdgekdError: it does not end, or its process does.
+        """
+        variables = {
+            **self.special_tokens,
+            "messages": [_as_template_reads(message) for message in messages],
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        now = self.now.isoformat() if self.now else None
+        answer = _WORKER.ask({"source": self.source, "variables": variables, "now": now})
+        if "refused" in answer:
+            raise TemplateRefused(answer["refused"])
+        return Rendered(answer["text"], [(start, end) for start, end in answer["generated"]])
+
+
+def render_chat(template: str, messages: Sequence[Message], special_tokens: Mapping[str, str] | None = None) -> str:
+    """A chat as its template renders it, up to where the assistant speaks; see :class:`ChatTemplate`."""
+    return ChatTemplate(template, special_tokens or {}).render(messages, add_generation_prompt=True).text
+
+
+def chat_ids(session: Session, contract: Contract, text: str) -> list[int]:
+    """Ids of a rendered chat, to which nothing is added: the template writes its own BOS, and an EOS would end it."""
+    ids, added = session.tokenize(text), session.tokenize("")
+    before = int(contract.add_bos)
+    return ids[before : len(ids) - max(len(added) - before, 0)]
+
+
+def text_ids(session: Session, contract: Contract, text: str) -> list[int]:
+    """Ids of a text to be gone on with: BOS as the contract says, and no EOS behind it."""
+    return session.tokenize(text)[: int(contract.add_bos)] + chat_ids(session, contract, text)
+
+
+def _as_template_reads(message: Message) -> dict[str, Any]:
+    """A message less its empty keys, its reasoning under every name that templates read it by."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+# --- the caller's side ------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """The process that renders: started when first asked, and again after it died."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one request.
+
+        Raises:
+            EdgekdError: the process did not survive it.
+        """
+        try:
+            line = json.dumps(request, default=_placeholder).encode() + b"\n"
+        except (ValueError, RecursionError) as error:
+            raise TemplateRefused(f"it cannot be written as JSON ({error})") from error
+        with self._lock:
+            process = self._running()
+            try:
+                answer = self._exchange(process, line)
+            except BaseException:  # also Ctrl-C: the next request must not read this one's answer
+                self._stop(process)
+                raise
+            if not answer:
+                raise EdgekdError(*_why(self._stop(process)))
+        return json.loads(answer)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._owner != os.getpid():  # a forked child must not share its parent's
+            command = [sys.executable, "-P", "-m", f"{__package__}.template_process"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            self._owner = os.getpid()
+        return self._process
+
+    @staticmethod
+    def _exchange(process: subprocess.Popen[bytes], line: bytes) -> bytes:
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        return process.stdout.readline()
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> int:
+        self._process = None
+        process.kill()  # of no effect on one that is dead
+        assert process.stdin and process.stdout
+        process.stdout.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        return process.wait()
+
+
+_WORKER = _Worker()
+
+
+def _placeholder(value: Any) -> str:
+    """What a template sees of a value that JSON does not have."""
+    return f"<{type(value).__name__}>"
+
+
+def _why(status: int) -> tuple[str, str]:
+    """Cause and remedy of a template's process that ended."""
+    if status == -signal.SIGPROF:
+        return f"the chat template does not end: stopped after {MOST_CPU_SECONDS:g} s of work.", "Change the template."
+    return f"the chat template ended its process (status {status}).", "Change the template."

@@ -1,0 +1,318 @@
+"""The one renderer of chats, against transformers' own; and templates that mean no good."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from datetime import datetime
+
+import pytest
+
+from edgekd.conversation import ChatTemplate, TemplateRefused, chat_ids, render_chat, text_ids
+from edgekd.errors import EdgekdError
+from edgekd.manifest import Contract
+
+transformers = pytest.importorskip("transformers")
+
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "[INST]", "[/INST]", "<pad>", "<unk>"]
+# The shapes that models' templates have, each written here from what it does.
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "blocks that are trimmed": (
+        "{%- for m in messages %}\n    {%- if m.role == 'user' %}\n<user> {{ m.content | trim }}\n    {%- else %}\n"
+        "<{{ m.role }}> {{ m.content }}{% endif %}\n  {% if loop.last and add_generation_prompt %}\n<assistant>\n"
+        "    {% endif %}\n{%- endfor %}\n"
+    ),
+    "llama": (
+        "{{- bos_token }}\n{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
+        "{%- endif %}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}"
+        "{%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}"
+        "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}\n\n"
+        "{%- if tools is not none %}Tools: {% for t in tools %}{{ t | tojson(indent=4) }}\n\n{% endfor %}{%- endif %}"
+        "{{ system }}<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        "{% if m.tool_calls is defined %}{{ m.tool_calls[0].function.arguments | tojson }}{% else %}"
+        "{{ m['content'] | trim }}{% endif %}<|eot_id|>{% endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+    ),
+    "mistral": (
+        "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
+        "{%- set rest = messages[1:] %}{%- else %}{%- set rest = messages %}{%- endif %}{{- bos_token }}"
+        "{%- for m in rest %}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{- raise_exception('Roles must alternate user/assistant/user/assistant/...') }}{%- endif %}"
+        "{%- if m['role'] == 'user' %}{%- if loop.first and system is defined %}"
+        "{{- '[INST] ' + system + '\n\n' + m['content'] + '[/INST]' }}{%- else %}"
+        "{{- '[INST] ' + m['content'] + '[/INST]' }}{%- endif %}{%- else %}{{- ' ' + m['content'] + eos_token}}"
+        "{%- endif %}{%- endfor %}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+        "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + "
+        "message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+    ),
+    "qwen3": (
+        "{%- if tools %}{{- '<|im_start|>system\n# Tools\n<tools>' }}{%- for tool in tools %}{{- '\n' }}"
+        "{{- tool | tojson }}{%- endfor %}{{- '\n</tools><|im_end|>\n' }}{%- endif %}"
+        "{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}"
+        "{%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}"
+        "{%- if ns.multi_step_tool and message.role == 'user' %}{%- set ns.multi_step_tool = false %}"
+        "{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}{%- for message in messages %}"
+        "{%- if message.role == 'assistant' %}{%- set content = message.content or '' %}"
+        "{%- set reasoning = message.reasoning_content or '' %}{%- if '</think>' in content %}"
+        "{%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+        "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{{- '<|im_start|>assistant\n' }}"
+        "{%- if loop.index0 > ns.last_query_index and (loop.last or reasoning) %}"
+        "{{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}{%- endif %}{{- content }}"
+        '{%- for call in message.tool_calls or [] %}{{- \'\n<tool_call>\n{"name": "\' + call.function.name + '
+        '\'", "arguments": \' + (call.function.arguments if call.function.arguments is string '
+        "else call.function.arguments | tojson) + '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}"
+        "{%- elif message.role == 'tool' %}"
+        "{%- if loop.first or (messages[loop.index0 - 1].role != 'tool') %}{{- '<|im_start|>user' }}{%- endif %}"
+        "{{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}"
+        "{%- if loop.last or (messages[loop.index0 + 1].role != 'tool') %}{{- '<|im_end|>\n' }}{%- endif %}"
+        "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{%- endif %}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+        "{%- endif %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+        "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+        "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+        "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    ),
+    "deepseek": (
+        "{% set ns = namespace(is_first=true, system='') %}{%- for m in messages %}{%- if m['role'] == 'system' %}"
+        "{% set ns.system = ns.system + m['content'] %}{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system }}"
+        "{%- for m in messages %}{%- if m['role'] == 'user' %}{% set ns.is_first = false %}"
+        "{{ '<｜User｜>' + m['content'] }}{%- elif m['role'] == 'assistant' and m['content'] is not none %}"
+        "{{ '<｜Assistant｜>' + (m['content'].split('</think>') | last) + eos_token }}{%- endif %}{%- endfor %}"
+        "{% if add_generation_prompt and not ns.is_first %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+    ),
+    "generation": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "macros, loop controls and a filter of HTML": (
+        "{% macro turn(m) %}<|{{ m.role }}|>{{ m.content | tojson }}{{ m | tojson(sort_keys=true) }}{% endmacro %}"
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ turn(m) }}"
+        "{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}{{ pad_token }}{{ unk_token }}{{ cls_token }}"
+        "{{ dict(a=1) | tojson }}{{ documents | length if documents else 'none' }}"
+    ),
+}
+SYSTEM = {"role": "system", "content": " Be <brief> & 'kind'. "}
+USER = {"role": "user", "content": "  Grüße, 世界 👨‍👩‍👧‍👦 \n"}
+ANSWER = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHi </s>"}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"ä": [1, None], "b": "<&>"}}}],
+}
+CHATS = {
+    "one": [USER],
+    "system": [SYSTEM, USER],
+    "many": [USER, ANSWER, USER],
+    "alternates badly": [USER, USER],
+    "calls": [USER, CALL, {"role": "tool", "name": "f", "content": "3"}, ANSWER, USER],
+    "reasons": [USER, {"role": "assistant", "reasoning": "so", "content": "Yes."}, USER, {**ANSWER, "content": "b"}],
+    "empty": [{"role": "user", "content": ""}],
+}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "naïve <f>", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIALS, initial_alphabet=alphabet)
+    bpe.train_from_iterator(["the user asks the assistant"] * 9, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bpe.token_to_id("<s>")), ("</s>", bpe.token_to_id("</s>"))]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=SPECIALS[2:7],
+    )  # fmt: skip
+
+
+class Runtime:
+    """A runtime that adds BOS and EOS to every text, as a tokenizer's post-processor may say."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def tokenize(self, text):
+        return self.tokenizer(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def contract():
+    return Contract(context_length=99, vocab_size=300, bos_id=0, eos_ids=[1], add_bos=True, chat_template="")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_is_what_transformers_makes_of_it(name, tokenizer, contract):
+    """Text and ids, for every chat, with and without tools and the prompt; what one refuses the other refuses."""
+    tokenizer.chat_template = TEMPLATES[name]
+    ours = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map)
+    rendered = 0
+    for chat in CHATS.values():
+        for options in ({}, {"add_generation_prompt": True}, {"tools": TOOLS}, {"documents": [{"title": "t"}]}):
+            try:
+                text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+            except Exception as error:
+                with pytest.raises(TemplateRefused) as refused:
+                    ours.render(chat, **options)
+                assert str(error).rstrip(".") in refused.value.words
+                continue
+            ids = tokenizer.apply_chat_template(chat, return_dict=False, **options)
+            got = ours.render(chat, **options).text
+            assert got == text
+            assert chat_ids(Runtime(tokenizer), contract, got) == ids
+            rendered += 1
+    assert rendered >= 12
+
+
+def test_marks_are_where_transformers_sees_them(tokenizer):
+    tokenizer.chat_template = TEMPLATES["generation"]
+    chat = [USER, ANSWER, USER, {"role": "assistant", "content": "ja, é"}]
+    rendered = ChatTemplate(tokenizer.chat_template, {}).render(chat)
+    expected = ["<think>\nhm\n</think>\n\nHi </s><|im_end|>", "ja, é<|im_end|>"]
+    assert [rendered.text[a:b] for a, b in rendered.generated] == expected
+    mask = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]
+    offsets = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert mask == [int(any(a <= start < b for a, b in rendered.generated)) for start, _ in offsets]
+
+
+def test_a_runtime_that_adds_nothing_loses_nothing(tokenizer, contract):
+    class Bare(Runtime):
+        def tokenize(self, text):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    plain = contract.model_copy(update={"add_bos": False})
+    expected = tokenizer("hi</s>", add_special_tokens=False)["input_ids"]
+    assert chat_ids(Bare(tokenizer), plain, "hi</s>") == text_ids(Bare(tokenizer), plain, "hi</s>") == expected
+    assert text_ids(Runtime(tokenizer), contract, "hi") == tokenizer("hi")["input_ids"][:-1]
+
+
+def test_the_clock_is_todays_or_the_given():
+    template = "{{ strftime_now('%Y-%m-%d %H') }}"
+    assert ChatTemplate(template, {}, datetime(2024, 7, 26)).render([]).text == "2024-07-26 00"
+    assert ChatTemplate(template, {}).render([]).text[:4] == str(datetime.now().year)
+
+
+HOSTILE = {
+    "a long range": ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+    "nested ranges": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
+    "a long string": ("{{ 'a' * 10**10 }}", "MiB of memory"),
+    "a long list": ("{{ [1] * 10**9 }}", "MiB of memory"),
+    "a wide percent": ("{{ '%1000000000d' % 3 }}", "MiB of memory"),
+    "a wide format": ("{{ '{:>1000000000}'.format(1) }}", "MiB of memory"),
+    "a wide filter": ("{{ 'a' | center(10**9) }}", "MiB of memory"),
+    "a wide indent": ("{{ messages | tojson(indent=10**9) }}", "MiB of memory"),
+    "a filter of filters": ("{{ ('a' * 99999) | replace('a', 'b' * 99999) }}", "MiB of memory"),
+    "a doubling": (
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "MiB of memory",
+    ),
+    "much text": ("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "more than 16,777,216 characters"),
+    "a slow filter": ("{{ ('a ' * 3000000) | urlize }}", "does not end"),
+    "a macro of itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion depth"),
+    "a loop of itself": ("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "recursion depth"),
+    "deep blocks": ("{% if 1 %}" * 50_000 + "{% endif %}" * 50_000, "recursion depth"),
+    "blocks too deep for Python": ("{% if 1 %}" * 150 + "{% endif %}" * 150, "too many levels"),
+    "deep brackets": ("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "recursion depth"),
+    "its own words": ("{{ raise_exception('No system\nturn here.') }}", "No system turn here"),
+    "no such name": ("{{ nothing.at_all }}", "'nothing' is undefined"),
+    "no such tag": ("{% nothing %}", "unknown tag 'nothing'"),
+    "an error": ("{{ 1 / 0 }}", "division by zero"),
+    "an open bracket": ("{{ x ", "unexpected end of template"),
+    "another file": ("{% include '/etc/passwd' %}", "no loader"),
+    "the inside of Python": ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+    "a private name": ("{% set n = namespace(_x=1) %}", "underscore"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_gets_a_sentence_and_the_next_one_works(name):
+    template, words = HOSTILE[name]
+    with pytest.raises(EdgekdError, match=words) as refused:
+        render_chat(template, [USER])
+    assert len(str(refused.value)) < 1200 and "\n" not in str(refused.value)
+    assert render_chat("{{ messages[0].role }}", [USER]) == "user"
+
+
+def test_values_that_json_has_not():
+    """As transformers: a template sees no object but plain ones."""
+    message = {"role": "user", "content": datetime(2024, 1, 1)}
+    assert render_chat("{{ messages[0].content }}", [message]) == "<datetime>"
+    deep: list = []
+    for _ in range(10**5):
+        deep = [deep]
+    with pytest.raises(TemplateRefused, match="JSON"):
+        render_chat("{{ messages }}", [{"role": "user", "content": deep}])
+    assert render_chat("{{ messages[0].content }}", [{"role": "user", "content": "\ud800"}]) == "\ud800"
+
+
+def test_an_interrupted_render_does_not_answer_the_next(monkeypatch):
+    from edgekd import conversation
+
+    exchange = conversation._Worker._exchange
+
+    def interrupted(process, line):
+        process.stdin.write(line)
+        process.stdin.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversation._Worker, "_exchange", staticmethod(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        render_chat("stale", [USER])
+    monkeypatch.setattr(conversation._Worker, "_exchange", staticmethod(exchange))
+    assert render_chat("fresh", [USER]) == "fresh"
+
+
+def test_threads_and_forked_processes_get_their_own_answers():
+    found = {}
+
+    def work(name):
+        found[name] = {render_chat("{{ messages[0].content }}", [{"role": "u", "content": name}]) for _ in range(50)}
+
+    threads = [threading.Thread(target=work, args=(str(i),)) for i in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert found == {str(i): {str(i)} for i in range(4)}
+    child = os.fork()
+    if not child:
+        os._exit(0 if render_chat("{{ messages[0].content }}", [{"role": "u", "content": "f"}]) == "f" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert render_chat("still here", [USER]) == "still here"
+
+
+def test_thousands_of_chats_a_second():
+    """Training data has millions; a process for each would take days."""
+    template = ChatTemplate(TEMPLATES["chatml"], {})
+    template.render([USER])
+    began = time.monotonic()
+    for _ in range(1000):
+        template.render([USER, ANSWER] * 3)
+    assert time.monotonic() - began < 5
+
+
+def test_messages_reach_the_template_as_they_are():
+    """What JSON between the two processes might change: keys' order, numbers, escapes."""
+    message = {"role": "user", "content": "\u2028 \\u0041 \x00 \x7f", "z": 1.0, "a": 10**20, "n": None}
+    text = render_chat("{{ messages[0] | tojson }}", [message])
+    assert json.loads(text) == {key: value for key, value in message.items() if value is not None}
+    assert text.index('"z"') < text.index('"a"')
