@@ -101,7 +101,8 @@ class _Reader:
             if worked or result[0] == "?":
                 yield Event("read", self._paths(pid, arguments)[0])
         elif name in _CHANGES:
-            yield from self._change(pid, name, arguments)
+            if not result.startswith("-1 EEXIST"):  # many make the folders of a path from the root on
+                yield from self._change(pid, name, arguments)
         elif name in _NETWORK:
             yield from _socket(name, arguments)
         elif name in _UNSEEN:

@@ -7,7 +7,7 @@ import pytest
 
 from edgekd.errors import BadArtifact
 from edgekd.files import digest
-from edgekd.manifest import MANIFEST, Contract, add_proof, load_artifact, write_artifact
+from edgekd.manifest import MANIFEST, Audit, Contract, add_proof, load_artifact, write_artifact
 
 
 @pytest.fixture
@@ -37,6 +37,13 @@ def test_proofs_are_added_one_by_one(folder):
     manifest = load_artifact(folder).manifest
     assert manifest.parity == {"kl_mean": 0.5}
     assert manifest.benchmark == {"load_s": None}
+    assert manifest.audit is None
+    seen = Audit(
+        status="failed", failures=["read: /x"], not_checked=[], opened={"other": 1}, opened_outside=["/x"], written=[],
+        sockets=[],
+    )  # fmt: skip
+    again = load_artifact(add_proof(load_artifact(folder), audit=seen).folder).manifest
+    assert (again.audit, again.parity) == (seen, {"kl_mean": 0.5})
 
 
 def test_no_manifest(tmp_path):

@@ -124,3 +124,14 @@ def test_a_child_of_ours_may_still_be_asked_for_a_hub_model(hub, tmp_path: Path)
     code = f"import edgekd, subprocess, sys; subprocess.run([sys.executable, '-c', {RESOLVE!r}], check=True)"
     run(code, tmp_path, HF_ENDPOINT=address)
     assert asked
+
+
+def test_reading_local_rows_leaves_nothing_at_home(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    code = ROWS.replace('source="hub", name="someone/data"', 'source="jsonl", paths=["rows.jsonl"]')
+    code = code.replace("Path())", f"Path({str(tmp_path)!r}))")
+    assert "one" in run(code, home)
+    assert list(home.rglob("*")) == []

@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from edgekd.audit import find_tools
 from edgekd.checkpoint import Checkpoint
 from edgekd.spec import builtin_spec
 from edgekd.student import resolve_model
@@ -46,6 +47,9 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     assert made == [(target["target"], recipe) for target in spec["targets"] for recipe in target["recipes"]]
     for artifact in results["artifacts"]:
         assert artifact["manifest"]["parity"]["failures"] == []
+        audit = artifact["manifest"]["audit"]
+        assert audit["failures"] == []
+        assert audit["status"] == "passed" or find_tools().not_checked == audit["not_checked"] != []
     by_recipe = {a["manifest"]["recipe"]: a for a in results["artifacts"] if a["manifest"]["target"] == "gguf"}
     for manifest in (artifact["manifest"] for artifact in results["artifacts"]):
         if manifest["recipe"] in by_recipe:

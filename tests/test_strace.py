@@ -76,6 +76,7 @@ def test_a_line_says_what_was_done(line: str, expected: tuple[str, str]) -> None
         'openat(AT_FDCWD</w>, "/missing", O_RDONLY) = -1 ENOENT (No such file or directory)',
         'openat(AT_FDCWD</w>, "/dev/stdin", O_RDONLY) = 3<pipe:[99]>',
         'execve("/no/such", ["x"], 0x7ffd /* 3 vars */) = -1 ENOENT (No such file or directory)',
+        'mkdir("/tmp", 0777) = -1 EEXIST (File exists)',
         'sendto(3<socket:[1]>, "x", 1, 0, NULL, 0) = 1',
         "+++ exited with 0 +++",
         "--- SIGCHLD {si_signo=SIGCHLD, si_code=CLD_EXITED} ---",

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -319,7 +320,10 @@ def _table_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, Any
             with online():
                 yield from datasets.load_dataset(spec.name, split="train", streaming=True)
         elif names := [str(file) for file in files if file.stat().st_size]:
-            yield from datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
+            with TemporaryDirectory() as cache:  # it would write locks into the user's home
+                yield from datasets.load_dataset(
+                    "parquet", data_files=names, split="train", streaming=True, cache_dir=cache
+                )
     except Exception as error:  # datasets raises many kinds, some of its own, some of pyarrow's
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]

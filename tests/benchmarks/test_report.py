@@ -344,6 +344,24 @@ def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path: Any) -> None:
         report.build({}, tmp_path / "file" / "report.html")
 
 
+@pytest.mark.parametrize(
+    ("audit", "text"),
+    [
+        (None, show.NOT_MEASURED),
+        ({"status": "passed", "failures": [], "not_checked": []}, "passed"),
+        ({"status": "failed", "failures": ["write: ~/x", "read: /y"], "not_checked": ["z"]}, "failed: write: ~/x"),
+        ({"status": "not checked", "failures": [], "not_checked": ["all: no strace"]}, "not checked: all: no strace"),
+    ],
+)
+def test_the_privacy_audit_has_its_row(audit: Any, text: str) -> None:
+    found = results()
+    found["artifacts"][0]["manifest"]["audit"] = audit
+    (group,) = (g for g in report.view(found)["artifacts"][0]["groups"] if g["title"] == "Privacy")
+    (row,) = group["rows"]
+    assert row["cells"][0]["text"] == text
+    assert text in _Page(report.render(found)).text or text == show.NOT_MEASURED
+
+
 def test_many_artifacts_are_split_evenly() -> None:
     assert [len(part) for part in report.in_columns(list(range(13)))] == [5, 5, 3]
     assert [len(part) for part in report.in_columns(list(range(6)))] == [6]
