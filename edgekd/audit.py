@@ -43,6 +43,8 @@ _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LANG")
 _TEXT = 'def read_lines(path):\n    """Lines of a file."""\n    return '
 _NEW_TOKENS = 8
 _TIMEOUT_S = 1800
+_SHOWN = {"home": "~", "tmp": "TMPDIR", "work": "."}
+"""The child's folders, and how they are shown: its home, where it may write, and where it was started."""
 _TRUE = (sys.executable, "-I", "-S", "-c", "")
 
 
@@ -107,13 +109,13 @@ def watch(command: Sequence[str], artifact: Artifact, tools: Watch) -> Audit:
         return _verdict(tools, [])
     with TemporaryDirectory() as folder:
         place = Path(folder).resolve()
-        for name in ("home", "tmp"):
+        for name in _SHOWN:
             (place / name).mkdir()
         log = place / "strace.log"
         tracing = [*tools.traced, "-o", str(log)] if tools.traced else []
         trouble = _run([*tools.isolated, *tracing, *command], place)
         lines = log.read_text("utf-8", "surrogateescape").splitlines() if log.is_file() else []
-        events = [_without_links(event) for event in read_log(lines, str(place / "tmp"))]
+        events = [_without_links(event) for event in read_log(lines, str(place / "work"))]
         if tools.traced and not events:
             trouble.append("run: strace saw nothing of it")
         return _verdict(tools, events, _Rules(artifact, place), trouble)
@@ -126,7 +128,7 @@ def _run(command: Sequence[str], place: Path) -> list[str]:
     environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            command, env=environment, cwd=place / "tmp", stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            command, env=environment, cwd=place / "work", stdin=subprocess.DEVNULL, capture_output=True, text=True,
             errors="replace", timeout=_TIMEOUT_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -155,21 +157,24 @@ class _Rules:
         self._groups = {"interpreter": _interpreter(), "temporary": [str(place / "tmp")], "system": _SYSTEM}
         self._place = place
 
-    def reads(self, path: str) -> str | None:
-        """The group that a file read belongs to; None for one that must not be read."""
+    def owner(self, path: str) -> str | None:
+        """Whose a file is that was read; None for one that must not be."""
         if path in self._artifact:
             return "artifact"
+        if path.startswith("/memfd:"):
+            return "temporary"
         return next((group for group, roots in self._groups.items() if _below(path, roots)), None)
 
-    def writes(self, path: str) -> str | None:
-        """The group that a file written belongs to; None for one that must not be written."""
-        if path.startswith("/memfd:") or _below(path, self._groups["temporary"]):
-            return "temporary"
-        return "system" if _below(path, _DEVICES) or _THREAD_NAME.fullmatch(path) else None
+    def may_write(self, path: str) -> bool:
+        """Whether a file may be written: nothing of it stays."""
+        return _below(path, _DEVICES) or self.owner(path) == "temporary" or bool(_THREAD_NAME.fullmatch(path))
 
     def shown(self, path: str) -> str:
         """A path as a reader knows it: the child's home is his."""
-        return re.sub(rf"^{re.escape(str(self._place))}/(home|tmp)", lambda m: {"home": "~"}.get(m[1], "TMPDIR"), path)
+        for name, words in _SHOWN.items():
+            if _below(path, [str(self._place / name)]):
+                return words + path.removeprefix(str(self._place / name))
+        return path
 
 
 def _interpreter() -> list[str]:
@@ -203,9 +208,10 @@ def _verdict(tools: Watch, events: Sequence[Event], rules: _Rules | None = None,
             bad = True
         else:
             assert rules is not None
-            group = rules.reads(event.what) if event.kind == "read" else rules.writes(event.what)
-            event, bad = Event(event.kind, rules.shown(event.what)), group is None
-            (opened.setdefault(group or "other", set()) if event.kind == "read" else written).add(event.what)
+            owner, may_write = rules.owner(event.what), rules.may_write(event.what)
+            event = Event(event.kind, rules.shown(event.what))
+            bad = owner is None if event.kind == "read" else not may_write
+            (opened.setdefault(owner or "other", set()) if event.kind == "read" else written).add(event.what)
         if bad:
             failures.append(f"{event.kind}: {event.what}")
     outside = set().union(*(opened.get(group, ()) for group in ("system", "temporary", "other")))

@@ -63,7 +63,7 @@ class Audit(BaseModel):
     opened: dict[str, int]
     """Number of files read, by whose they are: ``artifact``, ``interpreter``, ``system``, ``temporary``, ``other``."""
     opened_outside: list[str]
-    """Those that are neither the artifact's nor the interpreter's; ``TMPDIR`` and ``~`` were the run's own."""
+    """Those that are neither the artifact's nor the interpreter's; ``~``, ``TMPDIR`` and ``.`` were the run's own."""
     written: list[str]
     sockets: list[str]
 

@@ -80,6 +80,7 @@ def test_an_honest_child_passes(code: str, artifact: Artifact) -> None:
         ("open(os.path.expanduser('~/x'), 'w')", "write: ~/x"),
         ("open(place + '/artifact/cache.bin', 'w')", "write: {place}/artifact/cache.bin"),
         ("open(place + '/artifact/sub/model.bin', 'r+')", "write: {place}/artifact/sub/model.bin"),
+        ("open('here.ses', 'w')", "write: ./here.ses"),
         ("os.chmod(place + '/sibling.txt', 0o600)", "write: {place}/sibling.txt"),
         ("os.unlink(place + '/sibling.txt')", "write: {place}/sibling.txt"),
         ("os.chdir(place); os.mkdir('made')", "write: {place}/made"),

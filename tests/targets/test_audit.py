@@ -63,6 +63,23 @@ def test_the_audit_sees_what_onnxruntime_does_when_nobody_silences_it(make: Call
     assert "write: ~/.cache/Microsoft" in seen.failures
 
 
+@pytest.mark.skipif(bool(BLIND), reason=" ".join(BLIND))
+def test_a_session_of_genai_is_silent_too(make: Callable[[str], Artifact]) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    code = """
+import sys, edgekd, onnxruntime_genai as genai
+model = genai.Model(sys.argv[1])
+params = genai.GeneratorParams(model)
+params.set_search_options(max_length=8)
+generator = genai.Generator(model, params)
+generator.append_tokens(genai.Tokenizer(model).encode("def f"))
+generator.generate_next_token()
+"""
+    artifact = make("onnx")
+    seen = watch([sys.executable, "-P", "-c", code, str(artifact.folder)], artifact, TOOLS)
+    assert (seen.failures, seen.sockets, seen.written) == ([], [], [])
+
+
 def test_the_command_records_its_verdict(make: Callable[[str], Artifact]) -> None:
     folder = make("gguf").folder
     done = CliRunner().invoke(app, ["audit", str(folder), "--json"], catch_exceptions=False)
