@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from datetime import datetime
@@ -70,8 +71,8 @@ TEMPLATES = {
         "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{{- '<|im_start|>assistant\n' }}"
         "{%- if loop.index0 > ns.last_query_index and (loop.last or reasoning) %}"
         "{{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}{%- endif %}{{- content }}"
-        "{%- for call in message.tool_calls or [] %}{{- '\n<tool_call>\n{\"name\": \"' + call.function.name + "
-        "'\", \"arguments\": ' + (call.function.arguments if call.function.arguments is string "
+        '{%- for call in message.tool_calls or [] %}{{- \'\n<tool_call>\n{"name": "\' + call.function.name + '
+        '\'", "arguments": \' + (call.function.arguments if call.function.arguments is string '
         "else call.function.arguments | tojson) + '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}"
         "{%- elif message.role == 'tool' %}"
         "{%- if loop.first or (messages[loop.index0 - 1].role != 'tool') %}{{- '<|im_start|>user' }}{%- endif %}"
@@ -170,12 +171,14 @@ def test_a_chat_is_what_transformers_makes_of_it(name, tokenizer, contract):
     rendered = 0
     for chat in CHATS.values():
         for options in ({}, {"add_generation_prompt": True}, {"tools": TOOLS}, {"documents": [{"title": "t"}]}):
+            text, words = None, ""
             try:
                 text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
             except Exception as error:
-                with pytest.raises(TemplateRefused) as refused:
+                words = str(error).rstrip(".")
+            if text is None:
+                with pytest.raises(TemplateRefused, match=re.escape(words)):
                     ours.render(chat, **options)
-                assert str(error).rstrip(".") in refused.value.words
                 continue
             ids = tokenizer.apply_chat_template(chat, return_dict=False, **options)
             got = ours.render(chat, **options).text
