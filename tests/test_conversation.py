@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from datetime import datetime
@@ -170,12 +171,14 @@ def test_a_chat_is_what_transformers_makes_of_it(name, tokenizer, contract):
     rendered = 0
     for chat in CHATS.values():
         for options in ({}, {"add_generation_prompt": True}, {"tools": TOOLS}, {"documents": [{"title": "t"}]}):
+            text, words = None, ""
             try:
                 text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
             except Exception as error:
-                with pytest.raises(TemplateRefused) as refused:
+                words = str(error).rstrip(".")
+            if text is None:
+                with pytest.raises(TemplateRefused, match=re.escape(words)):
                     ours.render(chat, **options)
-                assert str(error).rstrip(".") in refused.value.words
                 continue
             ids = tokenizer.apply_chat_template(chat, return_dict=False, **options)
             got = ours.render(chat, **options).text

@@ -102,6 +102,8 @@ class ChatReader:
         if changed.count(_SENTINEL) != 1:
             return None
         before, after = changed.split(_SENTINEL)
+        if message.get("tool_calls") and not text.endswith(after):
+            return None
         start = _shared(text, before)
         end = len(text) - _shared(text[start:][::-1], after[::-1])
         return start, end + _length_of_ending(text[end:], self._endings)

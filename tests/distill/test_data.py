@@ -1,13 +1,14 @@
 """Reading, splitting, tokenizing and packing; chats and their loss masks."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.distill.chat import render_chat
+from edgekd.distill.chat import Chat, ChatReader, Unusable
 from edgekd.distill.corpus import stdlib_corpus
 from edgekd.distill.data import load_windows, prepare
 from edgekd.errors import EdgekdError, SpecError
@@ -142,6 +143,10 @@ TEMPLATES = {
 }
 
 
+def render_chat(messages, tokenizer, tools=None):
+    return ChatReader(tokenizer).read(Chat(messages, tools))
+
+
 def _learned(text, spans):
     return [text[a:b] for a, b in spans]
 
@@ -192,10 +197,15 @@ def test_any_content_is_found_again(tokenizer, answers, question):
 
 def test_chats_become_windows_with_masks(tmp_path, tokenizer):
     rows = [{"messages": [*CHAT[:3], {"role": "user", "content": f"{i}"}, CHAT[-1]]} for i in range(60)]
-    rows += [{"messages": [CHAT[1]]}]  # nobody answers
+    rows += [{"messages": [CHAT[1]]}, {"messages": []}]  # nobody answers, nobody asks
     _jsonl(tmp_path / "a.jsonl", rows)
     figures = _prepare(tmp_path, tokenizer, source="jsonl", paths=["a.jsonl"], chat=True, column="messages", context=32)
-    assert figures["unusable_chats_skipped"] == 1
+    assert figures["skipped_by_reason"] == {
+        "no turn of the role assistant says anything (roles: user)": 1,
+        "'messages' is empty": 1,
+    }
+    (words,) = figures["warnings"]
+    assert words.startswith("2 of 62 rows of a.jsonl are unusable and were skipped: ")
     windows = load_windows(tmp_path / "out", "train")
     assert windows.loss_mask[:, 1:].any(1).all() and not windows.loss_mask.all()
     ids, mask = windows.ids.numpy().ravel(), windows.loss_mask.numpy().ravel().astype(bool)
@@ -213,7 +223,26 @@ def test_chats_become_windows_with_masks(tmp_path, tokenizer):
         ([{"text": 3}], {}, r"'text' holds int, not text .*row 1"),
         ([{"text": [{"role": "user", "content": "x"}]}], {}, r"holds list.*data\.chat: true"),
         ([{"text": "x"}], {"chat": True}, "is not a chat"),
-        ([{"text": [{"role": "user", "content": "x"}]}], {"chat": True}, "holds no usable document"),
+        (
+            [{"text": [{"role": "user", "content": "x"}]}],
+            {"chat": True},
+            r"1 of 1 rows .* says anything \(roles: user\) \(1\)\. .*--allow-skipped",
+        ),
+        (
+            [{"text": [{"role": "user", "content": "x"}]}],
+            {"chat": True, "allow_skipped": True},
+            r"holds no usable document\. 1 of 1 rows",
+        ),
+        ([{"text": [{"from": "human", "value": "x"}]}], {"chat": True}, "role and content: a message has from, value"),
+        ([{"text": [{"role": "gpt", "content": "x"}]}], {"chat": True}, r"roles: gpt"),
+        ([{"text": ["x"]}], {"chat": True}, "a message is a str"),
+        ([{"text": None}, {"text": ""}], {"chat": True}, r"'text' is empty \(2\)"),
+        ([{"text": CHAT, "tools": "{"}], {"chat": True}, "its tools are not JSON"),
+        ([{"text": CHAT, "tools": [3]}], {"chat": True}, "its tools are not a list of JSON schemas"),
+        ([3], {}, "cannot be read as jsonl: line 1: a int, not an object"),
+        ([{"text": "x"}, {"text": "\ud800"}], {}, "cannot be read as jsonl: line 2: .*surrogates"),
+        ('{"text": "x"}\n{"text": ', {}, "cannot be read as jsonl: line 2: "),
+        ("[" * 10**5, {}, "cannot be read as jsonl: line 1: "),
         ([{"text": "x"}], {}, r"split of a\.jsonl has .* less than one window of data\.context 16"),
         ("not json", {}, "cannot be read as jsonl"),
     ],
@@ -246,3 +275,173 @@ def test_a_truncated_file_of_windows_is_named(tmp_path, tokenizer):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(EdgekdError, match=r"train\.safetensors: not readable"):
         load_windows(tmp_path / "out", "train")
+
+
+PICKY = "{% if messages[0].role == 'system' %}{{ raise_exception('No system turn, please.') }}{% endif %}"
+CALLING = (
+    "{% if tools %}<|im_start|>system\nTOOLS {{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _calling_rows(count):
+    arguments = [{"city": "Ulm"}, {"path": "/tmp", "mode": 7}, {"query": None, "limit": 3}]
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"task {i}"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments[i % 3]}}],
+                },
+                {"role": "tool", "name": "f", "content": f"result {i}"},
+                {"role": "assistant", "content": f"Done with {i}."},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        }
+        for i in range(count)
+    ]
+
+
+def _texts_and_learned(folder, tokenizer):
+    windows = [load_windows(folder, split) for split in ("train", "validation", "test")]
+    ids = np.concatenate([w.ids.numpy().ravel() for w in windows])
+    mask = np.concatenate([w.loss_mask.numpy().ravel() for w in windows]).astype(bool)
+    return tokenizer.decode(ids), tokenizer.decode(ids[mask])
+
+
+@pytest.mark.parametrize("kind", ["plain", "bom", "crlf", "list", "gz", "tools as text", "parquet"])
+def test_tool_calls_are_learned_and_hold_what_the_row_has(tmp_path, tiny_teacher, kind):
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = CALLING
+    rows = _calling_rows(90)
+    if kind == "tools as text":
+        rows = [row | {"tools": json.dumps(row["tools"])} for row in rows]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path = tmp_path / {"parquet": "a.parquet", "gz": "a.jsonl.gz"}.get(kind, "a.jsonl")
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif kind == "list":
+        path.write_text(json.dumps(rows))
+    else:
+        written = text.replace("\n", "\r\n") if kind == "crlf" else text
+        path.write_bytes(b"\xef\xbb\xbf" * (kind == "bom") + written.encode())
+    source = "parquet" if kind == "parquet" else "jsonl"
+    figures = _prepare(tmp_path, tokenizer, source=source, paths=[path.name], column="messages", chat=True, context=32)
+    assert figures["unusable_chats_skipped"] == 0 and figures["warnings"] == []
+    whole, learned = _texts_and_learned(tmp_path / "out", tokenizer)
+    assert "TOOLS [" in whole and "result 7" in whole
+    for call in ('{"city": "Ulm"}', '{"path": "/tmp", "mode": 7}'):
+        assert f'<call>{{"name": "f", "arguments": {call}}}</call><|im_end|>' in learned
+    assert ('"query": null' in whole) == (kind != "parquet")  # a table cannot tell an empty key from none
+    assert len(re.findall(r"Done with \d+\.<\|im_end\|>", learned)) > 60
+    assert not any(words in learned for words in ("task", "result", "TOOLS", "<|im_start|>"))
+
+
+TOOL_TEMPLATES = {
+    "chatml": CALLING,
+    # As Mistral's: an answer without a call in its place is refused, and there is no prompt to go on from.
+    "refuses": (
+        "{{ bos_token }}{% set n = namespace(turn=0) %}{% for m in messages %}{% if m.role == 'user' or "
+        "(m.role == 'assistant' and m.tool_calls is not defined) %}{% if (m.role == 'user') != (n.turn % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% set n.turn = n.turn + 1 %}{% endif %}"
+        "{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.tool_calls is defined %}"
+        "[CALLS]{{ m.tool_calls | tojson }}<|im_end|>{% elif m.role == 'tool' %}[RESULTS]{{ m.content }}[/RESULTS]"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    ),
+    # A tool's answer is headed by the name that the call gave.
+    "looks back": (
+        "{% set n = namespace(name='?') %}{% for m in messages %}<|im_start|>{{ m.role }}"
+        "{% if m.role == 'tool' %}={{ n.name }}{% endif %}{{ '\n' }}{% if m.tool_calls %}{% set n.name = "
+        "m.tool_calls[0].function.name %}<call>{{ n.name }}</call>{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    # As Qwen3's: an earlier turn's text depends on whether it is the last.
+    "rewrites": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n"
+        "</think>\n\n{% endif %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}"
+        "</call>{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "marks": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOOL_TEMPLATES)
+@pytest.mark.parametrize("words", [None, "", "I look."])
+def test_a_call_is_the_assistants_whatever_the_template_does(tiny_teacher, name, words):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = TOOL_TEMPLATES[name]
+    messages = [dict(message) for message in _calling_rows(1)[0]["messages"]]
+    messages[1]["content"] = words
+    text, spans = render_chat(messages, tokenizer)
+    call, answer = _learned(text, spans)
+    assert answer == "Done with 0.<|im_end|>"
+    begin = {"refuses": "[CALLS]", "looks back": "<call>f"}.get(name, (words or "") + "<call>")
+    assert call.startswith(begin) and call.endswith("<|im_end|>") and call.count("<|im_end|>") == 1
+    assert "f" in call and "result" not in call
+
+
+def test_reasoning_of_its_own_field_is_learned(tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+        "</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    chat = [CHAT[1], {"role": "assistant", "reasoning": "2 and 2", "content": "It is 4."}]
+    assert _learned(*render_chat(chat, tokenizer)) == ["<think>2 and 2</think>It is 4.<|im_end|>"]
+
+
+def test_the_templates_own_words_stop_the_run(tmp_path, tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = PICKY + tokenizer.chat_template
+    rows = [{"m": [*CHAT[bool(i % 10) :], {"role": "user", "content": f"{i}"}]} for i in range(200)]
+    _jsonl(tmp_path / "a.jsonl", rows)
+    spec = {"source": "jsonl", "paths": ["a.jsonl"], "column": "m", "chat": True, "context": 32}
+    with pytest.raises(SpecError, match=r"20 of 200 rows of a\.jsonl .* refuses them: No system turn, please \(20\)"):
+        _prepare(tmp_path, tokenizer, **spec)
+    assert not (tmp_path / "out").exists()
+    figures = _prepare(tmp_path, tokenizer, **spec, allow_skipped=True)
+    assert figures["unusable_chats_skipped"] == 20 and "20 of 200 rows" in figures["warnings"][0]
+    _jsonl(tmp_path / "a.jsonl", [row for i, row in enumerate(rows) if i % 10 or i < 100])
+    with pytest.raises(SpecError, match="10 of 190 rows"):  # 5.3 %
+        _prepare(tmp_path, tokenizer, **spec)
+    _jsonl(tmp_path / "a.jsonl", [row for i, row in enumerate(rows) if i % 10 or i < 90])
+    assert _prepare(tmp_path, tokenizer, **spec)["unusable_chats_skipped"] == 9
+
+
+def test_a_template_that_does_not_end_stops_at_once(tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(EdgekdError, match="does not end") as stopped:
+        render_chat(CHAT, tokenizer)
+    assert not isinstance(stopped.value, Unusable)
+
+
+def test_training_text_is_the_same_on_every_day(tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    assert render_chat(CHAT, tokenizer)[0].startswith("26 Jul 2024")
+
+
+def test_chats_that_differ_in_their_tools_are_not_duplicates(tmp_path, tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = CALLING
+    tools = _calling_rows(1)[0]["tools"]
+    rows = [{"m": [{"role": "user", "content": f"{i}"}, CHAT[2]], "tools": t} for i in range(40) for t in (None, tools)]
+    _jsonl(tmp_path / "a.jsonl", [*rows, *rows])
+    spec = {"source": "jsonl", "paths": ["a.jsonl"], "column": "m", "chat": True, "context": 16}
+    assert _prepare(tmp_path, tokenizer, **spec)["duplicates_dropped"] == 80

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from edgekd import targets
 from edgekd.errors import Unsupported
 from edgekd.session import Session
 from edgekd.spec import TargetSpec
+from edgekd.targets._gguf_session import load_model, runtime
 from edgekd.targets._gguf_vocab import PRE_TOKENIZERS, check_tokenizer
 
 SPEC = TargetSpec(target="gguf", recipes=["fp16"])
@@ -124,6 +126,22 @@ def test_token_types_padding_ends_and_template(tmp_path: Path, student_factory: 
         again.chat_template == tokenizer.chat_template
         and again("<tool> x")["input_ids"] == tokenizer("<tool> x")["input_ids"]
     )
+
+
+def test_llama_cpp_stops_at_three_ends_and_the_session_at_all(
+    tmp_path: Path, student_factory: Any, tokenizer_factory: Any
+) -> None:
+    tokenizer = tokenizer_factory(extra=["<|done|>"])
+    folder = student_factory(tmp_path / "student", tokenizer=tokenizer)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 700, 5]}))
+    artifact = targets.export(folder, TargetSpec(target="gguf", recipes=["fp16"]), "fp16", tmp_path / "a", name="a")
+    assert artifact.manifest.contract.eos_ids == [0, 700, 5, 2]
+    ends = [written(artifact, f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    assert ends == [0, 2, 700]
+    lib, model = runtime(), load_model(artifact.main_file, vocab_only=True)
+    vocab = lib.llama_model_get_vocab(model)
+    assert all(lib.llama_vocab_is_eog(vocab, token) for token in ends)
+    lib.llama_model_free(model)
 
 
 def test_a_vocabulary_of_bytes_alone(tmp_path: Path, student_factory: Any) -> None:

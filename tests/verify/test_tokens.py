@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 
 import pytest
 
 from edgekd.verify.tokens import check_tokens, golden_chats, golden_strings
+
+from .conftest import BYTE_OF
+
+transformers = pytest.importorskip("transformers")
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -160,3 +165,78 @@ def test_nfc_contract_compares_the_normal_form(session, tokenizer, contract):
     result = check_tokens(session, normal, contract.model_copy(update={"normalizer": "NFC"}))
     assert result["strings"] == result["strings_identical"]
     assert result["round_trips"] == result["round_trips_identical"] >= 280
+
+
+def test_bytes_that_the_vocabulary_lacks_are_lost_in_the_reference_too(session, tokenizer, contract):
+    """As SmolLM2's, which has no token for some control characters."""
+    from tokenizers import Tokenizer
+
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    lost = [char for char, byte in BYTE_OF.items() if byte in (0x00, 0x07, 0x1B, 0xA9)]
+    kept = [text for text in data["model"]["vocab"] if not set(text) & set(lost)]
+    merges = [merge for merge in data["model"]["merges"] if not set("".join(merge)) & set(lost)]
+    data["model"] |= {"vocab": {text: i for i, text in enumerate(kept)}, "merges": merges}
+    small = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token=SPECIAL[0]
+    )
+    small.chat_template = tokenizer.chat_template
+    assert small("a\x07b")["input_ids"] == small("ab")["input_ids"]
+    session.tokenizer = small
+    result = check_tokens(session, small, contract)
+    assert result["strings"] == result["strings_identical"]
+    assert result["round_trips"] == result["round_trips_identical"] >= 300
+    whole = session.token_bytes
+    session.token_bytes = lambda token: whole(token).replace(b"\t", b" ")
+    result = check_tokens(session, small, contract)
+    assert result["round_trips"] - result["round_trips_identical"] >= 10
+    assert result["differences"][0]["kind"] == "round trip"
+
+
+@pytest.mark.parametrize("decoder", ["Strip", "Metaspace"])
+def test_the_space_before_a_sentencepiece_text_is_no_difference(session, contract, decoder):
+    """The runtime streams it; the reference's decoder drops it at the beginning of a text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocab = {piece: i for i, piece in enumerate([*pieces, "▁a"])}
+    bpe = Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    if decoder == "Metaspace":
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        steps = [decoders.Metaspace(prepend_scheme="always"), decoders.ByteFallback(), decoders.Fuse()]
+    else:
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence(steps)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = contract.chat_template
+
+    def token_bytes(token):
+        piece = tokenizer.convert_ids_to_tokens(token)
+        byte = re.fullmatch("<0x(..)>", piece)
+        return bytes([int(byte[1], 16)]) if byte else b"" if token < 3 else piece.replace("▁", " ").encode()
+
+    session.tokenizer, session.token_bytes = tokenizer, token_bytes
+    result = check_tokens(session, tokenizer, contract)
+    assert result["strings"] == result["strings_identical"]
+    assert result["round_trips"] == result["round_trips_identical"] >= 300, result["differences"]
+    session.token_bytes = lambda token: token_bytes(token).lstrip(b" ")
+    result = check_tokens(session, tokenizer, contract)
+    assert result["round_trips"] - result["round_trips_identical"] >= 100
+
+
+def test_chats_are_rendered_by_the_contract_as_edgekd_chat_renders_them(session, tokenizer, contract):
+    """A contract without the special tokens that the template prints is caught; transformers is the reference."""
+    template = "{{ strftime_now('%H:%M:%S') }}" + contract.chat_template.replace("'<|im_end|>\n'", "eos_token")
+    plain, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        told = contract.model_copy(update={"chat_template": template})
+        whole = told.model_copy(update={"special_tokens": tokenizer.special_tokens_map})
+        result = check_tokens(session, tokenizer, whole)
+        assert result["chats"] == result["chats_identical"] == len(golden_chats())
+        result = check_tokens(session, tokenizer, told)
+        assert result["chats"] == len(golden_chats()) and result["chats_identical"] == 0
+        assert "eos_token" in result["differences"][0]["text"]
+    finally:
+        tokenizer.chat_template = plain

@@ -1,0 +1,131 @@
+"""``edgekd chat``: what reaches the session, and what a user sees."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from edgekd import console
+from edgekd.conversation import TemplateRefused
+from edgekd.errors import EdgekdError
+from edgekd.manifest import Contract
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m.role[0] + ']' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+CONTRACT = Contract(
+    context_length=60, vocab_size=128, bos_id=2, eos_ids=[3], add_bos=True, chat_template=TEMPLATE,
+    special_tokens={"bos_token": "\x02", "eos_token": "\x03"},
+)  # fmt: skip
+
+
+class Echo:
+    """A runtime whose tokens are ASCII characters; it wraps texts in BOS and EOS and answers "ok"."""
+
+    vocab_size, context_length = 128, 60
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+        self.interrupt = False
+
+    def tokenize(self, text: str) -> list[int]:
+        return [2, *text.encode("ascii", "replace"), 3]
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+    def generate(self, ids, max_tokens, *, temperature=0.0, seed=0):
+        self.given.append(bytes(ids).decode())
+        yield ord("o")
+        if self.interrupt:
+            self.interrupt = False
+            raise KeyboardInterrupt
+        yield ord("k")
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """Lines in; what the session was given, stdout and stderr."""
+
+    def run(lines, contract=CONTRACT, prompt=None, session=None, max_tokens=8):
+        waiting, session = iter(lines), session or Echo()
+
+        def ask(*_, **__):
+            line = next(waiting, None)
+            if line is None:
+                raise typer.Abort
+            if isinstance(line, Exception):
+                raise line
+            return line
+
+        monkeypatch.setattr(typer, "prompt", ask)
+        console.converse(session, contract, prompt, max_tokens, 0.0, 0)
+        out = capsys.readouterr()
+        return session.given, out.out, out.err
+
+    return run
+
+
+def test_a_conversation_is_rendered_with_bos_once_and_no_end_behind_it(talk):
+    given, out, _ = talk(["hi", "and"])
+    assert given == ["\x02[u]hi\x03[a]", "\x02[u]hi\x03[a]ok\x03[u]and\x03[a]"]
+    assert out == "ok\nok\n"
+
+
+def test_a_prompt_is_gone_on_with(talk):
+    assert talk([], prompt="hi")[0] == ["\x02hi"]
+    bare = CONTRACT.model_copy(update={"chat_template": None})
+    assert talk(["hi", "and"], bare)[0] == ["\x02hi", "\x02and"]  # without a template each line stands alone
+
+
+def test_a_line_that_is_too_long_is_said_and_forgotten(talk):
+    given, _, err = talk(["x" * 99, "hi"])
+    assert given == ["\x02[u]hi\x03[a]"]
+    assert err.startswith("the text has 107 tokens, the context holds 60 with an answer. Give a text that fits.")
+    with pytest.raises(EdgekdError, match="the text has 100 tokens"):
+        talk([], prompt="x" * 99)
+
+
+def test_a_conversation_that_grows_too_long_loses_its_beginning(talk):
+    given, _, err = talk(["one " * 5, "two " * 5, "three"])
+    assert "three" in given[-1] and all(len(text) <= 52 for text in given)
+    assert "one" not in given[-1] and "The oldest question and its answer no longer fit" in err
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(talk):
+    session = Echo()
+    session.interrupt = True
+    given, out, _ = talk(["hi", "and"], session=session)
+    assert given[1] == "\x02[u]hi\x03[a]o\x03[u]and\x03[a]" and out == "o\nok\n"
+    session.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        talk([], prompt="hi", session=session)
+
+
+@pytest.mark.parametrize("line", [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "a\udcff"])
+def test_input_that_is_no_text(talk, line):
+    with pytest.raises(EdgekdError, match="not UTF-8"):
+        talk([line])
+    if isinstance(line, str):
+        with pytest.raises(EdgekdError, match="not UTF-8"):
+            talk([], prompt=line)
+
+
+def test_a_template_that_refuses_says_why(talk):
+    picky = CONTRACT.model_copy(update={"chat_template": "{{ raise_exception('Only at night') }}"})
+    with pytest.raises(TemplateRefused, match="Only at night"):
+        talk(["hi"], picky)
+
+
+def test_a_closed_standard_input_is_said(tmp_path):
+    (tmp_path / "manifest.json").write_text(
+        '{"name": "a", "target": "gguf", "recipe": "fp16", "runtime": "r", "main_file": "f", "files": {}}'
+    )
+    command = f"exec {sys.executable} -m edgekd.cli chat {tmp_path} <&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: the standard input is closed")
+    assert "Traceback" not in done.stderr
