@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import os
 import random
 import re
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -31,12 +33,14 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import psutil
+
 from edgekd.errors import Fault, as_error
 from harnesses import HARNESSES, Harness
 from mutate import Pick, mutate
 
 SLOW_CPU_S = 2.0
-HANG_S = 30.0
+HANG_CPU_S, HANG_S = 20.0, 180.0
 GROWTH_KIB = 2**20
 ADDRESS_SPACE = 16 * 2**30
 FIELDS = ("next", "inputs", "accepted", "refused", "faults", "slow", "grown", "outside", "died", "hung", "peak_rss_kib")
@@ -126,6 +130,7 @@ def work(job: Job, state: Any, folder: Path) -> None:
     os.chdir(folder)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.register(signal.SIGUSR1, file=(job.log / "hung-at.txt").open("a"), all_threads=False)
     harness = HARNESSES[job.kind](folder)
     for seed in harness.seeds:
         feed(harness.check, seed)  # imports what it needs
@@ -184,22 +189,30 @@ class Worker:
         folder = Path(tempfile.mkdtemp(dir=self.scratch.name))
         self.process = multiprocessing.get_context("fork").Process(target=work, args=(self.job, self.state, folder))
         self.process.start()
-        self.seen, self.since = -1, time.monotonic()
+        self.seen, self.since = -1, self.spent()
+
+    def spent(self) -> tuple[float, float]:
+        """Seconds of the process's CPUs, and of the clock."""
+        with contextlib.suppress(psutil.Error):
+            return sum(psutil.Process(self.process.pid).cpu_times()[:2]), time.monotonic()
+        return 0.0, time.monotonic()
 
     def look(self) -> bool:
         """Whether there is more to do; a worker that ended too early is counted and started again behind its input."""
-        number, now = self.state[0], time.monotonic()
+        number, alive = self.state[0], self.process.is_alive()
         if number != self.seen:
-            self.seen, self.since = number, now
-        alive = self.process.is_alive()
-        if alive and now - self.since < HANG_S:
+            self.seen, self.since = number, self.spent()
+        cpu_s, wall_s = (now - then for now, then in zip(self.spent(), self.since, strict=True))
+        if alive and cpu_s < HANG_CPU_S and wall_s < HANG_S:
             return True
         if number >= self.job.count:
             return False
         if alive:
+            os.kill(self.process.pid or 0, signal.SIGUSR1)  # it writes where it hangs
+            time.sleep(0.5)
             self.process.kill()
         self.process.join()
-        field, what = ("hung", f"{HANG_S:g} s") if alive else ("died", f"exit code {self.process.exitcode}")
+        field, what = ("hung", "does not end") if alive else ("died", f"exit code {self.process.exitcode}")
         if not self.state[1] and not alive:
             raise SystemExit(f"{self.job.kind}: the harness does not start ({what}).")
         self.state[FIELDS.index(field)] += 1
@@ -258,8 +271,15 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1e6, help="time for all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes for a kind")
+    parser.add_argument("--show", type=int, help="write the input of this number to stdout, and feed nothing")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"))
     options = parser.parse_args()
+    if options.show is not None:
+        (kind,) = options.kind
+        with tempfile.TemporaryDirectory() as folder:
+            harness = HARNESSES[kind](Path(folder))
+        sys.stdout.buffer.write(mutate(harness.seeds, harness.form, picker(options.seed, kind, options.show)))
+        return
     if options.count == 10**12 and options.hours == 1e6:
         parser.error("give --count or --hours")
     kinds, bad = options.kind or list(HARNESSES), 0
