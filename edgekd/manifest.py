@@ -90,7 +90,7 @@ class Manifest(BaseModel):
     parameters: int = Field(ge=1, le=10**15)
     bits_per_weight: float = Field(gt=0, le=128, allow_inf_nan=False)
     contract: Contract
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(max_length=64)
     details: dict[str, Any] | None = None
     """What one target alone has to say."""
     parity: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ from .checkpoint import EMBEDDING, Checkpoint
 from .errors import EdgekdError, SpecError
 from .files import read_json
 from .privacy import online
+from .tokenizer_file import try_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
     # transformers 5 rebuilds some classes' tokenizers (LlamaTokenizer) into ones that give other ids than the
     # tokenizer.json that artifacts carry and runtimes read; the base class takes the file as it stands.
-    as_it_stands = (folder / "tokenizer.json").is_file() and not trust_remote_code
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try_tokenizer(path)
+    as_it_stands = path.is_file() and not trust_remote_code
     loader: Any = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(

@@ -86,8 +86,9 @@ def _limit(data_bytes: int) -> None:
         return
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
+    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, data_bytes)):
+        _, hard = resource.getrlimit(what)
+        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _raise(stdout: bytes) -> NoReturn:

@@ -169,7 +169,7 @@ def _other_versions(artifact: Artifact) -> str:
     """What of the exporter's packages has another version here."""
     words = []
     for package, made in artifact.manifest.versions.items():
-        with suppress(PackageNotFoundError):
+        with suppress(PackageNotFoundError, ValueError):  # ValueError: an empty name
             if (here := version(package)) != made:
                 words.append(f"It was made with {package} {made}; this is {here}.")
     return " ".join(words)

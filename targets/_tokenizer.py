@@ -226,7 +226,10 @@ class SessionTokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text."""
-        return self._encode(text)
+        try:
+            return self._encode(text)
+        except RuntimeError as error:  # of a runtime's own tokenizer
+            raise EdgekdError(f"{self._path}: the runtime's tokenizer fails: {error!s:.200}.") from error
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for."""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from unittest import mock
 import pytest
 
 from edgekd import cli
+from edgekd.manifest import write_artifact
 
 BASE = """
 name: tiny
@@ -367,3 +369,17 @@ def test_what_is_no_artifact(project):
 
 def test_report_of_what_is_no_run(project):
     refused(edgekd("report", "text", cwd=project), "no results.json")
+
+
+@pytest.mark.parametrize("verb", [["bench"], ["verify", "--reference", "teacher"]])
+def test_an_artifact_of_somebody_else_is_refused_before_the_work(project, monkeypatch, verb):
+    (project / "artifact").mkdir()
+    (project / "artifact" / "model.bin").write_bytes(b"weights")
+    contract = {"context_length": 8, "vocab_size": 4, "bos_id": None, "eos_ids": [0], "add_bos": False}
+    write_artifact(
+        project / "artifact", name="n", target="t", recipe="r", runtime="x", main_file="model.bin", student_digest="d",
+        parameters=7, bits_per_weight=8.0, contract=contract | {"chat_template": None}, versions={},
+    )  # fmt: skip
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    result = edgekd(*verb[:1], "artifact", *verb[1:], cwd=project)
+    refused(result, "artifact belongs to another user", "Copy it")

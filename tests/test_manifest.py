@@ -46,6 +46,15 @@ def test_proofs_are_added_one_by_one(folder):
     assert (again.audit, again.parity) == (seen, {"kl_mean": 0.5})
 
 
+def test_a_proof_follows_no_link(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "it"
+    outside.write_text("mine")
+    for name in ("manifest.json.partial", ".manifest.json.partial", "manifest.json.tmp"):
+        (folder / name).symlink_to(outside)
+    add_proof(load_artifact(folder), benchmark={"load_s": None})
+    assert outside.read_text() == "mine"
+
+
 def test_no_manifest(tmp_path):
     with pytest.raises(BadArtifact, match=r"has no manifest.json"):
         load_artifact(tmp_path)
@@ -127,8 +136,9 @@ def test_only_listed_files_have_a_path(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        {"contract": {"context_length": 0}}, {"contract": {"context_length": -1}}, {"contract": {"context_length": 2**31}},
-        {"contract": {"context_length": 2**32}}, {"contract": {"context_length": 8.5}},
+        {"contract": {"context_length": 0}}, {"contract": {"context_length": -1}},
+        {"contract": {"context_length": 2**31}}, {"contract": {"context_length": 2**32}},
+        {"contract": {"context_length": 8.5}},
         {"contract": {"context_length": "8"}}, {"contract": {"context_length": True}},
         {"contract": {"context_length": float("nan")}}, {"contract": {"vocab_size": 0}},
         {"contract": {"vocab_size": 2**63}}, {"contract": {"eos_ids": [4]}}, {"contract": {"eos_ids": [-1]}},

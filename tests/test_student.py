@@ -191,3 +191,14 @@ def test_a_teacher_of_an_unknown_kind_or_with_missing_tensors(tiny_teacher, tmp_
     path.write_text(json.dumps(config | {"num_hidden_layers": 9, "layer_types": ["full_attention"] * 9}))
     with pytest.raises(EdgekdError, match=r"has no tensor model\.layers\.4\."):
         init_student(_spec(init="cut", layers=3), tmp_path / "teacher", seed=0)
+
+
+def test_a_tokenizer_is_tried_first(tiny_teacher, tmp_path):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(EdgekdError, match="the tokenizer fails"):
+        load_tokenizer(folder)

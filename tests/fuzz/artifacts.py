@@ -1,7 +1,7 @@
 """Damage artifacts by the thousand, with their sums put right, and open each in a process forked for it.
 
-A mutant goes through what ``targets.try_artifact`` runs in its child; one that passes is opened a second time as a caller
-would, without the child's limits. By hand: ``python tests/fuzz/artifacts.py ARTIFACT --count 10000``.
+A mutant goes through what ``targets.try_artifact`` runs in its child; one that passes is opened a second time as a
+caller would, without the child's limits. By hand: ``python tests/fuzz/artifacts.py ARTIFACT --count 10000``.
 """
 
 from __future__ import annotations
@@ -301,6 +301,16 @@ def _fork(work: Callable[[Path], None], folder: Path, limit: int | None, write: 
     os._exit(0)
 
 
+def outcomes(artifact: Path, folder: Path) -> Iterator[tuple[str, str, int]]:
+    """How an artifact's trial ends, and a caller's use of it after one that passes: who, how, most resident bytes."""
+    how, resident = in_fork(run_trial, artifact, LIMIT_BYTES)
+    yield "trial", how, resident
+    if how == "passes":
+        yield "caller", *in_fork(as_caller, artifact, None)
+    if outside := sorted({*os.listdir(folder)} - {artifact.name}):
+        yield "caller", f"wrote {outside}", 0
+
+
 def run(artifact: Path, count: int, seed: int = 0) -> tuple[Counter[str], list[str]]:
     """Open mutants of an artifact.
 
@@ -309,22 +319,15 @@ def run(artifact: Path, count: int, seed: int = 0) -> tuple[Counter[str], list[s
         than 1 GiB, or a file outside.
     """
     places, counts, wrong = targets_of(artifact), Counter[str](), list[str]()
-    preload(load_artifact(artifact, check_files=False).manifest.target)
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name) / "work"
         for number in range(count):
             rng = random.Random(f"{seed} {number}")
             file, mutate = rng.choice(places)
-            mutant = forge(artifact, work, {file: mutate((artifact / file).read_bytes(), rng)})
-            how, resident = in_fork(run_trial, mutant, LIMIT_BYTES)
-            counts[f"trial {_kind(how)}"] += 1
-            if how == "passes":
-                how, resident = in_fork(as_caller, mutant, None)
-                counts[f"caller {_kind(how)}"] += 1
-                if not how.startswith(("passes", "refused")) or resident > 2**30:
+            mutant = forge(artifact, Path(name) / "work", {file: mutate((artifact / file).read_bytes(), rng)})
+            for who, how, resident in outcomes(mutant, Path(name)):
+                counts[f"{who} {_kind(how)}"] += 1
+                if who == "caller" and (not how.startswith(("passes", "refused")) or resident > 2**30):
                     wrong.append(f"{number}: {file}: {how}, {resident / 1e6:.0f} MB")
-            if sorted(os.listdir(name)) != ["work"]:
-                wrong.append(f"{number}: {file}: wrote {os.listdir(name)}")
     return counts, wrong
 
 
@@ -333,17 +336,20 @@ def _kind(how: str) -> str:
 
 
 def main() -> int:
-    """Run by hand."""
+    """Run by hand, and by the tests: in a process without threads, which may fork."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("artifacts", type=Path, nargs="+", help="of one target")
+    parser.add_argument("--count", type=int, default=1000, help="mutants of the first; 0 opens all as they are")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    start = time.monotonic()
-    counts, wrong = run(options.artifact, options.count, options.seed)
-    print(json.dumps(dict(sorted(counts.items())), indent=2))
-    print(f"{options.count} mutants in {time.monotonic() - start:.0f} s")
-    print("\n".join(wrong) or "nothing wrong")
+    first = options.artifacts[0]
+    preload(json.loads((first / MANIFEST).read_text("utf-8"))["target"])
+    if not options.count:
+        ends = {path.name: in_fork(run_trial, path, LIMIT_BYTES)[0] for path in options.artifacts}
+        print(json.dumps(ends))
+        return 0
+    counts, wrong = run(first, options.count, options.seed)
+    print(json.dumps({"counts": dict(sorted(counts.items())), "wrong": wrong}))
     return bool(wrong)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import struct
-import time
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import artifacts
+import onnx
 import pytest
-from artifacts import forge, proto, run
+from artifacts import forge, proto
 
 from edgekd import targets
 from edgekd.errors import BadArtifact, EdgekdError
@@ -18,7 +23,10 @@ from edgekd.manifest import load_artifact
 from edgekd.spec import TargetSpec
 
 NAMES = ("gguf", "onnx", "coreml", "executorch")
-MUTANTS = {"gguf": 100, "onnx": 60, "coreml": 60, "executorch": 30}
+MUTANTS = {"gguf": 100, "onnx": 60, "coreml": 40, "executorch": 20}
+PACKAGE = "model.mlpackage/Manifest.json"
+Forge = Callable[[Path, Path], Path]
+"""Makes of an artifact another, in a new folder."""
 
 
 @pytest.fixture(scope="module")
@@ -31,169 +39,204 @@ def made(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {name: folder / name for name in NAMES}
 
 
-def refused(artifact: Path, said: str = "", kind: type[EdgekdError] = BadArtifact) -> None:
-    start = time.monotonic()
-    with pytest.raises(kind, match=said):
-        targets.open_artifact(artifact, threads=1)
-    assert time.monotonic() - start < 60
+def harness(*arguments: object) -> Any:
+    """The harness in a process that has no threads yet, and may fork."""
+    command = [sys.executable, artifacts.__file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mutants(made: dict[str, Path], name: str) -> None:
-    counts, wrong = run(made[name], MUTANTS[name])
-    assert wrong == []
-    assert counts["trial passes"] and counts["trial refused"], counts
-    assert not counts["trial hangs"]
+    told = harness(made[name], "--count", MUTANTS[name])
+    assert told["wrong"] == []
+    assert told["counts"]["trial passes"] and told["counts"]["trial refused"], told
+    assert "trial hangs" not in told["counts"]
 
 
-def contract(artifact: Path, **change: int) -> dict[str, Any]:
-    return load_artifact(artifact).manifest.contract.model_dump() | change
+# --- one change each --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("change", [{"context_length": 2**24}, {"context_length": 65}, {"vocab_size": 319}])
-def test_the_manifests_numbers_are_the_models(
-    made: dict[str, Path], tmp_path: Path, name: str, change: dict[str, int]
-) -> None:
-    forged = forge(made[name], tmp_path / "forged", {}, contract=contract(made[name], **change))
-    refused(forged, "context" if "context_length" in change else "vocabulary")
+def contract(**change: int) -> Forge:
+    return lambda artifact, out: forge(
+        artifact, out, {}, contract=load_artifact(artifact).manifest.contract.model_dump() | change
+    )
 
 
-@pytest.mark.parametrize(("name", "file"), [(name, "tokenizer.json") for name in NAMES[1:]] + [("onnx", "head.onnx")])
-def test_a_file_that_is_needed_must_be_listed(made: dict[str, Path], tmp_path: Path, name: str, file: str) -> None:
-    manifest = load_artifact(made[name]).manifest
-    files = {key: value for key, value in manifest.files.items() if key != file}
-    refused(forge(made[name], tmp_path / "forged", {}, files=files), f"does not list '{file}'")
+def details(change: Callable[[dict[str, Any]], Any]) -> Forge:
+    def build(artifact: Path, out: Path) -> Path:
+        told = load_artifact(artifact).manifest.details
+        assert told
+        return forge(artifact, out, {}, details=change(told))
+
+    return build
 
 
-def test_nothing_is_hidden_in_a_package(made: dict[str, Path], tmp_path: Path) -> None:
-    forged = forge(made["coreml"], tmp_path / "forged", {})
-    (forged / "model.mlpackage" / "Data" / "more").write_bytes(b"x")
-    refused(forged, "does not list 'model.mlpackage/Data/more'")
+def unlisted(name: str) -> Forge:
+    def build(artifact: Path, out: Path) -> Path:
+        files = load_artifact(artifact).manifest.files
+        return forge(artifact, out, {}, files={key: value for key, value in files.items() if key != name})
+
+    return build
 
 
-def test_nothing_is_hidden_from_genai(made: dict[str, Path], tmp_path: Path) -> None:
-    details = load_artifact(made["onnx"]).manifest.details
-    assert details
-    details["tokenizer"]["used"] = "onnxruntime-genai"
-    forged = forge(made["onnx"], tmp_path / "forged", {}, details=details)
-    (forged / "special_tokens_map.json").write_text("{}")
-    refused(forged, "does not list 'special_tokens_map.json'")
+def beside(name: str, data: bytes, build: Forge) -> Forge:
+    def with_file(artifact: Path, out: Path) -> Path:
+        forged = build(artifact, out)
+        (forged / name).write_bytes(data)
+        return forged
+
+    return with_file
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
-@pytest.mark.parametrize("change", ["none", "empty", "missing", "mistyped", "more"])
-def test_details_have_keys_and_types(made: dict[str, Path], tmp_path: Path, name: str, change: str) -> None:
-    details: dict[str, Any] = load_artifact(made[name]).manifest.details or {}
-    key = next(reversed(details))
-    forged: dict[str, Any] | None = {
-        "none": None,
-        "empty": {},
-        "missing": {k: v for k, v in details.items() if k != key},
-        "mistyped": details | {key: [3]},
-        "more": details | {"more": 1},
-    }[change]
-    refused(forge(made[name], tmp_path / "forged", {}, details=forged), "details: key")
-
-
-def edit_gguf(artifact: Path, out: Path, key: str, value: int | float) -> Path:
+def gguf_key(key: str, value: float) -> Forge:
     """Another number for a key of the header."""
-    data = bytearray((artifact / "model.gguf").read_bytes())
-    at = data.index(key.encode()) + len(key)
-    kind = int.from_bytes(data[at : at + 4], "little")
-    data[at + 4 : at + 8] = struct.pack({4: "<I", 6: "<f"}[kind], value)
-    return forge(artifact, out, {"model.gguf": bytes(data)})
+
+    def build(artifact: Path, out: Path) -> Path:
+        data = bytearray((artifact / "model.gguf").read_bytes())
+        at = data.index(key.encode()) + len(key)
+        kind = int.from_bytes(data[at : at + 4], "little")
+        data[at + 4 : at + 8] = struct.pack({4: "<I", 6: "<f"}[kind], value)
+        return forge(artifact, out, {"model.gguf": bytes(data)})
+
+    return build
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("qwen3.block_count", 0), ("qwen3.block_count", 2**31), ("qwen3.attention.layer_norm_rms_epsilon", -1.0),
-        ("qwen3.attention.head_count", 0), ("qwen3.attention.head_count_kv", 0), ("qwen3.embedding_length", 0),
-        ("qwen3.attention.key_length", 2**30), ("qwen3.context_length", 0),
-    ],
-)  # fmt: skip
-def test_numbers_of_gguf(made: dict[str, Path], tmp_path: Path, key: str, value: float) -> None:
-    refused(edit_gguf(made["gguf"], tmp_path / "forged", key, value))
+def gguf_tensor_type(kind: int) -> Forge:
+    def build(artifact: Path, out: Path) -> Path:
+        whole = (artifact / "model.gguf").read_bytes()
+        at = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
+        return forge(artifact, out, {"model.gguf": whole[:at] + struct.pack("<I", kind) + whole[at + 4 :]})
+
+    return build
 
 
-def test_a_context_that_file_and_manifest_agree_on_takes_no_memory(made: dict[str, Path], tmp_path: Path) -> None:
-    forged = edit_gguf(made["gguf"], tmp_path / "one", "qwen3.context_length", 2**24)
-    forged = forge(forged, tmp_path / "two", {}, contract=contract(forged, context_length=2**24))
-    refused(forged, "makes no context of 16777216 tokens", EdgekdError)
+def graph(change: Callable[[Any], Any], file: str = "model.onnx") -> Forge:
+    def build(artifact: Path, out: Path) -> Path:
+        model = onnx.load(artifact / file, load_external_data=False)
+        change(model.graph)
+        return forge(artifact, out, {file: model.SerializeToString()})
+
+    return build
 
 
-def test_tensor_types_of_gguf(made: dict[str, Path], tmp_path: Path) -> None:
-    whole = (made["gguf"] / "model.gguf").read_bytes()
-    at = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
-    for kind in (4, 5, 9, 24, 36, 39, 99, 2**31):
-        data = whole[:at] + struct.pack("<I", kind) + whole[at + 4 :]
-        refused(forge(made["gguf"], tmp_path / "forged", {"model.gguf": data}), r"model\.gguf|tried in a process")
+def data_of(file: str, name: str) -> Forge:
+    """A graph that takes one of its tensors from another file, which is there."""
 
-
-def edit_onnx(artifact: Path, out: Path, change: Any, file: str = "model.onnx") -> Path:
-    import onnx
-
-    model = onnx.load(artifact / file, load_external_data=False)
-    change(model.graph)
-    return forge(artifact, out, {file: model.SerializeToString()})
-
-
-@pytest.mark.parametrize("name", ["../outside.data", "/etc/passwd", "unlisted.data", "manifest.json", "a\0b"])
-@pytest.mark.parametrize("file", ["model.onnx", "head.onnx"])
-def test_data_of_onnx_is_the_artifacts_own(made: dict[str, Path], tmp_path: Path, name: str, file: str) -> None:
     def change(graph: Any) -> None:
         entries = [entry for one in graph.initializer for entry in one.external_data if entry.key == "location"]
         entries[-1].value = name
 
-    data = made["onnx"] / "model.onnx.data"
-    shutil.copy(data, tmp_path / "outside.data")
-    forged = edit_onnx(made["onnx"], tmp_path / "forged", change, file)
-    shutil.copy(data, forged / "unlisted.data")
-    refused(forged, "does not list")
+    def build(artifact: Path, out: Path) -> Path:
+        forged = graph(change, file)(artifact, out)
+        for place in (forged, forged.parent):
+            shutil.copy(artifact / "model.onnx.data", place / "other.data")
+        return forged
+
+    return build
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda graph: graph.ClearField("output"),
-        lambda graph: graph.ClearField("input"),
-        lambda graph: graph.output.pop(0),
-        lambda graph: graph.output[0].type.tensor_type.shape.dim.pop(),
-        lambda graph: setattr(graph.output[0].type.tensor_type.shape.dim[2], "dim_param", "V"),
-        lambda graph: graph.ClearField("node"),
-    ],
-)
-def test_graphs_that_are_no_decoders(made: dict[str, Path], tmp_path: Path, change: Any) -> None:
-    refused(edit_onnx(made["onnx"], tmp_path / "forged", change))
+def package_path(path: Any) -> Forge:
+    def build(artifact: Path, out: Path) -> Path:
+        manifest = json.loads((artifact / PACKAGE).read_text("utf-8"))
+        manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = path
+        return forge(artifact, out, {PACKAGE: json.dumps(manifest).encode()})
+
+    return build
 
 
-def test_paths_in_a_package_stay_inside(made: dict[str, Path], tmp_path: Path) -> None:
-    name = "model.mlpackage/Manifest.json"
-    manifest = json.loads((made["coreml"] / name).read_text())
-    entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
-    for path in ("../../../outside", "/etc/passwd", "a\0b", 3):
-        entry["path"] = path
-        refused(forge(made["coreml"], tmp_path / "forged", {name: json.dumps(manifest).encode()}), "outside|path")
+def last_key(told: dict[str, Any]) -> str:
+    return list(told)[-1]
+
+
+def by_genai(told: dict[str, Any]) -> dict[str, Any]:
+    return told | {"tokenizer": told["tokenizer"] | {"used": "onnxruntime-genai"}}
+
+
+BOUNDS = {
+    "context of 2^24": (contract(context_length=2**24), "context"),
+    "context of one more": (contract(context_length=65), "65"),
+    "vocabulary of one less": (contract(vocab_size=319), "a vocabulary of 320, the manifest one of 319"),
+    "vocabulary of one more": (contract(vocab_size=321), "a vocabulary of 320, the manifest one of 321"),
+}
+DETAILS = {
+    "none": (details(lambda told: None), "details: key"),
+    "empty": (details(lambda told: {}), "details: key"),
+    "missing": (details(lambda told: {k: v for k, v in told.items() if k != last_key(told)}), "details: key"),
+    "mistyped": (details(lambda told: told | {last_key(told): [3]}), "details: key"),
+    "more": (details(lambda told: told | {"more": 1}), "details: key 'more'"),
+}
+NO_TOKENIZER = {"tokenizer not listed": (unlisted("tokenizer.json"), "does not list 'tokenizer.json'")}
+CASES: dict[str, dict[str, tuple[Forge, str]]] = {
+    "gguf": BOUNDS
+    | {f"{key} {value}": (gguf_key(f"qwen3.{key}", value), "") for key, value in (
+        ("block_count", 0), ("block_count", 2**31), ("attention.layer_norm_rms_epsilon", -1.0),
+        ("attention.head_count", 0), ("attention.head_count_kv", 0), ("embedding_length", 0),
+        ("attention.key_length", 2**30), ("context_length", 0),
+    )}
+    | {f"type {kind}": (gguf_tensor_type(kind), "") for kind in (4, 5, 9, 24, 36, 39, 99, 2**31)},
+    "onnx": BOUNDS
+    | DETAILS
+    | NO_TOKENIZER
+    | {
+        "head not listed": (unlisted("head.onnx"), "does not list 'head.onnx'"),
+        "file for genai": (
+            beside("special_tokens_map.json", b"{}", details(by_genai)), "does not list 'special_tokens_map.json'"
+        ),
+        "no outputs": (graph(lambda graph: graph.ClearField("output")), ""),
+        "no inputs": (graph(lambda graph: graph.ClearField("input")), ""),
+        "no logits": (graph(lambda graph: graph.output.pop(0)), "gives no logits"),
+        "no nodes": (graph(lambda graph: graph.ClearField("node")), ""),
+    }
+    | {
+        f"{file} {name!r}": (data_of(file, name), "does not list")
+        for file in ("model.onnx", "head.onnx")
+        for name in ("../other.data", "/etc/passwd", "other.data", "manifest.json", "a\0b")
+    },
+    "coreml": BOUNDS
+    | DETAILS
+    | NO_TOKENIZER
+    | {"more in the package": (beside("model.mlpackage/more", b"x", contract()), "does not list")}
+    | {f"path {path!r}": (package_path(path), "outside|path") for path in ("../../../x", "/etc/passwd", "a\0b", 3)},
+    "executorch": BOUNDS | DETAILS | NO_TOKENIZER,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_change_is_one_sentence(made: dict[str, Path], tmp_path: Path, name: str) -> None:
+    cases = list(CASES[name].items())
+    forged = [build(made[name], tmp_path / str(number)) for number, (_, (build, _)) in enumerate(cases)]
+    ends = harness(*forged, "--count", 0)
+    for path, (what, (_, said)) in zip(forged, cases, strict=True):
+        end = ends[path.name].removeprefix("refused: ")
+        if not said:  # in a process of its own: all but passing and hanging will do
+            assert end not in ("passes", "hangs"), what
+        else:
+            assert end.startswith("BadArtifact") and any(one in end for one in said.split("|")), (what, end)
+
+
+def test_the_caller_gets_the_sentence(made: dict[str, Path], tmp_path: Path) -> None:
+    forged = gguf_key("qwen3.attention.layer_norm_rms_epsilon", -1.0)(made["gguf"], tmp_path / "forged")
+    with pytest.raises(BadArtifact, match="tried in a process of its own, it ends the process by SIGABRT"):
+        targets.open_artifact(forged, threads=1)
+
+
+def test_a_context_that_file_and_manifest_agree_on_is_bounded_too(made: dict[str, Path], tmp_path: Path) -> None:
+    long = gguf_key("qwen3.context_length", 2**24)(made["gguf"], tmp_path / "one")
+    with pytest.raises(EdgekdError, match="makes no context of 16777216 tokens"):
+        targets.open_artifact(contract(context_length=2**24)(long, tmp_path / "two"), threads=1)
 
 
 def test_the_harness_sees_a_caller_die(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    import artifacts
-
-    monkeypatch.setattr(artifacts, "as_caller", lambda folder: os.abort())
-    counts, wrong = run(made["gguf"], 20)
-    assert counts["caller signal SIGABRT"] == len(wrong) == counts["trial passes"] > 0
+    ends = iter([("passes", 0), ("signal: SIGABRT", 0), ("refused: x", 0), ("passes", 0), ("passes", 2**31)])
+    monkeypatch.setattr(artifacts, "in_fork", lambda *arguments: next(ends))
+    counts, wrong = artifacts.run(made["gguf"], 3)
+    assert counts == {"trial passes": 2, "caller signal SIGABRT": 1, "trial refused": 1, "caller passes": 1}
+    assert len(wrong) == 2 and "SIGABRT" in wrong[0] and "2147 MB" in wrong[1]
 
 
 def test_mutations_of_a_message_change_it() -> None:
-    import random
-
-    import onnx
-
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([onnx.helper.make_node("Add", ["a", "b"], ["c"])], "g", [], [])
-    )
-    data = model.SerializeToString()
+    node = onnx.helper.make_node("Add", ["a", "b"], ["c"])
+    data = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [])).SerializeToString()
     assert len({proto(onnx.ModelProto)(data, random.Random(seed)) for seed in range(50)}) > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,34 @@ def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
     """KL(p || q) of two arrays of logits ``(T, V)``, nats per token."""
     log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (p, q))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def check_interrupted_generators(session: Session) -> None:
+    """A generation that another call has come between does not go on; one that none has, does."""
+    whole = list(session.generate(IDS[:9], 6))
+    assert len(whole) == 6
+    calls: list[Callable[[], object]] = [
+        session.reset, lambda: session.prefill(IDS[:9]), lambda: session.decode(IDS[0]),
+        lambda: next(session.generate(IDS[:9], 6)),
+    ]  # fmt: skip
+    for call in calls:
+        first = session.generate(IDS[:9], 6)
+        assert [next(first), next(first)] == whole[:2]
+        call()
+        with pytest.raises(ValueError, match="used by another call"):
+            next(first)
+    first, second = session.generate(IDS[:9], 6), session.generate(IDS[:9], 6)
+    next(first)
+    assert list(second) == whole
+    with pytest.raises(ValueError, match="used by another call"):
+        next(first)
+    last = session.generate(IDS[:9], 1)
+    assert next(last) == whole[0]
+    session.reset()
+    assert list(last) == []  # it was at its end
+    tokens = session.generate(IDS[:9], 6)
+    assert [next(tokens), session.tokenize("a") and next(tokens), *tokens] == whole
+    session.reset()
 
 
 def check_wrong_calls(session: Session, context_length: int) -> None:

@@ -25,6 +25,7 @@ from cases import (
     IDS,
     ODD_WIDTH,
     UNTIED,
+    check_interrupted_generators,
     check_wrong_calls,
     export_to,
     logits,
@@ -396,6 +397,7 @@ def test_generate(session: Session, artifact: Artifact) -> None:
 
 
 def test_wrong_calls_are_refused(session: Session) -> None:
+    check_interrupted_generators(session)
     check_wrong_calls(session, 1100)
 
 

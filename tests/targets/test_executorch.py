@@ -20,7 +20,18 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("executorch")
 
-from cases import IDS, LLAMA3_ROPE, check_wrong_calls, export_to, mean_kl, reference, spec_of
+from artifacts import forge
+
+from cases import (
+    IDS,
+    LLAMA3_ROPE,
+    check_interrupted_generators,
+    check_wrong_calls,
+    export_to,
+    mean_kl,
+    reference,
+    spec_of,
+)
 from edgekd import targets
 from edgekd.checkpoint import Checkpoint
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
@@ -400,6 +411,7 @@ def test_generate_streams_whole_characters(session: Session) -> None:
 
 
 def test_wrong_calls_are_refused(session: Session) -> None:
+    check_interrupted_generators(session)
     check_wrong_calls(session, 256)
 
 
@@ -458,26 +470,15 @@ def test_a_damaged_artifact_is_refused(made: Any, tmp_path: Path) -> None:
         targets.open_artifact(artifact, threads=1)
 
 
-def other_version(artifact: Artifact) -> Artifact:
-    versions = artifact.manifest.versions | {"executorch": "0.9.0"}
-    return Artifact(artifact.folder, artifact.manifest.model_copy(update={"versions": versions}))
-
-
-def test_a_program_of_another_version_is_tried_apart(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact = other_version(made["llama tied"][0])
-    targets.open_artifact(artifact, threads=1).close()  # this one runs
-    monkeypatch.setattr(session_, "try_program", lambda path: "dies of it by SIGABRT")
-    with pytest.raises(BadArtifact, match=r"made by ExecuTorch 0\.9\.0; this is .* dies of it by SIGABRT"):
-        targets.open_artifact(artifact, threads=1)
-
-
-def test_what_the_runtime_does_with_damage_is_told(made: Any, tmp_path: Path) -> None:
-    whole = made["qwen2 int4"][0].main_file.read_bytes()
-    path = tmp_path / "model.pte"
-    path.write_bytes(whole[:4] + b"ET11" + whole[8:])
-    assert session_.try_program(path).startswith("refuses it:")
-    path.write_bytes(whole)
-    assert session_.try_program(path) == ""
+def test_a_program_that_fails_tells_whose_version_it_is(made: Any, tmp_path: Path) -> None:
+    folder = made["llama tied"][0].folder
+    versions = load_artifact(folder).manifest.versions | {"executorch": "0.9.0"}
+    targets.open_artifact(forge(folder, tmp_path / "fine", {}, versions=versions), threads=1).close()  # this one runs
+    whole = (folder / "model.pte").read_bytes()
+    other = {"model.pte": whole[:4] + b"ET11" + whole[8:]}
+    said = r"does not load it.* made with executorch 0\.9\.0; this is "
+    with pytest.raises(BadArtifact, match=said):
+        targets.open_artifact(forge(folder, tmp_path / "other", other, versions=versions), threads=1)
 
 
 def test_opening_loads_no_transformers(made: Any) -> None:

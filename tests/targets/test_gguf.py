@@ -21,6 +21,7 @@ from cases import (
     ARCHITECTURES,
     IDS,
     LLAMA3_ROPE,
+    check_interrupted_generators,
     check_wrong_calls,
     export_to,
     logits,
@@ -228,6 +229,7 @@ def test_a_stream_ends_before_the_end_token(tmp_path: Path, student_factory: Any
 
 
 def test_wrong_calls_are_refused(session: Session) -> None:
+    check_interrupted_generators(session)
     check_wrong_calls(session, 1100)
 
 

@@ -27,6 +27,7 @@ from cases import (  # noqa: E402
     IDS,
     ODD_WIDTH,
     UNTIED,
+    check_interrupted_generators,
     check_wrong_calls,
     export_to,
     logits,
@@ -381,6 +382,7 @@ def test_generate(session: Session, artifact: Artifact) -> None:
 
 
 def test_wrong_calls_are_refused(session: Session) -> None:
+    check_interrupted_generators(session)
     check_wrong_calls(session, 1100)
 
 
