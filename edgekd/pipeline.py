@@ -319,14 +319,14 @@ def _artifact_stages(
 
     spec, student = run.spec, run.student_config
     label = label_of(target.target, recipe.name)
-    upstream, read = [student_key], ["student"]
+    upstream, weights = [student_key], ["student"]
     if recipe.on_grid:
         method, grid = _exported_grid(run, recipe)
         upstream.append(keys[f"quantize {recipe.name} {method}"])
-        read.append(grid)
-    if recipe.needs_moments:
+        weights.append(grid)
+    moments = ["calibration"] if recipe.needs_moments else []
+    if moments:
         upstream.append(keys["calibrate"])
-        read.append("calibration")
     export_key = digest(
         [
             upstream, target.target, target.context, target.providers, recipe.model_dump(),
@@ -357,14 +357,21 @@ def _artifact_stages(
     bench_s = plan.inference_cost([student], size * spec.bench.runs, machine).seconds + 2 * spec.bench.runs
     bench_cost = plan.Cost(export_cost.ram_bytes, 2**16, bench_s)
     found = [
-        Stage(f"export {label}", exported, export_key, export_cost, partial(_export, run, target, recipe), tuple(read)),
+        Stage(
+            f"export {label}",
+            exported,
+            export_key,
+            export_cost,
+            partial(_export, run, target, recipe),
+            (*weights, *moments),
+        ),
         Stage(
             f"verify {label}",
             f"parity/{label}",
             verify_key,
             verify_cost,
             partial(_verify, run, label, recipe),
-            reads=("data", *read, exported),
+            reads=("data", *weights, exported),
         ),
         Stage(
             f"audit {label}",

@@ -11,7 +11,18 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from edgekd.errors import BadArtifact, EdgekdError
-from edgekd.files import atomic_file, atomic_folder, check_writable, inside, read_json, write_json, write_text
+from edgekd.files import (
+    atomic_file,
+    atomic_folder,
+    check_writable,
+    inside,
+    read_json,
+    read_sealed,
+    sweep,
+    write_json,
+    write_sealed,
+    write_text,
+)
 
 
 def names(folder: Path) -> set[str]:
@@ -128,3 +139,44 @@ def test_a_folder_of_another_user_is_refused(mode: int, words: str) -> None:
         command = [sys.executable, "-c", code, f"{folder}/new" if mode == 0o700 else folder]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert words in done.stdout
+
+
+@pytest.mark.parametrize("there", ["folder", "file", "link", "dangling link"])
+def test_a_folder_takes_the_place_of_whatever_is_there(tmp_path: Path, there: str) -> None:
+    path, outside = tmp_path / "f", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    if there == "folder":
+        path.mkdir()
+    elif there == "file":
+        path.touch()
+    else:
+        path.symlink_to(outside if there == "link" else "/nowhere")
+    with atomic_folder(path, replace=True) as folder:
+        (folder / "x").touch()
+    assert names(path) == {"x"} and not path.is_symlink()
+    assert names(tmp_path) == {"f", "outside"} and names(outside) == {"precious"}
+
+
+def test_sweeping_takes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
+    dead, alive, other = (
+        f".x.{pid}-0123456789abcdef.tmp" for pid in (999_999_999, os.getppid(), "99999999999999999999")
+    )
+    (tmp_path / "sub" / dead).mkdir(parents=True)
+    (tmp_path / dead).symlink_to("/nowhere")
+    (tmp_path / f".{dead}.{os.getpid()}-0123456789abcdef.tmp").touch()
+    for name in (alive, other, "x.tmp", ".x.tmp"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert names(tmp_path) == {"sub", alive, other, "x.tmp", ".x.tmp"} and not names(tmp_path / "sub")
+
+
+def test_a_seal_shows_that_a_value_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_sealed(path, {"a": [1, 2.5, None, "ü"], "b": {10: 1, 9: 2}})
+    assert read_sealed(path) == {"a": [1, 2.5, None, "ü"], "b": {"10": 1, "9": 2}}
+    whole = path.read_text()
+    for spoilt in (whole.replace("2.5", "2.4"), whole.replace('"a"', '"c"'), '{"a": 1}', '{"sha256": 1}', whole[:-9]):
+        path.write_text(spoilt)
+        with pytest.raises(BadArtifact, match=r"x\.json.* Save it again\."):
+            read_sealed(path, BadArtifact)
