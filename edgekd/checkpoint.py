@@ -7,8 +7,8 @@ follow ``torch.nn.Linear``: weights are ``(out, in)``.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LOG = logging.getLogger(__name__)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMPILED = "_orig_mod."
 _BUFFER = ".rotary_emb.inv_freq"
@@ -150,7 +151,7 @@ class Checkpoint:
                     "Save the model in bfloat16.",
                 )
         if any(_COMPILED in stored.name for stored in found.values()):
-            warnings.warn(f"{self.folder}: torch.compile's prefix {_COMPILED} is left out of names.", stacklevel=2)
+            _LOG.warning("%s: torch.compile's prefix %s is left out of names.", self.folder, _COMPILED)
 
     def _renamed(self, found: dict[str, Stored]) -> dict[str, Stored]:
         """By transformers' names: a decoder saved alone lacks its prefix, and a tied pair may be one head."""

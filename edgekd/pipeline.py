@@ -962,8 +962,9 @@ def write_results(run: Run, records: Mapping[str, Record]) -> dict[str, Any]:
 
     for label, parity in _parities(run, records).items():
         artifact = load_artifact(run.path(f"artifacts/{label}"), check_files=False)
-        benchmark, audit = (_measured(run, records, f"{kind}/{label}", f"{kind}.json") for kind in ("bench", "audit"))
-        add_proof(artifact, parity=parity, benchmark=benchmark, audit=audit and Audit.model_validate(audit))
+        benchmark, seen = (_measured(run, records, f"{kind}/{label}", f"{kind}.json") for kind in ("bench", "audit"))
+        audit = None if seen is None else Audit.model_validate(seen)
+        add_proof(artifact, parity=parity, benchmark=benchmark, audit=audit)
     results = _results(run, records)
     write_sealed(run.folder / RESULTS, results)
     build(results, run.folder / "report.html")

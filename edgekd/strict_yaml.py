@@ -87,7 +87,7 @@ def _key(event: yaml.Event, mapping: dict[str, Any]) -> str:
     return str(event.value)
 
 
-def _value(event: yaml.Event) -> Any:
+def _value(event: yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.AliasEvent) -> Any:
     """The value of a scalar, or an empty list or mapping to be filled."""
     if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
         raise _refusal(event, "anchors (&) and aliases (*) are not read; write the value out")
@@ -113,4 +113,5 @@ def _plain(text: str) -> Any:
 
 
 def _refusal(event: yaml.Event, what: str) -> yaml.YAMLError:
-    return yaml.YAMLError(f"line {event.start_mark.line + 1}: {what}")
+    where = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+    return yaml.YAMLError(f"{where}{what}")

@@ -270,7 +270,7 @@ def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """A ``config.json`` as transformers has it, once its own checks have passed."""
     from transformers import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise SpecError(f"no student can be built from model_type {model_type!r}.", "Use Llama, Qwen2 or Qwen3.")
     try:
@@ -366,7 +366,8 @@ def _cut_layer_types(spec: CutStudent, teacher: Mapping[str, Any], layers: int) 
 
 
 def _cut_widths(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
-    decoder, widths = read_decoder(teacher), {}
+    decoder = read_decoder(teacher)
+    widths: dict[str, int] = {}
     if spec.hidden_size is not None:
         hidden = decoder.size("hidden_size")
         if spec.hidden_size > hidden:
