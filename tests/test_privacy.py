@@ -126,12 +126,13 @@ def test_a_child_of_ours_may_still_be_asked_for_a_hub_model(hub, tmp_path: Path)
     assert asked
 
 
-def test_reading_local_rows_leaves_nothing_at_home(tmp_path: Path) -> None:
+def test_reading_a_local_table_leaves_nothing_at_home(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     home = tmp_path / "home"
     home.mkdir()
-    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    code = ROWS.replace('source="hub", name="someone/data"', 'source="jsonl", paths=["rows.jsonl"]')
+    parquet.write_table(arrow.table({"text": ["one", "two"]}), tmp_path / "rows.parquet")
+    code = ROWS.replace('source="hub", name="someone/data"', 'source="parquet", paths=["rows.parquet"]')
     code = code.replace("Path())", f"Path({str(tmp_path)!r}))")
     assert "one" in run(code, home)
     assert list(home.rglob("*")) == []
