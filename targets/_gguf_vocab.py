@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import EdgekdError, Unsupported
 from ..manifest import Contract
-from ._tokenizer import PROBES, added_ends, chat_template, eos_ids, marked_texts, turn_end_id
+from ._tokenizer import PROBES, added_ends, chat_template, check_has_tokenizer, eos_ids, marked_texts, turn_end_id
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -88,11 +88,10 @@ def check_tokenizer(folder: Path) -> None:
         EdgekdError: no readable tokenizer.
         Unsupported: its kind or its normalizer.
     """
+    check_has_tokenizer(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
-        if (folder / "tokenizer.model").is_file():
-            return
-        raise EdgekdError(f"{folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+        return
     try:
         data = json.loads(path.read_text("utf-8"))
         _kind(data, folder)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadArtifact, EdgekdError, MissingExtra, Unsupported
 from ..files import read_json
 from ..manifest import Contract
+from ..student import load_tokenizer
 from ..tokenizer_file import read_tokenizer_file, tokenizer_errors
 from ._common import TokenizerProof
 
@@ -46,13 +47,16 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_
 
 
 def check_has_tokenizer(folder: Path) -> None:
-    """Refuse a folder that has none, before anything is loaded.
+    """Refuse a folder that has none, before any work.
 
     Raises:
-        EdgekdError: it has neither ``tokenizer.json`` nor a file to make it of.
+        EdgekdError: it has neither ``tokenizer.json`` nor a file that transformers makes it of.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if (folder / "tokenizer.json").is_file():
+        return
+    if not (folder / "tokenizer.model").is_file():
         raise EdgekdError(f"{folder}: it has no tokenizer.json.", "Save the tokenizer with the model.")
+    load_tokenizer(folder)
 
 
 def contract_of(tokenizer: PreTrainedTokenizerFast, folder: Path, vocab_size: int, context_length: int) -> Contract:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
@@ -51,6 +53,17 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
     except ModuleNotFoundError as error:
         raise MissingExtra("gguf", "gguf") from error
     runtime()
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        _try_tokenizer(arch, tokenizer_folder)
+
+
+def _try_tokenizer(arch: arch_.Architecture, folder: Path) -> None:
+    """Whether llama.cpp gives the ids of a tokenizer that transformers makes of ``tokenizer.model`` shows in use."""
+    tokenizer = load_tokenizer(folder)
+    vocabulary = vocab_.read_tokenizer(tokenizer, folder, arch.vocab_size)
+    with TemporaryDirectory() as scratch:
+        bare = partial(_writer, arch, arch.context_length, vocabulary, name=folder.name, file_type=None)
+        _prove(bare, vocabulary, tokenizer, Path(scratch) / "vocabulary.gguf")
 
 
 def export(
