@@ -105,16 +105,26 @@ def quality(
         if len(by_seed) > 1:
             data.append(
                 {
-                    "type": "scatter", "mode": "markers", "x": by_seed, "y": [MODELS[name]] * len(by_seed),
-                    "marker": {"symbol": "circle-open", "size": 9, "color": f"var(--{name})"}, "hoverinfo": "x",
+                    "type": "scatter",
+                    "mode": "markers",
+                    "x": by_seed,
+                    "y": [MODELS[name]] * len(by_seed),
+                    "marker": {"symbol": "circle-open", "size": 9, "color": f"var(--{name})"},
+                    "hoverinfo": "x",
                 }
-            )  # fmt: skip
+            )
         data.append(
             {
-                "type": "scatter", "mode": "markers+text", "x": [x], "y": [MODELS[name]], "text": [text(x)],
-                "textposition": "top center", "marker": {"size": 12, "color": f"var(--{name})"}, "hoverinfo": "skip",
+                "type": "scatter",
+                "mode": "markers+text",
+                "x": [x],
+                "y": [MODELS[name]],
+                "text": [text(x)],
+                "textposition": "top center",
+                "marker": {"size": 12, "color": f"var(--{name})"},
+                "hoverinfo": "skip",
             }
-        )  # fmt: skip
+        )
     order = [MODELS[name] for name in reversed(present)]
     percent = {"tickformat": ".0%", "nticks": 4} if key == "next_token_accuracy" else {}
     return {
@@ -143,11 +153,15 @@ def training(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None
         every += [row[key] for row in rows]
         data.append(
             {
-                "type": "scatter", "mode": "lines+markers", "name": MODELS[name], "x": [r["step"] for r in rows],
-                "y": [r[key] for r in rows], "line": {"color": f"var(--{name})", "width": 2},
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": MODELS[name],
+                "x": [r["step"] for r in rows],
+                "y": [r[key] for r in rows],
+                "line": {"color": f"var(--{name})", "width": 2},
                 "hovertemplate": "step %{x}: %{y:.4g}",
             }
-        )  # fmt: skip
+        )
     if not data:
         return None
     # A curve falls by orders of magnitude at first; the end, where the models differ, needs the room.
@@ -156,10 +170,15 @@ def training(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None
     return {
         "data": data,
         "layout": _layout(
-            300, xaxis=_axis("step", range=[0, last * 1.02]), yaxis=axis, legend=legend, showlegend=True,
-            margin={"l": 8, "r": 16, "t": 36, "b": 8}, hovermode="x unified",
+            300,
+            xaxis=_axis("step", range=[0, last * 1.02]),
+            yaxis=axis,
+            legend=legend,
+            showlegend=True,
+            margin={"l": 8, "r": 16, "t": 36, "b": 8},
+            hovermode="x unified",
         ),
-    }  # fmt: skip
+    }
 
 
 def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -176,13 +195,24 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     return {
         "data": [
             {
-                "type": "scatter", "mode": "markers+text", "x": [x for _, x in known], "y": labels,
-                "text": [show.significant(x) for _, x in known], "textposition": "top center", "cliponaxis": False,
+                "type": "scatter",
+                "mode": "markers+text",
+                "x": [x for _, x in known],
+                "y": labels,
+                "text": [show.significant(x) for _, x in known],
+                "textposition": "top center",
+                "cliponaxis": False,
                 "error_x": {
-                    "type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5,
-                    "width": 4, "color": "var(--student)",
+                    "type": "data",
+                    "symmetric": False,
+                    "array": above,
+                    "arrayminus": below,
+                    "thickness": 1.5,
+                    "width": 4,
+                    "color": "var(--student)",
                 },
-                "marker": {"size": 11, "color": "var(--student)"}, "hoverinfo": "skip",
+                "marker": {"size": 11, "color": "var(--student)"},
+                "hoverinfo": "skip",
             }
         ],
         "layout": _layout(
@@ -190,7 +220,7 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             xaxis=_log_axis("mean KL, nats per token", [x for _, x in known], 0.12),
             yaxis=_axis(autorange="reversed", type="category", dtick=1),  # a label for every hop
         ),
-    }  # fmt: skip
+    }
 
 
 def interval(value: Any) -> tuple[float, float] | None:
@@ -220,17 +250,25 @@ def pareto(points: Sequence[Point]) -> Figure | None:
         colour = "var(--bad)" if p.failed else "var(--student)" if p.on_front else "var(--teacher)"
         data.append(
             {
-                "type": "scatter", "mode": "markers+text", "x": [x], "y": [y], "text": [str(points.index(p) + 1)],
-                "textposition": "middle center", "cliponaxis": False,
+                "type": "scatter",
+                "mode": "markers+text",
+                "x": [x],
+                "y": [y],
+                "text": [str(points.index(p) + 1)],
+                "textposition": "middle center",
+                "cliponaxis": False,
                 "textfont": {"color": "var(--inverse)" if p.on_front and not p.failed else "var(--text)"},
                 "marker": {
-                    "size": diameter, "color": colour, "opacity": 0.85, "line": {"width": 2, "color": colour},
+                    "size": diameter,
+                    "color": colour,
+                    "opacity": 0.85,
+                    "line": {"width": 2, "color": colour},
                     "symbol": "x-open" if p.failed else "circle" if p.on_front else "circle-open",
                 },
                 "hovertemplate": f"{p.name}: {show.size(p.size_bytes)}, {show.significant(x)} tok/s, "
                 f"KL {show.significant(y)}<extra></extra>",
             }
-        )  # fmt: skip
+        )
     return {
         "data": data,
         "layout": _layout(400, margin={"l": 8, "r": 16, "t": 16, "b": 8}, xaxis=x_axis, yaxis=y_axis),

@@ -64,9 +64,12 @@ def render(results: Mapping[str, Any]) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=PackageLoader("edgekd.benchmarks"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("edgekd.benchmarks"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     found = view(results)
     return environment.get_template("report.html").render(
         found, figures=_script_json(found["charts"]), plotlyjs=get_plotlyjs()
@@ -212,9 +215,14 @@ def _cell(row: Mapping[str, Any], key: str, interval: str, text: Callable[[Any],
 
 
 _MACHINE = {
-    "cpu": "CPU", "cores": "Cores", "logical_cores": "Logical cores", "ram_bytes": "RAM", "os": "System",
-    "last_level_cache_bytes": "Last-level cache", "load_average_1min": "Load average before",
-}  # fmt: skip
+    "cpu": "CPU",
+    "cores": "Cores",
+    "logical_cores": "Logical cores",
+    "ram_bytes": "RAM",
+    "os": "System",
+    "last_level_cache_bytes": "Last-level cache",
+    "load_average_1min": "Load average before",
+}
 _SETTINGS = {
     "threads": "Threads",
     "decode_tokens": "Tokens decoded",

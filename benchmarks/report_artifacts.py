@@ -79,8 +79,11 @@ def artifact_tables(artifacts: Sequence[Artifact]) -> dict[str, Any]:
         {"state": "unknown" if not was_judged(a) else "failed" if failures(a) else "passed", "failures": failures(a)}
         for a in artifacts
     ]
-    return {"columns": [label(a).split(" ", 1) if " " in label(a) else [label(a), ""] for a in artifacts],
-            "groups": groups, "gates": gates}  # fmt: skip
+    return {
+        "columns": [label(a).split(" ", 1) if " " in label(a) else [label(a), ""] for a in artifacts],
+        "groups": groups,
+        "gates": gates,
+    }
 
 
 Row = tuple[str, Callable[[Any], str], Callable[[Artifact], Any]]
@@ -102,36 +105,48 @@ def _row_groups(artifacts: Sequence[Artifact]) -> list[tuple[str, list[Row]]]:
         (f"Prefill {n}, tok/s", show.significant, of_length("prefill_tokens_per_s", n)) for n in lengths
     ]
     return [
-        ("Size", [
-            ("On disk", show.size, size_bytes),
-            ("Bits per weight", show.significant, lambda a: (a.get("manifest") or {}).get("bits_per_weight")),
-        ]),
-        ("Against the fp32 student", [
-            ("Run by", str, _run_by),
-            ("KL mean, nats", show.significant, of_parity("kl_mean")),
-            ("KL p99, nats", show.significant, of_parity("kl_p99")),
-            ("Same top token", lambda x: show.percent(x, 2), of_parity("top1_agreement")),
-            ("Perplexity", lambda x: show.significant(x, 4), of_parity("perplexity_artifact")),
-            ("Perplexity ratio", lambda x: show.significant(x, 5), of_parity("perplexity_ratio")),
-            ("Token ids identical", str, _identical("strings")),
-            ("Chats identical", str, _identical("chats")),
-        ]),
+        (
+            "Size",
+            [
+                ("On disk", show.size, size_bytes),
+                ("Bits per weight", show.significant, lambda a: (a.get("manifest") or {}).get("bits_per_weight")),
+            ],
+        ),
+        (
+            "Against the fp32 student",
+            [
+                ("Run by", str, _run_by),
+                ("KL mean, nats", show.significant, of_parity("kl_mean")),
+                ("KL p99, nats", show.significant, of_parity("kl_p99")),
+                ("Same top token", lambda x: show.percent(x, 2), of_parity("top1_agreement")),
+                ("Perplexity", lambda x: show.significant(x, 4), of_parity("perplexity_artifact")),
+                ("Perplexity ratio", lambda x: show.significant(x, 5), of_parity("perplexity_ratio")),
+                ("Token ids identical", str, _identical("strings")),
+                ("Chats identical", str, _identical("chats")),
+            ],
+        ),
         ("Privacy", [("Audit", str, _audit)]),
-        ("Speed", [
-            ("Load", show.duration, of_benchmark("load_s")),
-            *(ttft or [("TTFT", show.duration, lambda a: None)]),
-            *(prefill or [("Prefill, tok/s", show.significant, lambda a: None)]),
-            ("Decode, tok/s", show.significant, of_benchmark("decode_tokens_per_s")),
-            ("Inter-token p50", show.duration, of_benchmark("inter_token_p50_s")),
-            ("Inter-token p95", show.duration, of_benchmark("inter_token_p95_s")),
-            ("Decode of roofline", lambda x: show.percent(x, 0), of_benchmark("decode_roofline_fraction")),
-        ]),
-        ("Memory and energy", [
-            ("Peak RSS", show.size, of_benchmark("peak_rss_bytes")),
-            ("Read per token", show.size, of_benchmark("bytes_per_token")),
-            ("Energy, J per token", show.significant, of_benchmark("energy_j_per_token")),
-        ]),
-    ]  # fmt: skip
+        (
+            "Speed",
+            [
+                ("Load", show.duration, of_benchmark("load_s")),
+                *(ttft or [("TTFT", show.duration, lambda a: None)]),
+                *(prefill or [("Prefill, tok/s", show.significant, lambda a: None)]),
+                ("Decode, tok/s", show.significant, of_benchmark("decode_tokens_per_s")),
+                ("Inter-token p50", show.duration, of_benchmark("inter_token_p50_s")),
+                ("Inter-token p95", show.duration, of_benchmark("inter_token_p95_s")),
+                ("Decode of roofline", lambda x: show.percent(x, 0), of_benchmark("decode_roofline_fraction")),
+            ],
+        ),
+        (
+            "Memory and energy",
+            [
+                ("Peak RSS", show.size, of_benchmark("peak_rss_bytes")),
+                ("Read per token", show.size, of_benchmark("bytes_per_token")),
+                ("Energy, J per token", show.significant, of_benchmark("energy_j_per_token")),
+            ],
+        ),
+    ]
 
 
 def _run_by(artifact: Artifact) -> str:

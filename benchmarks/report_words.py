@@ -48,9 +48,11 @@ def _student_words(quality: Quality) -> str:
     )
     if kept is None:
         return f"{size}; how much of the teacher's next-token accuracy it keeps was not measured."
-    return f"{size} and keeps {show.percent(kept)} of its next-token accuracy." if own and whole else (
-        f"{size}; the student keeps {show.percent(kept)} of the teacher's next-token accuracy."
-    )  # fmt: skip
+    return (
+        f"{size} and keeps {show.percent(kept)} of its next-token accuracy."
+        if own and whole
+        else (f"{size}; the student keeps {show.percent(kept)} of the teacher's next-token accuracy.")
+    )
 
 
 def _distilling_words(quality: Quality) -> str:
@@ -79,8 +81,11 @@ def _artifact_words(artifacts: Sequence[Artifact]) -> list[str]:
         found.append(f"{len(failed)} of {len(judged)} verified artifacts failed the gate: {names}.")
     elif judged:
         who = "The one artifact" if len(judged) == 1 else f"All {len(judged)} artifacts"
-        found.append(f"{who} passed the gate." if len(judged) == len(artifacts) else (
-            f"{len(judged)} of {len(artifacts)} artifacts were verified and passed the gate."))  # fmt: skip
+        found.append(
+            f"{who} passed the gate."
+            if len(judged) == len(artifacts)
+            else (f"{len(judged)} of {len(artifacts)} artifacts were verified and passed the gate.")
+        )
     else:
         found.append("No artifact was verified.")
     sized = [a for a in artifacts if size_bytes(a) and not failures(a)]
@@ -133,11 +138,15 @@ def pareto_words(marked: Sequence[Point]) -> dict[str, Any]:
         {"name": p.name, "best": p.on_front, "failed": p.failed, "reason": _reason(p, marked, whole)} for p in marked
     ]
     small = min((p for p in whole if p.on_front), key=lambda p: p.size_bytes or 0.0, default=None)
-    start = "" if small is None else (
-        f"To begin with: {small.name}, the smallest that passed its gate "
-        f"({show.size(small.size_bytes)}, {show.significant(small.decode_tokens_per_s)} tok/s, "
-        f"KL {show.significant(small.kl)})."
-    )  # fmt: skip
+    start = (
+        ""
+        if small is None
+        else (
+            f"To begin with: {small.name}, the smallest that passed its gate "
+            f"({show.size(small.size_bytes)}, {show.significant(small.decode_tokens_per_s)} tok/s, "
+            f"KL {show.significant(small.kl)})."
+        )
+    )
     return {"rows": rows, "start": start}
 
 

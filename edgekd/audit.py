@@ -23,13 +23,28 @@ from .strace import OPTIONS, Event, read_log
 # --- what may be touched; all else fails ------------------------------------------------------------------------------
 
 _SYSTEM = (
-    "/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin",  # libraries, time zones, locales
-    "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.preload",  # how libraries are found
-    "/etc/localtime", "/etc/timezone", "/etc/locale.alias", "/etc/os-release",
+    "/usr",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/bin",
+    "/sbin",  # libraries, time zones, locales
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/ld.so.preload",  # how libraries are found
+    "/etc/localtime",
+    "/etc/timezone",
+    "/etc/locale.alias",
+    "/etc/os-release",
     "/etc/ssl/openssl.cnf",  # OpenSSL's settings, read with Python's hashlib; not its certificates
-    "/etc/passwd", "/etc/group", "/etc/nsswitch.conf",  # the user's name; not the files that a host's name is found by
-    "/proc", "/sys", "/dev",  # the machine and the process itself
-)  # fmt: skip
+    "/etc/passwd",
+    "/etc/group",
+    "/etc/nsswitch.conf",  # the user's name; not the files that a host's name is found by
+    "/proc",
+    "/sys",
+    "/dev",  # the machine and the process itself
+)
 """What a runtime may read of the system."""
 _DEVICES = ("/dev/null", "/dev/tty", "/dev/shm")
 """What it may write beside the temporary folder: nothing of it stays."""
@@ -128,9 +143,15 @@ def _run(command: Sequence[str], place: Path) -> list[str]:
     environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            command, env=environment, cwd=place / "work", stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", timeout=_TIMEOUT_S,
-        )  # fmt: skip
+            command,
+            env=environment,
+            cwd=place / "work",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         return [f"run: no end within {_TIMEOUT_S} s"]
     last = (done.stderr.strip() or "without a word").splitlines()[-1]

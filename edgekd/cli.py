@@ -191,9 +191,16 @@ def quantize(
     with watching() as watcher:
         watcher.begin("quantize")
         figures = quantize_model(
-            folder, out, chosen, method, ids, training, windows, seed,
+            folder,
+            out,
+            chosen,
+            method,
+            ids,
+            training,
+            windows,
+            seed,
             lambda fraction, note: watcher.progress("quantize", fraction, note),
-        )  # fmt: skip
+        )
     if as_json:
         return _print_json({"folder": str(out), **figures})
     typer.echo(f"quantized student: {out}, {figures['bits_per_weight']:.2f} bits per weight")

@@ -80,9 +80,12 @@ def _remarks() -> Iterator[None]:
 def watching() -> Iterator[Bars]:
     """Progress bars and warnings on stderr while the body runs; Ctrl-C says how to go on, and exits with 130."""
     columns = (
-        TextColumn("{task.description:<35}"), BarColumn(bar_width=16), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<35}"),
+        BarColumn(bar_width=16),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
-    )  # fmt: skip
+    )
     try:
         with _remarks(), Progress(*columns, console=STDERR, disable=not STDERR.is_terminal) as progress:
             yield Bars(progress)
@@ -135,9 +138,12 @@ def plan_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     left = [row for row in rows if not row["done"]]
     table.add_section()
     table.add_row(
-        "to do", f"{len(left)}", f"{max((r['ram_bytes'] for r in left), default=0) / 2**20:,.0f}",
-        f"{sum(r['disk_bytes'] for r in left) / 2**20:,.0f}", f"{sum(r['seconds'] for r in left):,.0f}",
-    )  # fmt: skip
+        "to do",
+        f"{len(left)}",
+        f"{max((r['ram_bytes'] for r in left), default=0) / 2**20:,.0f}",
+        f"{sum(r['disk_bytes'] for r in left) / 2**20:,.0f}",
+        f"{sum(r['seconds'] for r in left):,.0f}",
+    )
     STDOUT.print(table)
 
 
@@ -149,10 +155,12 @@ def quality_table(quality: Mapping[str, Any]) -> None:
     for name in ("teacher", "student", "baseline"):
         if figures := quality.get(name):
             table.add_row(
-                name, f"{figures['parameters']:,}", f"{figures['perplexity']:.3f}",
+                name,
+                f"{figures['parameters']:,}",
+                f"{figures['perplexity']:.3f}",
                 f"{figures['next_token_accuracy']:.4f}",
                 "" if name == "teacher" else _text(figures.get("kl_to_teacher"), ".4f"),
-            )  # fmt: skip
+            )
     STDOUT.print(table)
 
 

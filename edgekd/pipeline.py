@@ -287,11 +287,14 @@ def _quantize_stages(run: Run, student_key: str, data_key: str, machine: plan.Ma
     for recipe, method, folder in grids:
         key = digest(
             [
-                student_key, recipe.model_dump(), method, _code("quant"),
+                student_key,
+                recipe.model_dump(),
+                method,
+                _code("quant"),
                 calibration if method != "rtn" else None,
                 [settings.qad.model_dump(), spec.seed, _code("distill")] if method == "qad" else None,
             ]
-        )  # fmt: skip
+        )
         cost, work, state = plan.export_cost(student, 5), partial(_quantize, run, recipe, method), None
         if method == "qad":
             state = run.state / f"qad-{recipe.name}-{key[:12]}"
@@ -329,10 +332,15 @@ def _artifact_stages(
         upstream.append(keys["calibrate"])
     export_key = digest(
         [
-            upstream, target.target, target.context, target.providers, recipe.model_dump(),
-            _code("targets", "manifest.py", "quant/folder.py"), _versions(),
+            upstream,
+            target.target,
+            target.context,
+            target.providers,
+            recipe.model_dump(),
+            _code("targets", "manifest.py", "quant/folder.py"),
+            _versions(),
         ]
-    )  # fmt: skip
+    )
     verify_key = digest([export_key, spec.verify.model_dump(exclude={"thresholds"}), _code("verify", "targets")])
     bench_key = digest(
         [
@@ -443,9 +451,15 @@ def _train(run: Run, distilled: bool, state: Path, out: Path, tell: Callable[[fl
         signal = OnlineTeacher(teacher, vocabulary_size(tokenizer))
     data = run.path("data")
     figures = train(
-        model, load_windows(data, "train"), load_windows(data, "validation"), spec.distill,
-        signal=signal, seed=spec.seed, work_dir=state, on_event=_telling(tell),
-    )  # fmt: skip
+        model,
+        load_windows(data, "train"),
+        load_windows(data, "validation"),
+        spec.distill,
+        signal=signal,
+        seed=spec.seed,
+        work_dir=state,
+        on_event=_telling(tell),
+    )
     save_model(model, tokenizer, out, generation)
     return figures | {"curve": validation_curve(state / "log.jsonl")}
 
@@ -517,10 +531,18 @@ def _quantize_aware(
     else:
         signal = OnlineTeacher(load_model(run.path("student")), vocab_size)
     return quantize_aware_distill(
-        run.path("student"), out, recipe, load_windows(data, "train"), load_windows(data, "validation"), settings,
-        calibration_windows=spec.quantize.calibration_windows, signal=signal, seed=spec.seed, work_dir=state,
+        run.path("student"),
+        out,
+        recipe,
+        load_windows(data, "train"),
+        load_windows(data, "validation"),
+        settings,
+        calibration_windows=spec.quantize.calibration_windows,
+        signal=signal,
+        seed=spec.seed,
+        work_dir=state,
         on_event=_telling(tell),
-    )  # fmt: skip
+    )
 
 
 def _telling(tell: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
@@ -561,10 +583,14 @@ def _export(
     out.rmdir()
     moments = run.path("calibration") / MOMENTS
     artifact = export(
-        run.path("student"), target, recipe.name, out, name=run.spec.name,
+        run.path("student"),
+        target,
+        recipe.name,
+        out,
+        name=run.spec.name,
         grid=run.path(_exported_grid(run, recipe)[1]) if recipe.on_grid else None,
         moments=moments if recipe.needs_moments else None,
-    )  # fmt: skip
+    )
     return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
 
 
@@ -610,9 +636,18 @@ def quantize_model(
     signal = OnlineTeacher(load_model(student), vocabulary_size(load_tokenizer(student)))
     state = out.with_name(out.name + ".training")
     figures = quantize_aware_distill(
-        student, out, recipe, train, validation, qad, calibration_windows=calibration_windows, signal=signal, seed=seed,
-        work_dir=state, on_event=_telling(tell),
-    )  # fmt: skip
+        student,
+        out,
+        recipe,
+        train,
+        validation,
+        qad,
+        calibration_windows=calibration_windows,
+        signal=signal,
+        seed=seed,
+        work_dir=state,
+        on_event=_telling(tell),
+    )
     drop_checkpoints(state)
     return figures
 

@@ -30,9 +30,13 @@ def training() -> str:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         num_key_value_heads=2,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     ids = torch.arange(32)[None]
     for dtype in (torch.float32, torch.bfloat16):
@@ -56,9 +60,15 @@ def grid() -> str:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
     model, ids = LlamaForCausalLM(config), torch.arange(64).view(2, 32)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -116,8 +126,10 @@ def write_random_gguf(path: Path, embedding: str = "Q8_0", weights: str = "Q4_0"
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             add(f"blk.{layer}.{name}.weight", _HIDDEN, _HIDDEN, weights)
         for name, rows, columns in (
-            ("ffn_gate", _MLP, _HIDDEN), ("ffn_up", _MLP, _HIDDEN), ("ffn_down", _HIDDEN, _MLP),
-        ):  # fmt: skip
+            ("ffn_gate", _MLP, _HIDDEN),
+            ("ffn_up", _MLP, _HIDDEN),
+            ("ffn_down", _HIDDEN, _MLP),
+        ):
             add(f"blk.{layer}.{name}.weight", rows, columns, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -160,16 +172,29 @@ def _random_attention(codes: Any, scales: Any) -> bytes:
     tables = {"codes": codes, "scales": scales, "cos": np.cos(angles), "sin": np.sin(angles)}
     nodes = [
         helper.make_node(
-            "MatMulNBits", ["x", "codes", "scales"], ["qkv"], domain="com.microsoft", K=_HIDDEN, N=3 * _HIDDEN, bits=4,
-            block_size=32, accuracy_level=4,
+            "MatMulNBits",
+            ["x", "codes", "scales"],
+            ["qkv"],
+            domain="com.microsoft",
+            K=_HIDDEN,
+            N=3 * _HIDDEN,
+            bits=4,
+            block_size=32,
+            accuracy_level=4,
         ),
         helper.make_node(
-            "GroupQueryAttention", ["qkv", "", "", "past_key", "past_value", "last", "total", "cos", "sin"],
-            ["y", "key", "value"], domain="com.microsoft", num_heads=_HEADS, kv_num_heads=_HEADS, do_rotary=1,
+            "GroupQueryAttention",
+            ["qkv", "", "", "past_key", "past_value", "last", "total", "cos", "sin"],
+            ["y", "key", "value"],
+            domain="com.microsoft",
+            num_heads=_HEADS,
+            kv_num_heads=_HEADS,
+            do_rotary=1,
         ),
-    ]  # fmt: skip
+    ]
     graph = helper.make_graph(
-        nodes, "attention",
+        nodes,
+        "attention",
         [
             helper.make_tensor_value_info("x", real, [1, "S", _HIDDEN]),
             *(helper.make_tensor_value_info(f"past_{n}", real, [1, _HEADS, "P", head]) for n in ("key", "value")),
@@ -178,7 +203,7 @@ def _random_attention(codes: Any, scales: Any) -> bytes:
         ],
         [helper.make_tensor_value_info(name, real, None) for name in ("y", "key", "value", "qkv")],
         [numpy_helper.from_array(value, name) for name, value in tables.items()],
-    )  # fmt: skip
+    )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString()
 
@@ -253,9 +278,16 @@ def executorch() -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         opened = _quantized_llama(
-            folder, vocab_size=_VOCAB, hidden_size=_HIDDEN, intermediate_size=_MLP, num_hidden_layers=1,
-            num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=64, initializer_range=0.1,
-        )  # fmt: skip
+            folder,
+            vocab_size=_VOCAB,
+            hidden_size=_HIDDEN,
+            intermediate_size=_MLP,
+            num_hidden_layers=1,
+            num_attention_heads=_HEADS,
+            num_key_value_heads=_HEADS,
+            max_position_embeddings=64,
+            initializer_range=0.1,
+        )
         weights = Weights(opened, "float16", stand_ins=True)
         arch = read_config(opened.config, "ExecuTorch")
         lowered = lower(Decoder(weights, arch, arch.context_length).eval(), "cpu", {})
@@ -291,9 +323,16 @@ def coreml() -> str:
     with tempfile.TemporaryDirectory() as name:
         package = Path(name) / "model.mlpackage"
         grid = _quantized_llama(
-            Path(name), vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=_PROMPT, initializer_range=0.2,
-        )  # fmt: skip
+            Path(name),
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=_PROMPT,
+            initializer_range=0.2,
+        )
         arch = read_config(grid.config, "Core ML")
         settings = graph_.Settings(dict(grid.kinds), grid.tied, _PROMPT)
         graph = graph_.build(arch, settings)
@@ -309,8 +348,13 @@ def coreml() -> str:
 
 
 TESTS: dict[str, Callable[[], str]] = {
-    "training": training, "grid": grid, "gguf": gguf, "onnx": onnx, "executorch": executorch, "coreml": coreml,
-}  # fmt: skip
+    "training": training,
+    "grid": grid,
+    "gguf": gguf,
+    "onnx": onnx,
+    "executorch": executorch,
+    "coreml": coreml,
+}
 MODULES = {
     "training": ("torch", "transformers"),
     "grid": ("torch", "transformers", "accelerate"),

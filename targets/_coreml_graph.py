@@ -214,9 +214,13 @@ def _cached(w: _Writer, state: Any, layer: int, new: Any, step: _Step) -> Any:
     whole = mb.coreml_update_state(state=state, value=whole)
     seen = mb.concat(values=[[layer + 1, 1, arch.kv_heads], step.seen, [arch.head_dim]], axis=0)
     return mb.slice_by_index(
-        x=whole, begin=[layer, 0, 0, 0, 0], end=seen, begin_mask=[False, True, True, True, True],
-        end_mask=[False, True, True, False, True], squeeze_mask=[True, False, False, False, False],
-    )  # fmt: skip
+        x=whole,
+        begin=[layer, 0, 0, 0, 0],
+        end=seen,
+        begin_mask=[False, True, True, True, True],
+        end_mask=[False, True, True, False, True],
+        squeeze_mask=[True, False, False, False, False],
+    )
 
 
 def _attention(w: _Writer, x: Any, layer: int, caches: tuple[Any, Any], step: _Step) -> Any:

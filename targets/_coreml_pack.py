@@ -122,13 +122,15 @@ def _manifest() -> dict[str, Any]:
         "fileFormatVersion": "1.0.0",
         "itemInfoEntries": {
             ids[name]: {
-                "author": "com.apple.CoreML", "description": description, "name": name,
+                "author": "com.apple.CoreML",
+                "description": description,
+                "name": name,
                 "path": path.removeprefix("Data/"),
             }
             for name, (description, path) in parts.items()
         },
         "rootModelIdentifier": ids["model.mlmodel"],
-    }  # fmt: skip
+    }
 
 
 class _Pieces:

@@ -51,10 +51,34 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
 }
 # One name for each distinct behaviour; tried in this order when no regexes match, or the match fails its proof.
 CANDIDATES = (
-    "qwen2", "llama-bpe", "gpt-2", "starcoder", "smaug-bpe", "smollm", "tekken", "gpt-4o", "deepseek-v3",
-    "deepseek-llm", "deepseek-coder", "falcon", "qwen35", "glm4", "bailingmoe", "seed-coder", "grok-2", "superbpe",
-    "viking", "poro-chat", "exaone-moe", "minicpm5", "youtu", "spark2_5", "jais-2", "ufakzeka", "default",
-)  # fmt: skip
+    "qwen2",
+    "llama-bpe",
+    "gpt-2",
+    "starcoder",
+    "smaug-bpe",
+    "smollm",
+    "tekken",
+    "gpt-4o",
+    "deepseek-v3",
+    "deepseek-llm",
+    "deepseek-coder",
+    "falcon",
+    "qwen35",
+    "glm4",
+    "bailingmoe",
+    "seed-coder",
+    "grok-2",
+    "superbpe",
+    "viking",
+    "poro-chat",
+    "exaone-moe",
+    "minicpm5",
+    "youtu",
+    "spark2_5",
+    "jais-2",
+    "ufakzeka",
+    "default",
+)
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 

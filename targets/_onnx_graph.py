@@ -145,9 +145,15 @@ def _matmul(graph: _Graph, x: str, name: str, sources: tuple[str, ...], shape: t
         q, scale = _quantized(graph, name, sources, kind, shape)
         inputs = [x, q, scale, "", "", bias] if bias else [x, q, scale]
         return graph.node(
-            "MatMulNBits", inputs, domain=MS, N=shape[0], K=shape[1], bits=_bits(kind),
-            block_size=BLOCK, accuracy_level=settings.accuracy_level,
-        )  # fmt: skip
+            "MatMulNBits",
+            inputs,
+            domain=MS,
+            N=shape[0],
+            K=shape[1],
+            bits=_bits(kind),
+            block_size=BLOCK,
+            accuracy_level=settings.accuracy_level,
+        )
     weight = graph.store(Stored(name, settings.plain, shape[::-1], "transposed", sources, kind))
     y = graph.node("MatMul", [x, graph.cast(weight, settings.plain, settings.activations)])
     return graph.node("Add", [y, bias]) if bias else y
@@ -166,9 +172,14 @@ def _embedding(graph: _Graph, ids: str) -> str:
     q = graph.store(Stored(f"{name}.rows", "uint8", (shape[0], shape[1] * bits // 8), "q", (name,), kind))
     scale = graph.store(Stored(f"{name}.scale", "float16", (shape[0], blocks), "scale", (name,), kind))
     return graph.node(
-        "GatherBlockQuantized", [q, ids, graph.cast(scale, "float16", settings.activations)], domain=MS, bits=bits,
-        block_size=BLOCK, gather_axis=0, quantize_axis=1,
-    )  # fmt: skip
+        "GatherBlockQuantized",
+        [q, ids, graph.cast(scale, "float16", settings.activations)],
+        domain=MS,
+        bits=bits,
+        block_size=BLOCK,
+        gather_axis=0,
+        quantize_axis=1,
+    )
 
 
 def _head(graph: _Graph, hidden: str) -> None:
@@ -218,10 +229,16 @@ def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str], rota
             graph.node("Split", [packed, graph.constant(list(sizes.values()))], parts, axis=-1)
     else:
         parts = [
-            _matmul(graph, x, f"{at}{p}_proj.weight", (f"{at}{p}_proj.weight",), (size, arch.hidden),
-                    graph.vector(biases[p], size) if biases else "")
+            _matmul(
+                graph,
+                x,
+                f"{at}{p}_proj.weight",
+                (f"{at}{p}_proj.weight",),
+                (size, arch.hidden),
+                graph.vector(biases[p], size) if biases else "",
+            )
             for p, size in sizes.items()
-        ]  # fmt: skip
+        ]
     if norms:  # GroupQueryAttention takes their weights too, but its CPU kernel refuses them
         for i, p in enumerate(("q", "k")):
             heads = graph.node("Reshape", [parts[i], graph.constant([0, 0, -1, arch.head_dim])])
@@ -234,9 +251,15 @@ def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str], rota
     inputs = [*parts, *(f"past_key_values.{layer}.{p}" for p in ("key", "value")), *lengths]
     outputs = [f"{at}output", *(f"present.{layer}.{p}" for p in ("key", "value"))]
     return graph.node(
-        "GroupQueryAttention", [*inputs, *rotary] if inside else inputs, outputs, domain=MS, num_heads=arch.heads,
-        kv_num_heads=arch.kv_heads, do_rotary=int(inside), rotary_interleaved=0,
-    )  # fmt: skip
+        "GroupQueryAttention",
+        [*inputs, *rotary] if inside else inputs,
+        outputs,
+        domain=MS,
+        num_heads=arch.heads,
+        kv_num_heads=arch.kv_heads,
+        do_rotary=int(inside),
+        rotary_interleaved=0,
+    )
 
 
 def _mlp(graph: _Graph, x: str, layer: int) -> str:
@@ -290,9 +313,12 @@ def build(arch: Architecture, settings: Settings) -> Models:
         at, following = f"model.layers.{layer}.", f"model.layers.{layer + 1}.input_layernorm.weight"
         heads = _attention(graph, x, layer, lengths, rotary)
         attended = _matmul(
-            graph, heads, f"{at}self_attn.o_proj.weight", (f"{at}self_attn.o_proj.weight",),
+            graph,
+            heads,
+            f"{at}self_attn.o_proj.weight",
+            (f"{at}self_attn.o_proj.weight",),
             (arch.hidden, arch.heads * arch.head_dim),
-        )  # fmt: skip
+        )
         x, total = _add_norm(graph, total, attended, f"{at}post_attention_layernorm.weight")
         fed = _mlp(graph, x, layer)
         x, total = _add_norm(graph, total, fed, following if layer + 1 < arch.layers else "model.norm.weight")
@@ -358,14 +384,17 @@ def _model(
     initialisers = [numpy_helper.from_array(value, key) for key, value in graph.constants.items()]
     for item in graph.stored.values():
         tensor = TensorProto(
-            name=item.name, data_type=helper.np_dtype_to_tensor_dtype(np.dtype(item.dtype)), dims=item.shape,
+            name=item.name,
+            data_type=helper.np_dtype_to_tensor_dtype(np.dtype(item.dtype)),
+            dims=item.shape,
             data_location=TensorProto.EXTERNAL,
-        )  # fmt: skip
+        )
         for key, value in (("location", DATA_FILE), ("offset", places[item.name]), ("length", item.size_bytes)):
             tensor.external_data.add(key=key, value=str(value))
         initialisers.append(tensor)
     return helper.make_model(
         helper.make_graph(graph.nodes, name, inputs, outputs, initialisers),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1)],
-        ir_version=IR_VERSION, producer_name="edgekd",
-    )  # fmt: skip
+        ir_version=IR_VERSION,
+        producer_name="edgekd",
+    )

@@ -51,8 +51,10 @@ def source_fields(checkpoint: Checkpoint, source: Checkpoint | Grid) -> dict[str
     if isinstance(source, Checkpoint):
         return fields
     return fields | {
-        "grid_digest": source.digest, "method": source.method, "int8_by_width": source.int8_by_width,
-    }  # fmt: skip
+        "grid_digest": source.digest,
+        "method": source.method,
+        "int8_by_width": source.int8_by_width,
+    }
 
 
 def narrow(source: Checkpoint | Grid, name: str, dtype: str) -> np.ndarray:

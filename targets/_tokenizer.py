@@ -22,27 +22,51 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 PROBES = (
-    "", " ", "  ", "\n", "\t\n \n\n   \n", "Hello, world!", " leading and trailing  ", "def f(x):\n    return x + 1\n",
-    "if a:\n\t\tb = {'k': [1, 2]}  # why?\n\n\n", "1 12 123 1234 12345 123456 3.14159 1,000,000 0x1F 1e-5 ١٢٣ ½",
-    "I've they'll we're it's I'D YOU'LL 'tis rock'n'roll don't", "camelCase snake_case SCREAMING_CASE HTMLParser",
-    "naïve café Größe ÀÉÎ ñandú Straße İstanbul", "Привет, мир! Ελληνικά καλημέρα",
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t\n \n\n   \n",
+    "Hello, world!",
+    " leading and trailing  ",
+    "def f(x):\n    return x + 1\n",
+    "if a:\n\t\tb = {'k': [1, 2]}  # why?\n\n\n",
+    "1 12 123 1234 12345 123456 3.14159 1,000,000 0x1F 1e-5 ١٢٣ ½",
+    "I've they'll we're it's I'D YOU'LL 'tis rock'n'roll don't",
+    "camelCase snake_case SCREAMING_CASE HTMLParser",
+    "naïve café Größe ÀÉÎ ñandú Straße İstanbul",
+    "Привет, мир! Ελληνικά καλημέρα",
     "你好，世界。我想在apple工作1314天～ 日本語のテスト カタカナ",
-    "안녕하세요 세계", "مرحبا بالعالم، كيف الحال؟",
-    "नमस्ते दुनिया កាន់តែពិសេស ไทย", "🚀 😶‍🌫️ 👩‍👩‍👧‍👦 🇩🇪 ✅🦙🦙",
-    "e\u0301 a\u0308 \u212b \ufb01", "a\u00a0b\u2003c\u200bd\u2028e\u3000f", "\x00\x01\x1b[0m\x7f\x85",
+    "안녕하세요 세계",
+    "مرحبا بالعالم، كيف الحال؟",
+    "नमस्ते दुनिया កាន់តែពិសេស ไทย",
+    "🚀 😶‍🌫️ 👩‍👩‍👧‍👦 🇩🇪 ✅🦙🦙",
+    "e\u0301 a\u0308 \u212b \ufb01",
+    "a\u00a0b\u2003c\u200bd\u2028e\u3000f",
+    "\x00\x01\x1b[0m\x7f\x85",
     "a\r\nb\r\r\nc\rd",
     "...!!!???---=== <tag/> </s> &amp; $x^2$ `code` ~~s~~ @user #1 a/b\\c |||",
     "http://a.b/c?d=e&f=g#h user@example.org",
     "''''''```````\"\"\"\"......!!!!!!?????? (normal) (multiple)",
-    "x=1;y=2;z=x+y;print(f'{z:>10.2f}')", "ABCdefGHI aB Ab AB",
-    "a  b   c    d     e        f                g", "word\n\nword\n \nword \n  word", "/* c */ //x\n/// y\n/\n",
-    "x" * 300, "!" * 70, " " * 70, "\n" * 20, "9" * 40,
-)  # fmt: skip
+    "x=1;y=2;z=x+y;print(f'{z:>10.2f}')",
+    "ABCdefGHI aB Ab AB",
+    "a  b   c    d     e        f                g",
+    "word\n\nword\n \nword \n  word",
+    "/* c */ //x\n/// y\n/\n",
+    "x" * 300,
+    "!" * 70,
+    " " * 70,
+    "\n" * 20,
+    "9" * 40,
+)
 CHATS = (
     [{"role": "user", "content": "Hello!"}],
-    [{"role": "user", "content": " naïve 世界 🚀 \n"}, {"role": "assistant", "content": "{{ 7 }} \"a\\b\" "},
-     {"role": "user", "content": ""}],
-)  # fmt: skip
+    [
+        {"role": "user", "content": " naïve 世界 🚀 \n"},
+        {"role": "assistant", "content": '{{ 7 }} "a\\b" '},
+        {"role": "user", "content": ""},
+    ],
+)
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>")
 
 
@@ -67,9 +91,14 @@ def contract_of(tokenizer: PreTrainedTokenizerFast, folder: Path, vocab_size: in
     """
     bos_id, add_bos, _ = added_ends(tokenizer, folder)
     return Contract(
-        context_length=context_length, vocab_size=vocab_size, bos_id=bos_id, eos_ids=eos_ids(tokenizer, folder),
-        add_bos=add_bos, chat_template=chat_template(tokenizer), special_tokens=tokenizer.special_tokens_map,
-    )  # fmt: skip
+        context_length=context_length,
+        vocab_size=vocab_size,
+        bos_id=bos_id,
+        eos_ids=eos_ids(tokenizer, folder),
+        add_bos=add_bos,
+        chat_template=chat_template(tokenizer),
+        special_tokens=tokenizer.special_tokens_map,
+    )
 
 
 def chat_template(tokenizer: PreTrainedTokenizerFast) -> str | None:

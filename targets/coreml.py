@@ -117,9 +117,16 @@ def export(
         return _write(checkpoint, source, spec, chosen, folder, name)
 
     return build_artifact(
-        out_dir, checkpoint, chosen, grid, write, name=name, target="coreml", runtime="Core ML",
+        out_dir,
+        checkpoint,
+        chosen,
+        grid,
+        write,
+        name=name,
+        target="coreml",
+        runtime="Core ML",
         main_file=f"{PACKAGE}/Manifest.json",
-    )  # fmt: skip
+    )
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> Session:

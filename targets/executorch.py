@@ -129,9 +129,16 @@ def export(
         return _write(checkpoint, source, spec, real_of(chosen), folder)
 
     return build_artifact(
-        out_dir, checkpoint, chosen, grid, write, name=name, target="executorch", runtime="executorch",
+        out_dir,
+        checkpoint,
+        chosen,
+        grid,
+        write,
+        name=name,
+        target="executorch",
+        runtime="executorch",
         main_file=MAIN_FILE,
-    )  # fmt: skip
+    )
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> Session:

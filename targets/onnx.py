@@ -138,9 +138,16 @@ def export(
         return _write(checkpoint, source, spec, real_of(chosen), folder)
 
     return build_artifact(
-        out_dir, checkpoint, chosen, grid, write, name=name, target="onnx", runtime="onnxruntime",
+        out_dir,
+        checkpoint,
+        chosen,
+        grid,
+        write,
+        name=name,
+        target="onnx",
+        runtime="onnxruntime",
         main_file=MAIN_FILE,
-    )  # fmt: skip
+    )
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> Session:
@@ -243,16 +250,21 @@ def genai_config(
                 "num_hidden_layers": arch.layers,
                 "num_key_value_heads": arch.kv_heads,
                 "inputs": {
-                    "input_ids": "input_ids", "attention_mask": "attention_mask",
-                    "past_key_names": f"{past}key", "past_value_names": f"{past}value",
-                } | ({"position_ids": graph_.POSITIONS} if positions else {}),
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": f"{past}key",
+                    "past_value_names": f"{past}value",
+                }
+                | ({"position_ids": graph_.POSITIONS} if positions else {}),
                 "outputs": {
-                    "logits": "logits", "present_key_names": f"{present}key", "present_value_names": f"{present}value",
+                    "logits": "logits",
+                    "present_key_names": f"{present}key",
+                    "present_value_names": f"{present}value",
                 },
             },
         },
         "search": {"do_sample": False, "max_length": contract.context_length, "past_present_share_buffer": True},
-    }  # fmt: skip
+    }
 
 
 def _compare_chats(tokenizer: PreTrainedTokenizerFast, folder: Path) -> ChatProof | None:

@@ -22,13 +22,20 @@ def artifact(tmp_path: Path) -> Artifact:
     folder = tmp_path / "artifact"
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "model.bin").write_bytes(b"weights")
-    contract = Contract(
-        context_length=8, vocab_size=4, bos_id=None, eos_ids=[0], add_bos=False, chat_template=None
-    )  # fmt: skip
+    contract = Contract(context_length=8, vocab_size=4, bos_id=None, eos_ids=[0], add_bos=False, chat_template=None)
     made = write_artifact(
-        folder, name="n", target="t", recipe="r", runtime="x", main_file="sub/model.bin", student_digest="d",
-        parameters=7, bits_per_weight=8.0, contract=contract, versions={},
-    )  # fmt: skip
+        folder,
+        name="n",
+        target="t",
+        recipe="r",
+        runtime="x",
+        main_file="sub/model.bin",
+        student_digest="d",
+        parameters=7,
+        bits_per_weight=8.0,
+        contract=contract,
+        versions={},
+    )
     (folder / "unlisted.txt").write_text("x")
     (tmp_path / "sibling.txt").write_text("x")
     (folder / "sub" / "way out").symlink_to(tmp_path / "sibling.txt")

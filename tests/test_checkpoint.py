@@ -157,13 +157,21 @@ def _header(value: bytes, data: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\0" * 7, struct.pack("<Q", 2**60) + b"{}", _header(b"{" * 100_000), _header(b"null"), _header(b"[]"),
-        _header(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
-                b'"b":{"dtype":"F32","shape":[4],"data_offsets":[8,24]}}', b"\0" * 24),
+        b"",
+        b"\0" * 7,
+        struct.pack("<Q", 2**60) + b"{}",
+        _header(b"{" * 100_000),
+        _header(b"null"),
+        _header(b"[]"),
+        _header(
+            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
+            b'"b":{"dtype":"F32","shape":[4],"data_offsets":[8,24]}}',
+            b"\0" * 24,
+        ),
         _header(b'{"a":{"dtype":"F32","shape":[1099511627776,1099511627776],"data_offsets":[0,16]}}', b"\0" * 16),
         _header(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', b"\0" * 8),
     ],
-)  # fmt: skip
+)
 def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
     folder = make(tmp_path / "m")
     (folder / SINGLE).write_bytes(content)
@@ -244,7 +252,7 @@ def test_a_missing_head_is_missing_unless_it_is_tied(tmp_path: Path) -> None:
         (lambda w: w | {UP: w[UP].to(torch.float8_e4m3fn)}, rf"'{UP}' is F8_E4M3, which is not read without"),
         (lambda w: w | {UP: w[UP].to(torch.int8)}, rf"'{UP}' is I8, which is not read without"),
     ],
-)  # fmt: skip
+)
 def test_tensors_are_exactly_those_of_the_model(tmp_path: Path, change: Any, message: str) -> None:
     refused(rewrite(make(tmp_path / "m"), change), message)
 

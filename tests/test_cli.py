@@ -38,9 +38,11 @@ def edgekd(*arguments, cwd="."):
     """The entry point in this process: torch is imported once, not once a test."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
-        contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", ["edgekd", *map(str, arguments)]),
-    ):  # fmt: skip
+    ):
         try:
             cli.main()
         except SystemExit as end:
@@ -108,9 +110,12 @@ def test_init_writes_a_spec_that_plan_accepts_but_for_its_teacher(tmp_path, tiny
     text = (tmp_path / "mine.yaml").read_text()
     assert edgekd("init", "mine.yaml", cwd=tmp_path).returncode == 2
     (tmp_path / "mine.yaml").write_text(
-        text.replace("builtin:pycode-16m", str(tiny_teacher)).replace("layers: 4", "layers: 2", 1)
-        .replace("context: 512", "context: 64").replace("context: 256", "context: 64").replace("[32, 256]", "[32]")
-    )  # fmt: skip
+        text.replace("builtin:pycode-16m", str(tiny_teacher))
+        .replace("layers: 4", "layers: 2", 1)
+        .replace("context: 512", "context: 64")
+        .replace("context: 256", "context: 64")
+        .replace("[32, 256]", "[32]")
+    )
     result = edgekd("plan", "mine.yaml", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     stages = json.loads(result.stdout)["stages"]
@@ -377,9 +382,18 @@ def test_an_artifact_of_somebody_else_is_refused_before_the_work(project, monkey
     (project / "artifact" / "model.bin").write_bytes(b"weights")
     contract = {"context_length": 8, "vocab_size": 4, "bos_id": None, "eos_ids": [0], "add_bos": False}
     write_artifact(
-        project / "artifact", name="n", target="t", recipe="r", runtime="x", main_file="model.bin", student_digest="d",
-        parameters=7, bits_per_weight=8.0, contract=contract | {"chat_template": None}, versions={},
-    )  # fmt: skip
+        project / "artifact",
+        name="n",
+        target="t",
+        recipe="r",
+        runtime="x",
+        main_file="model.bin",
+        student_digest="d",
+        parameters=7,
+        bits_per_weight=8.0,
+        contract=contract | {"chat_template": None},
+        versions={},
+    )
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     result = edgekd(*verb[:1], "artifact", *verb[1:], cwd=project)
     refused(result, "artifact belongs to another user", "Copy it")

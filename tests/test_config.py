@@ -19,11 +19,37 @@ from edgekd.student import load_tokenizer, student_config, vocabulary_size
 from edgekd.targets._decoder import read_config as read_architecture
 
 BAD = [
-    None, True, -1, 0, 3.5, -2.5, 2**31, 10**30, 1e308, "", "x", "64", [], [1], ["a"], [None], [[1]], {}, {"a": 1},
-    {"rope_type": "llama3"}, {"rope_type": 3}, {"rope_theta": "x"}, {"rope_theta": -1},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1,
-     "original_max_position_embeddings": 32},
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    3.5,
+    -2.5,
+    2**31,
+    10**30,
+    1e308,
+    "",
+    "x",
+    "64",
+    [],
+    [1],
+    ["a"],
+    [None],
+    [[1]],
+    {},
+    {"a": 1},
+    {"rope_type": "llama3"},
+    {"rope_type": 3},
+    {"rope_theta": "x"},
+    {"rope_theta": -1},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 4,
+        "high_freq_factor": 1,
+        "original_max_position_embeddings": 32,
+    },
+]
 MACHINE = plan.Machine(ram_bytes=2**36, disk_free_bytes=2**40, flops_per_s=1e11, training_flops_per_s=1e11)
 FRESH = {"init": "config", "architecture": "llama", "hidden_size": 32, "intermediate_size": 48, "layers": 1}
 
@@ -128,7 +154,7 @@ def spoil(teacher: Path, folder: Path, name: str, change: Any) -> Path:
         ("tokenizer_config.json", lambda d: d | {"model_max_length": [], "padding_side": "up"}),
         ("tokenizer_config.json", lambda d: None),
     ],
-)  # fmt: skip
+)
 def test_a_tokenizer_that_cannot_be_read(name: str, change: Any, tiny_teacher: Path, tmp_path: Path) -> None:
     folder = spoil(tiny_teacher, tmp_path / "m", name, change)
     with pytest.raises(EdgekdError, match="no usable tokenizer") as caught:

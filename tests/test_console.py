@@ -18,9 +18,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[a]{% endif %}"
 )
 CONTRACT = Contract(
-    context_length=60, vocab_size=128, bos_id=2, eos_ids=[3], add_bos=True, chat_template=TEMPLATE,
+    context_length=60,
+    vocab_size=128,
+    bos_id=2,
+    eos_ids=[3],
+    add_bos=True,
+    chat_template=TEMPLATE,
     special_tokens={"bos_token": "\x02", "eos_token": "\x03"},
-)  # fmt: skip
+)
 
 
 class Echo:

@@ -31,9 +31,11 @@ TINY: dict[str, Any] = {
     "bench": {"prompt_tokens": [8], "decode_tokens": 4, "runs": 1},
 }
 ALL_TARGETS = [
-    {"target": "gguf", "recipes": ["fp16", "portable-int4"]}, {"target": "onnx", "recipes": ["fp16"]},
-    {"target": "coreml", "recipes": ["portable-int4"]}, {"target": "executorch", "recipes": ["portable-int4"]},
-]  # fmt: skip
+    {"target": "gguf", "recipes": ["fp16", "portable-int4"]},
+    {"target": "onnx", "recipes": ["fp16"]},
+    {"target": "coreml", "recipes": ["portable-int4"]},
+    {"target": "executorch", "recipes": ["portable-int4"]},
+]
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "layers": 2, "heads": 2, "kv_heads": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "cut": {"init": "cut", "layers": 2, "hidden_size": 64, "intermediate_size": 96},

@@ -99,9 +99,20 @@ def test_names_that_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"[]", b"null", b'"a"', b"{", b'{"a": NaN}', b'{"a": -Infinity}', b"\xef\xbb\xbf{}", b'{"a": "\xff"}',
-     b'{"a":' * 100_000, b'{"a": ' + b"9" * 5000 + b"}"],
-)  # fmt: skip
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'"a"',
+        b"{",
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b"\xef\xbb\xbf{}",
+        b'{"a": "\xff"}',
+        b'{"a":' * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+)
 def test_json_of_strangers_ends_in_a_sentence(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(BadArtifact, match=r"x\.json.* Save it again\."):

@@ -15,13 +15,20 @@ def folder(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"weights")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "more.txt").write_text("more")
-    contract = Contract(
-        context_length=8, vocab_size=4, bos_id=None, eos_ids=[0], add_bos=False, chat_template=None
-    )  # fmt: skip
+    contract = Contract(context_length=8, vocab_size=4, bos_id=None, eos_ids=[0], add_bos=False, chat_template=None)
     write_artifact(
-        tmp_path, name="n", target="t", recipe="r", runtime="x", main_file="model.bin", student_digest="d",
-        parameters=7, bits_per_weight=8.0, contract=contract, versions={},
-    )  # fmt: skip
+        tmp_path,
+        name="n",
+        target="t",
+        recipe="r",
+        runtime="x",
+        main_file="model.bin",
+        student_digest="d",
+        parameters=7,
+        bits_per_weight=8.0,
+        contract=contract,
+        versions={},
+    )
     return tmp_path
 
 
@@ -39,9 +46,14 @@ def test_proofs_are_added_one_by_one(folder):
     assert manifest.benchmark == {"load_s": None}
     assert manifest.audit is None
     seen = Audit(
-        status="failed", failures=["read: /x"], not_checked=[], opened={"other": 1}, opened_outside=["/x"], written=[],
+        status="failed",
+        failures=["read: /x"],
+        not_checked=[],
+        opened={"other": 1},
+        opened_outside=["/x"],
+        written=[],
         sockets=[],
-    )  # fmt: skip
+    )
     again = load_artifact(add_proof(load_artifact(folder), audit=seen).folder).manifest
     assert (again.audit, again.parity) == (seen, {"kl_mean": 0.5})
 
@@ -136,19 +148,38 @@ def test_only_listed_files_have_a_path(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        {"contract": {"context_length": 0}}, {"contract": {"context_length": -1}},
-        {"contract": {"context_length": 2**31}}, {"contract": {"context_length": 2**32}},
+        {"contract": {"context_length": 0}},
+        {"contract": {"context_length": -1}},
+        {"contract": {"context_length": 2**31}},
+        {"contract": {"context_length": 2**32}},
         {"contract": {"context_length": 8.5}},
-        {"contract": {"context_length": "8"}}, {"contract": {"context_length": True}},
-        {"contract": {"context_length": float("nan")}}, {"contract": {"vocab_size": 0}},
-        {"contract": {"vocab_size": 2**63}}, {"contract": {"eos_ids": [4]}}, {"contract": {"eos_ids": [-1]}},
-        {"contract": {"eos_ids": [0] * 10**5}}, {"contract": {"bos_id": 4}}, {"contract": {"bos_id": -1}},
-        {"contract": {"normalizer": "NFKD"}}, {"contract": {"add_bos": 1}}, {"contract": []},
-        {"parameters": -1}, {"parameters": 2**70}, {"bits_per_weight": 0}, {"bits_per_weight": float("inf")},
-        {"bits_per_weight": float("nan")}, {"bits_per_weight": -4.0}, {"files": []}, {"files": {"model.bin": 7}},
-        {"details": []}, {"unknown": 1}, {"schema_version": 2}, {"main_file": None},
+        {"contract": {"context_length": "8"}},
+        {"contract": {"context_length": True}},
+        {"contract": {"context_length": float("nan")}},
+        {"contract": {"vocab_size": 0}},
+        {"contract": {"vocab_size": 2**63}},
+        {"contract": {"eos_ids": [4]}},
+        {"contract": {"eos_ids": [-1]}},
+        {"contract": {"eos_ids": [0] * 10**5}},
+        {"contract": {"bos_id": 4}},
+        {"contract": {"bos_id": -1}},
+        {"contract": {"normalizer": "NFKD"}},
+        {"contract": {"add_bos": 1}},
+        {"contract": []},
+        {"parameters": -1},
+        {"parameters": 2**70},
+        {"bits_per_weight": 0},
+        {"bits_per_weight": float("inf")},
+        {"bits_per_weight": float("nan")},
+        {"bits_per_weight": -4.0},
+        {"files": []},
+        {"files": {"model.bin": 7}},
+        {"details": []},
+        {"unknown": 1},
+        {"schema_version": 2},
+        {"main_file": None},
     ],
-)  # fmt: skip
+)
 def test_numbers_have_bounds_and_keys_a_type(folder, change):
     def edit(manifest):
         for key, value in change.items():

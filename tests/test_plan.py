@@ -10,9 +10,13 @@ from edgekd.errors import DoesNotFit
 from edgekd.spec import DistillSpec
 
 SHAPE = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}  # fmt: skip
+}
 MACHINE = plan.Machine(ram_bytes=8 * plan.GIB, disk_free_bytes=plan.GIB, flops_per_s=1e11, training_flops_per_s=2e11)
 
 
@@ -30,9 +34,12 @@ def test_parameter_count_is_that_of_the_model_but_for_norms(model, config, tied)
 
 def test_a_7b_shape_counts_about_7b():
     llama_2_7b = {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
         "num_attention_heads": 32,
-    }  # fmt: skip
+    }
     assert plan.parameter_count(llama_2_7b) == pytest.approx(6.738e9, rel=0.001)
 
 

@@ -14,10 +14,15 @@ from threading import Thread
 import pytest
 
 SILENT = {
-    "ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_XET_TELEMETRY_ENABLED": "0",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_XET_TELEMETRY_ENABLED": "0",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-}  # fmt: skip
+}
 SHOW = f"import json, os; print(json.dumps({{name: os.environ.get(name) for name in {list(SILENT)}}}))"
 RESOLVE = """
 from pathlib import Path

@@ -150,11 +150,22 @@ def test_a_yaml_without_libyaml_refuses_the_same(tmp_path, monkeypatch, text):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("yes", True), ("Off", False), ("~", None), ("", None), ("1_000", 1000), ("-07", -7), ("1e-3", 0.001),
-        (".5", 0.5), ("'1'", "1"), ("2026-11-24", "2026-11-24"), ("0x10", "0x10"), ("1:30", "1:30"), ("1__0", "1__0"),
+        ("yes", True),
+        ("Off", False),
+        ("~", None),
+        ("", None),
+        ("1_000", 1000),
+        ("-07", -7),
+        ("1e-3", 0.001),
+        (".5", 0.5),
+        ("'1'", "1"),
+        ("2026-11-24", "2026-11-24"),
+        ("0x10", "0x10"),
+        ("1:30", "1:30"),
+        ("1__0", "1__0"),
         (".nan", ".nan"),
     ],
-)  # fmt: skip
+)
 def test_words_and_numbers(tmp_path, text, value):
     path = tmp_path / "a.yaml"
     path.write_text(f"a: [{text}]" if text else "a:")

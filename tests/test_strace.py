@@ -41,7 +41,7 @@ def seen(*lines: str) -> list[tuple[str, str]]:
         ('symlink("/etc/shadow", "s") = 0', ("write", "/work/here/s")),
         ('symlinkat("/etc/shadow", 3</tmp>, "s") = 0', ("write", "/tmp/s")),
         ("fchmod(3</root/x>, 0644) = 0", ("write", "/root/x")),
-        ('utimensat(3</root/x>, NULL, [UTIME_NOW, UTIME_NOW], 0) = 0', ("write", "/root/x")),
+        ("utimensat(3</root/x>, NULL, [UTIME_NOW, UTIME_NOW], 0) = 0", ("write", "/root/x")),
         ('utimensat(3</root/x>, "", NULL, AT_EMPTY_PATH) = 0', ("write", "/root/x")),
         ('truncate("/root/x", 0) = 0', ("write", "/root/x")),
         ('execve("/bin/sh", ["sh", "-c", "cat /x"], 0x7ffd /* 3 vars */) = 0', ("read", "/bin/sh")),
@@ -65,7 +65,7 @@ def seen(*lines: str) -> list[tuple[str, str]]:
         ("io_uring_setup(8, {flags=0}) = 4<anon_inode:[io_uring]>", ("unseen", "io_uring_setup")),
         ("openat(AT_FDCWD, ", ("unseen", "openat(AT_FDCWD, ")),
     ],
-)  # fmt: skip
+)
 def test_a_line_says_what_was_done(line: str, expected: tuple[str, str]) -> None:
     assert seen(f"7  {line}") == [expected]
 

@@ -68,9 +68,15 @@ def test_a_narrower_mlp_keeps_the_units_that_matter(tiny_teacher, tmp_path):
 def test_a_narrower_residual_stream_keeps_the_channels_that_matter(tiny_teacher, tmp_path, architecture, tied):
     """Channels that nothing writes to are the ones that go, and RMSNorm over the rest gives what it gave before."""
     fresh = _spec(
-        init="config", architecture=architecture, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2,
+        init="config",
+        architecture=architecture,
+        hidden_size=64,
+        intermediate_size=96,
+        layers=2,
+        heads=4,
+        kv_heads=2,
         tie_embeddings=tied,
-    )  # fmt: skip
+    )
     teacher = init_student(fresh, tiny_teacher, seed=1)
     gone = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:24]
     with torch.no_grad():
@@ -107,9 +113,15 @@ def test_a_cut_can_be_saved_and_loaded(tiny_teacher, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fresh_student_has_the_shape_asked_for(tiny_teacher, architecture, tied):
     spec = _spec(
-        init="config", architecture=architecture, hidden_size=32, intermediate_size=48, layers=2, heads=4, kv_heads=2,
+        init="config",
+        architecture=architecture,
+        hidden_size=32,
+        intermediate_size=48,
+        layers=2,
+        heads=4,
+        kv_heads=2,
         tie_embeddings=tied,
-    )  # fmt: skip
+    )
     before = torch.random.get_rng_state()
     student = init_student(spec, tiny_teacher, seed=5)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -139,8 +151,11 @@ def test_a_fresh_student_takes_the_teachers_rope_base():
 
 def test_sliding_layers_stay_sliding_when_layers_go():
     teacher = {
-        "model_type": "qwen2", "num_hidden_layers": 5, "use_sliding_window": True, "max_window_layers": 2,
-    }  # fmt: skip
+        "model_type": "qwen2",
+        "num_hidden_layers": 5,
+        "use_sliding_window": True,
+        "max_window_layers": 2,
+    }
     config = student_config(_spec(init="cut", layers=3), teacher)
     assert config["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
 
@@ -156,9 +171,14 @@ def test_a_student_from_a_checkpoint(tiny_teacher, tmp_path):
 
 
 FRESH = {
-    "init": "config", "architecture": "qwen3", "hidden_size": 60, "intermediate_size": 8, "layers": 1, "heads": 4,
+    "init": "config",
+    "architecture": "qwen3",
+    "hidden_size": 60,
+    "intermediate_size": 8,
+    "layers": 1,
+    "heads": 4,
     "kv_heads": 2,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -197,8 +217,11 @@ def test_a_tokenizer_is_tried_first(tiny_teacher, tmp_path):
     folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     content["pre_tokenizer"] = {
-        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
-    }  # fmt: skip
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(EdgekdError, match="the tokenizer fails"):
         load_tokenizer(folder)

@@ -29,9 +29,13 @@ def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
 
 def padding(strategy: Any, multiple: int | None = None) -> dict[str, Any]:
     return {
-        "strategy": strategy, "direction": "Right", "pad_to_multiple_of": multiple, "pad_id": 0, "pad_type_id": 0,
+        "strategy": strategy,
+        "direction": "Right",
+        "pad_to_multiple_of": multiple,
+        "pad_id": 0,
+        "pad_type_id": 0,
         "pad_token": "x",
-    }  # fmt: skip
+    }
 
 
 DOUBLED = [replace({"String": "a"}, "aa")] * 40

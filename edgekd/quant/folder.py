@@ -54,9 +54,16 @@ SCALES_FILE = "grid.safetensors"
 SHARD_BYTES = 10**9
 BLOCK_WEIGHTS = 2**20
 _DTYPES = {
-    torch.int64: "I64", torch.float64: "F64", torch.int32: "I32", torch.float32: "F32", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _COPIED = {".json", ".jinja", ".model", ".txt"}
 
 
@@ -247,9 +254,15 @@ def _read(folder: Path) -> tuple[_GridFile, Grid]:
         if missing := [key for key in stored if key not in files.tensors]:
             raise EdgekdError(f"{folder}: tensor {missing[0]!r} is missing.", "Quantize the student again.")
     return recorded, Grid(
-        folder, recorded.recipe, recorded.method, recorded.grid_digest, recorded.student_digest,
-        recorded.bits_per_weight, recorded.tensors, files,
-    )  # fmt: skip
+        folder,
+        recorded.recipe,
+        recorded.method,
+        recorded.grid_digest,
+        recorded.student_digest,
+        recorded.bits_per_weight,
+        recorded.tensors,
+        files,
+    )
 
 
 def open_grid(folder: Path) -> Grid:
@@ -312,8 +325,10 @@ class _File:
         self._at: dict[str, int] = {}
         for t in sorted(tensors, key=lambda t: -t.dtype.itemsize):
             header[t.name] = {
-                "dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.size_bytes],
-            }  # fmt: skip
+                "dtype": _DTYPES[t.dtype],
+                "shape": list(t.shape),
+                "data_offsets": [offset, offset + t.size_bytes],
+            }
             self._at[t.name] = offset
             offset += t.size_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -416,10 +431,16 @@ class GridWriter:
             Checkpoint(self._folder, beside=SCALES_FILE),
         )
         recorded = _GridFile(
-            schema_version=1, recipe=recipe.name, method=method, group_size=32, student_digest=self.source.digest,
-            grid_digest=_digest(written), plain_digest=_plain_digest(written), bits_per_weight=bits,
+            schema_version=1,
+            recipe=recipe.name,
+            method=method,
+            group_size=32,
+            student_digest=self.source.digest,
+            grid_digest=_digest(written),
+            plain_digest=_plain_digest(written),
+            bits_per_weight=bits,
             tensors=self.kinds,
-        )  # fmt: skip
+        )
         write_json(self._folder / GRID_JSON, recorded.model_dump())
 
     def _close(self) -> None:

@@ -120,11 +120,20 @@ def main(
 
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=VOCAB, hidden_size=256, intermediate_size=1024, num_hidden_layers=14, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=64, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+            vocab_size=VOCAB,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=14,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
         )
-    )  # fmt: skip
+    )
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers: list[torch.optim.Optimizer] = [

@@ -262,10 +262,17 @@ def _summary(results: list[_Window]) -> dict[str, Any]:
         "windows": kl.shape[0],
         "window_tokens": kl.shape[1],
         "unusable_positions": int((~usable).sum()),
-        "kl_mean": None, "kl_mean_ci95": None, "kl_p50": None, "kl_p99": None, "kl_max": None, "kl_max_at": None,
+        "kl_mean": None,
+        "kl_mean_ci95": None,
+        "kl_p50": None,
+        "kl_p99": None,
+        "kl_max": None,
+        "kl_max_at": None,
         "perplexity_reference": float(np.exp(np.mean([window.nll_reference for window in results]))),
-        "perplexity_artifact": None, "perplexity_artifact_ci95": None, "perplexity_ratio": None,
-    }  # fmt: skip
+        "perplexity_artifact": None,
+        "perplexity_artifact_ci95": None,
+        "perplexity_ratio": None,
+    }
     every = np.ones(len(results))
     same = np.array([window.same_top1.mean() for window in results])
     figures["top1_agreement"] = float(same.mean())

@@ -188,11 +188,25 @@ _EDGES = (
     "pneumonoultramicroscopicsilicovolcanoconiosis" * 3,
     "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVphYmNkZWZnaGlqa2xtbm9wcXJzdHV2d3h5ejAxMjM0NTY3ODkrLw==",
     "d41d8cd98f00b204e9800998ecf8427e e3b0c44298fc1c149afbf4c8996fb924",
-)  # fmt: skip
+)
 _SPACES = (
-    "\u00a0", "\u1680", "\u2002", "\u2003", "\u2009", "\u200a", "\u202f", "\u205f", "\u3000",
-    "\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1f",
-)  # fmt: skip
+    "\u00a0",
+    "\u1680",
+    "\u2002",
+    "\u2003",
+    "\u2009",
+    "\u200a",
+    "\u202f",
+    "\u205f",
+    "\u3000",
+    "\u2028",
+    "\u2029",
+    "\u0085",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x1f",
+)
 
 
 def _whitespace_strings() -> list[str]:
@@ -200,16 +214,40 @@ def _whitespace_strings() -> list[str]:
     runs = [" " * n for n in (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 32, 33, 64, 100)]
     runs += ["\t" * n for n in (1, 2, 3, 4, 8, 9)] + ["\n" * n for n in (1, 2, 3, 4, 5, 8, 20)]
     runs += [
-        "\r", "\r\n", "\r\n\r\n", "\n\r", "\r\r", " \n", "\n ", " \t", "\t ", "\t\n", "\n\t", " \r\n ", "  \n  \n  ",
-        " \t \n\t \r\n   \n\n\t\t  ", "\n    \n        \n",
-    ]  # fmt: skip
+        "\r",
+        "\r\n",
+        "\r\n\r\n",
+        "\n\r",
+        "\r\r",
+        " \n",
+        "\n ",
+        " \t",
+        "\t ",
+        "\t\n",
+        "\n\t",
+        " \r\n ",
+        "  \n  \n  ",
+        " \t \n\t \r\n   \n\n\t\t  ",
+        "\n    \n        \n",
+    ]
     mixed = ["a \n b", "a\t\tb", "a\r\nb\rc\nd", "a\n\n\nb", "a  b   c    d"]
     placed = [f"a{' ' * n}b" for n in (2, 3, 4, 8, 16)] + [f"{' ' * n}x" for n in (1, 2, 4, 8, 12)]
     placed += [f"x{' ' * n}" for n in (1, 2, 4, 8)] + [f"x\n{' ' * n}y" for n in (1, 2, 3, 4, 8, 12, 16)]
     placed += [
-        "  1", "1  2", " .", "  .", "...  ", "\tx", "x\t", "\t\t x", " \n x", ":\n    x", "{\n\t\t}", ")\n\n\n    (",
+        "  1",
+        "1  2",
+        " .",
+        "  .",
+        "...  ",
+        "\tx",
+        "x\t",
+        "\t\t x",
+        " \n x",
+        ":\n    x",
+        "{\n\t\t}",
+        ")\n\n\n    (",
         ";  \n",
-    ]  # fmt: skip
+    ]
     exotic = [f"a{space}b{space}{space}c" for space in _SPACES] + list(_SPACES) + ["".join(_SPACES)]
     return runs + mixed + placed + exotic
 
@@ -218,9 +256,16 @@ def _control_strings() -> list[str]:
     """Control characters, alone in text and in runs."""
     low = [chr(code) for code in range(32) if chr(code) not in "\t\n\r\x0b\x0c"]
     return [
-        "a\x00b", "\x00", "\x00\x00 x", "\x1b[31mred\x1b[0m", "bell\x07back\b\x7f", "".join(low),
-        " ".join(low), "".join(map(chr, range(0x80, 0xA0))), "a\x01 \x02\n\x03",
-    ]  # fmt: skip
+        "a\x00b",
+        "\x00",
+        "\x00\x00 x",
+        "\x1b[31mred\x1b[0m",
+        "bell\x07back\b\x7f",
+        "".join(low),
+        " ".join(low),
+        "".join(map(chr, range(0x80, 0xA0))),
+        "a\x01 \x02\n\x03",
+    ]
 
 
 def _special_strings(special_tokens: Sequence[str]) -> list[str]:
@@ -268,7 +313,7 @@ def golden_chats() -> list[list[dict[str, str]]]:
         turns("```python\ndef f():\n\treturn '\\n'\n```\n\n\nWhy?"),
         turns("A question", "An answer that ends in spaces   ", "Thanks\r\n"),
         turns("{{ 7 * 7 }} {% raw %} <b>&amp;</b>"),
-    ]  # fmt: skip
+    ]
 
 
 def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract: Contract) -> dict[str, Any]:

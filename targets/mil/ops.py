@@ -19,9 +19,15 @@ from torch import Tensor
 TILE_ELEMENTS = 1 << 18  # of a weight turned to float32 at a time: 1 MB, which stays in the processor's cache
 
 DTYPES = {
-    "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16,
-    "uint16": torch.int32, "int32": torch.int32, "bool": torch.bool,
-}  # fmt: skip
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "int16": torch.int16,
+    "uint16": torch.int32,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
 
 
 def _axis(axis: int, rank: int) -> int:

@@ -25,10 +25,21 @@ STATE_INPUTS = {READ: ("input", None), "write_state": ("input", "data"), "coreml
 FEATURE_TYPES = {"FLOAT16": "float16", "FLOAT32": "float32", "INT32": "int32", "INT8": "int8"}
 # MIL's types, by the names of protobuf and of MIL; integers narrower than a byte exist in constants alone.
 TYPES = {
-    "FLOAT16": "fp16", "FLOAT32": "fp32", "INT8": "int8", "UINT8": "uint8", "INT16": "int16", "UINT16": "uint16",
-    "INT32": "int32", "BOOL": "bool", "INT4": "int8", "UINT1": "uint8", "UINT2": "uint8", "UINT3": "uint8",
-    "UINT4": "uint8", "UINT6": "uint8",
-}  # fmt: skip
+    "FLOAT16": "fp16",
+    "FLOAT32": "fp32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT16": "int16",
+    "UINT16": "uint16",
+    "INT32": "int32",
+    "BOOL": "bool",
+    "INT4": "int8",
+    "UINT1": "uint8",
+    "UINT2": "uint8",
+    "UINT3": "uint8",
+    "UINT4": "uint8",
+    "UINT6": "uint8",
+}
 Stored = Blob | np.ndarray | str
 
 

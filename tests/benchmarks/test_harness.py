@@ -37,9 +37,18 @@ def artifact(tmp_path):
         context_length=64, vocab_size=257, bos_id=None, eos_ids=[256], add_bos=False, chat_template=None
     )
     return write_artifact(
-        tmp_path, name="tiny-f32", target="numpy", recipe="f32", runtime="numpy", main_file="model.bin",
-        student_digest="0", parameters=1000, bits_per_weight=32.0, contract=contract, versions={},
-    )  # fmt: skip
+        tmp_path,
+        name="tiny-f32",
+        target="numpy",
+        recipe="f32",
+        runtime="numpy",
+        main_file="model.bin",
+        student_digest="0",
+        parameters=1000,
+        bits_per_weight=32.0,
+        contract=contract,
+        versions={},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -161,10 +170,18 @@ def test_a_real_gguf(tmp_path):
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     config = transformers.Qwen3Config(
-        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0,
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        eos_token_id=0,
         bos_token_id=None,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
     save_model(transformers.Qwen3ForCausalLM(config), tokenizer, tmp_path / "student")

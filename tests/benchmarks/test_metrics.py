@@ -70,7 +70,7 @@ def test_roofline_by_hand():
         ({"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768}, 36_864),
         ({"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "head_dim": None}, 36_864),
     ],
-)  # fmt: skip
+)
 def test_kv_bytes(config, expected):
     assert kv_bytes_per_position(config) == expected
     assert kv_bytes_per_position(config, 1) == expected // 2
@@ -80,9 +80,13 @@ def test_kv_bytes_is_what_a_real_cache_holds():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=2,
-    )  # fmt: skip
+    )
     cache = transformers.DynamicCache()
     transformers.LlamaForCausalLM(config)(torch.arange(5)[None], past_key_values=cache)
     held = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))

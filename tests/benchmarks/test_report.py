@@ -28,11 +28,20 @@ def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[
         "folder": f"runs/quickstart/artifacts/gguf-{recipe}",
         "size_bytes": int(size),
         "manifest": {
-            "name": "quickstart", "target": "gguf", "recipe": recipe, "bits_per_weight": size * 8 / 6.03e6,
+            "name": "quickstart",
+            "target": "gguf",
+            "recipe": recipe,
+            "bits_per_weight": size * 8 / 6.03e6,
             "parity": {
-                "kl_mean": kl, "kl_p99": 11 * kl, "kl_max": 40 * kl, "kl_mean_ci95": [0.9 * kl, 1.12 * kl],
-                "top1_agreement": 1 - 2 * kl**0.8, "perplexity_reference": 6.9312, "perplexity_artifact": 6.9312 + kl,
-                "perplexity_ratio": (6.9312 + kl) / 6.9312, "first_diverging_token": None if kl < 1e-3 else 11,
+                "kl_mean": kl,
+                "kl_p99": 11 * kl,
+                "kl_max": 40 * kl,
+                "kl_mean_ci95": [0.9 * kl, 1.12 * kl],
+                "top1_agreement": 1 - 2 * kl**0.8,
+                "perplexity_reference": 6.9312,
+                "perplexity_artifact": 6.9312 + kl,
+                "perplexity_ratio": (6.9312 + kl) / 6.9312,
+                "first_diverging_token": None if kl < 1e-3 else 11,
                 "tokens": {"strings": 231, "strings_identical": 231, "chats": 12, "chats_identical": 12},
                 "failures": failures or [],
             },
@@ -41,13 +50,17 @@ def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[
                 "ttft_s": {"32": _figure(0.0093, 0.0091, 0.0093, 0.0102), "256": _figure(0.0612, 0.06, 0.0612, 0.071)},
                 "prefill_tokens_per_s": {"32": _figure(3441, 3137, 3441, 3516), "256": _figure(4183, 3605, 4183, 4266)},
                 "decode_tokens_per_s": _figure(speed, 0.97 * speed, speed, 1.02 * speed),
-                "inter_token_p50_s": _figure(1 / speed), "inter_token_p95_s": _figure(1.4 / speed),
-                "peak_rss_bytes": _figure(9.1e7 + size), "decode_roofline_fraction": _figure(speed * size / 2.9e10),
-                "bandwidth_bytes_per_s": _figure(2.9e10), "bytes_per_token": _figure(size), "energy_j_per_token": None,
+                "inter_token_p50_s": _figure(1 / speed),
+                "inter_token_p95_s": _figure(1.4 / speed),
+                "peak_rss_bytes": _figure(9.1e7 + size),
+                "decode_roofline_fraction": _figure(speed * size / 2.9e10),
+                "bandwidth_bytes_per_s": _figure(2.9e10),
+                "bytes_per_token": _figure(size),
+                "energy_j_per_token": None,
                 "machine": {"cpu": "Intel(R) Xeon(R)", "cores": 2, "ram_bytes": 25 * 10**9, "os": "Linux 6.1"},
             },
         },
-    }  # fmt: skip
+    }
 
 
 def results() -> dict[str, Any]:
@@ -61,12 +74,20 @@ def results() -> dict[str, Any]:
         "quality": {
             "teacher": {"parameters": 15_900_000, "perplexity": 5.12, "next_token_accuracy": 0.6411, "tokens": 262144},
             "student": {
-                "parameters": 6_030_000, "perplexity": 6.93, "next_token_accuracy": 0.5969, "tokens": 262144,
-                "kl_to_teacher": 0.291, "top1_agreement_with_teacher": 0.742,
+                "parameters": 6_030_000,
+                "perplexity": 6.93,
+                "next_token_accuracy": 0.5969,
+                "tokens": 262144,
+                "kl_to_teacher": 0.291,
+                "top1_agreement_with_teacher": 0.742,
             },
             "baseline": {
-                "parameters": 6_030_000, "perplexity": 7.71, "next_token_accuracy": 0.5783, "tokens": 262144,
-                "kl_to_teacher": 0.402, "top1_agreement_with_teacher": 0.706,
+                "parameters": 6_030_000,
+                "perplexity": 7.71,
+                "next_token_accuracy": 0.5783,
+                "tokens": 262144,
+                "kl_to_teacher": 0.402,
+                "top1_agreement_with_teacher": 0.706,
             },
         },
         "seeds": [
@@ -82,11 +103,27 @@ def results() -> dict[str, Any]:
             "baseline": [{"step": s, "loss": 2.0, "validation_perplexity": 7.5 + 3100 / s} for s in steps],
         },
         "ledger": [
-            {"from": "teacher", "to": "student", "kl_mean": 0.291, "kl_ci95": None, "top1": 0.742,
-             "perplexity_from": 5.12, "perplexity_to": 6.93},
-            *({"from": "student", "to": f"gguf-{n}", "kl_mean": kl, "kl_ci95": [0.9 * kl, 1.12 * kl], "top1": 1 - kl,
-               "perplexity_from": 6.9312, "perplexity_to": 6.9312 + kl}
-              for n, kl in (("f16", 3.1e-7), ("q8_0", 2.4e-4), ("q4_k_m", 0.0094), ("q4_0", 0.0217))),
+            {
+                "from": "teacher",
+                "to": "student",
+                "kl_mean": 0.291,
+                "kl_ci95": None,
+                "top1": 0.742,
+                "perplexity_from": 5.12,
+                "perplexity_to": 6.93,
+            },
+            *(
+                {
+                    "from": "student",
+                    "to": f"gguf-{n}",
+                    "kl_mean": kl,
+                    "kl_ci95": [0.9 * kl, 1.12 * kl],
+                    "top1": 1 - kl,
+                    "perplexity_from": 6.9312,
+                    "perplexity_to": 6.9312 + kl,
+                }
+                for n, kl in (("f16", 3.1e-7), ("q8_0", 2.4e-4), ("q4_k_m", 0.0094), ("q4_0", 0.0217))
+            ),
         ],
         "artifacts": [
             _artifact("f16", 12.4e6, 3.1e-7, 611),
@@ -95,14 +132,16 @@ def results() -> dict[str, Any]:
             _artifact("q4_0", 4.62e6, 0.0217, 1012),
         ],
         "stages": [
-            {"name": "data", "seconds": 14.2, "skipped": True}, {"name": "student", "seconds": 244.0},
-            {"name": "baseline", "seconds": 181.0}, {"name": "export gguf-q4_0", "seconds": 0.8},
+            {"name": "data", "seconds": 14.2, "skipped": True},
+            {"name": "student", "seconds": 244.0},
+            {"name": "baseline", "seconds": 181.0},
+            {"name": "export gguf-q4_0", "seconds": 0.8},
         ],
         "commands": [
             "edgekd run quickstart --out runs/quickstart",
             "edgekd export runs/quickstart/student OUT --target gguf --recipe q4_0 --grid runs/quickstart/quantized",
         ],
-    }  # fmt: skip
+    }
 
 
 class _Page(HTMLParser):
@@ -258,9 +297,11 @@ def test_text_from_outside_stays_text() -> None:
 
 def test_the_front_is_what_nothing_beats() -> None:
     artifacts = [
-        _artifact("a", 10e6, 0.001, 500), _artifact("b", 5e6, 0.01, 900),
-        _artifact("c", 6e6, 0.02, 800), _artifact("d", 4e6, 0.5, 950, ["failed"]),
-    ]  # fmt: skip
+        _artifact("a", 10e6, 0.001, 500),
+        _artifact("b", 5e6, 0.01, 900),
+        _artifact("c", 6e6, 0.02, 800),
+        _artifact("d", 4e6, 0.5, 950, ["failed"]),
+    ]
     assert [p.on_front for p in points(artifacts)] == [True, True, False, False]
     artifacts[1]["manifest"]["benchmark"] = None  # an unmeasured rival beats nobody
     assert [p.on_front for p in points(artifacts)] == [True, False, True, False]
@@ -294,15 +335,25 @@ def test_the_summary_says_which_figure_is_missing() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (show.significant(0.0217), "0.0217"), (show.significant(3.1e-7), "3.1×10⁻⁷"), (show.significant(9.996), "10.0"),
-        (show.significant(1012.4), "1012"), (show.significant(262144), "262\u202f144"), (show.significant(0), "0"),
-        (show.significant(-0.5), "−0.500"), (show.percent(0.9312), "93.1 %"), (show.size(4_620_000), "4.62 MB"),
-        (show.size(812), "812 B"), (show.duration(0.0093), "9.30 ms"), (show.duration(244), "4 min 4 s"),
-        (show.duration(59.99), "60.0 s"), (show.duration(3600), "1 h 0 min"), (show.parameters(6_030_000), "6.0M"),
+        (show.significant(0.0217), "0.0217"),
+        (show.significant(3.1e-7), "3.1×10⁻⁷"),
+        (show.significant(9.996), "10.0"),
+        (show.significant(1012.4), "1012"),
+        (show.significant(262144), "262\u202f144"),
+        (show.significant(0), "0"),
+        (show.significant(-0.5), "−0.500"),
+        (show.percent(0.9312), "93.1 %"),
+        (show.size(4_620_000), "4.62 MB"),
+        (show.size(812), "812 B"),
+        (show.duration(0.0093), "9.30 ms"),
+        (show.duration(244), "4 min 4 s"),
+        (show.duration(59.99), "60.0 s"),
+        (show.duration(3600), "1 h 0 min"),
+        (show.parameters(6_030_000), "6.0M"),
         (show.spread([0.019, 0.024], show.duration), "19.0–24.0 ms"),
         (show.spread([0.9, 1.2], show.duration), "900 ms–1.20 s"),
     ],
-)  # fmt: skip
+)
 def test_figures_read_well(text: str, expected: str) -> None:
     assert text.replace("\u00a0", " ") == expected
 

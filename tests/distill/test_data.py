@@ -24,8 +24,12 @@ def tokenizer(tiny_teacher):
 def _prepare(tmp_path, tokenizer, seed=0, **spec):
     shares = {"validation_share": 0.2, "test_share": 0.2, "context": 16}
     return prepare(
-        DataSpec(**{**shares, **spec}), tokenizer, tmp_path / "out", seed=seed, base=tmp_path,
-    )  # fmt: skip
+        DataSpec(**{**shares, **spec}),
+        tokenizer,
+        tmp_path / "out",
+        seed=seed,
+        base=tmp_path,
+    )
 
 
 def _jsonl(path, rows):

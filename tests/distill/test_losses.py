@@ -80,9 +80,7 @@ def test_chunked_sum_and_gradient_equal_plain_autograd(name, temperature, monkey
     mask = torch.tensor([[1, 0, 1, 1, 1], [0, 1, 1, 0, 1]], dtype=torch.uint8)
     weights = {name: 0.7, **({"cross_entropy": 0.3} if name != "cross_entropy" else {})}
 
-    total, parts = losses.summed_losses(
-        student, teacher, labels, mask, weights, temperature=temperature, jsd_beta=0.3
-    )  # fmt: skip
+    total, parts = losses.summed_losses(student, teacher, labels, mask, weights, temperature=temperature, jsd_beta=0.3)
     (3 * total).backward()
 
     plain = student.detach().clone().requires_grad_()

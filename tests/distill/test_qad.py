@@ -52,10 +52,18 @@ def windows(count: int, seed: int) -> Windows:
 def distill(student: Path, out: Path, recipe: str = "portable-int4", **settings) -> dict:
     spec = QadSpec(**{"steps": 150, "batch_size": 8, "warmup_steps": 3, "learning_rate": 2e-4, **settings})
     return quantize_aware_distill(
-        student, out, load_recipe(recipe), windows(512, 1), windows(8, 2), spec, calibration_windows=8,
-        signal=OnlineTeacher(load_model(student), VOCAB), seed=0, work_dir=out.with_name(out.name + ".training"),
+        student,
+        out,
+        load_recipe(recipe),
+        windows(512, 1),
+        windows(8, 2),
+        spec,
+        calibration_windows=8,
+        signal=OnlineTeacher(load_model(student), VOCAB),
+        seed=0,
+        work_dir=out.with_name(out.name + ".training"),
         on_event=lambda event: None,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("recipe", ["portable-int4", "portable-int4-head4", "int8"])
@@ -91,11 +99,12 @@ def test_it_is_nearer_to_the_student_than_rounding(tmp_path, student):
     quantize(student, tmp_path / "rtn", load_recipe("portable-int4-head4"))
     of = {
         name: evaluate(
-            load_dequantized(open_grid(tmp_path / name)), windows(16, 3),
+            load_dequantized(open_grid(tmp_path / name)),
+            windows(16, 3),
             teacher=OnlineTeacher(load_model(student), VOCAB),
         )["kl_to_teacher"]
         for name in ("rtn", "qad")
-    }  # fmt: skip
+    }
     assert of["qad"] < 0.8 * of["rtn"]
     grid = open_grid(tmp_path / "qad")
     assert figures["digest"] == grid.digest and grid.method == "qad"
@@ -119,9 +128,13 @@ def test_the_command_goes_on_after_a_kill_and_ends_the_same(tmp_path, student):
         options = ["--method", "qad", "--text", "notes.txt", "--steps", "130", "--context", "32", "--json"]
         command = [sys.executable, "-m", "edgekd.cli", "quantize", str(student), out, *options]
         return subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
 
     def finish(process: subprocess.Popen[str]) -> dict:
         out, err = process.communicate(timeout=300)

@@ -32,9 +32,17 @@ VOCAB = 64
 def _model(seed, layers=1):
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+    )
     return Qwen3ForCausalLM(config)
 
 
@@ -47,9 +55,15 @@ def _train(model, work_dir, *, windows=None, validation=None, signal=None, seed=
     settings = {"steps": 4, "batch_size": 4, "warmup_steps": 1, "validate_every": 2, "precision": "float32"} | spec
     windows = windows or _windows()
     return train(
-        model, windows, validation or _windows(4, seed=8), DistillSpec(**settings), signal=signal, seed=seed,
-        work_dir=work_dir, on_event=on_event or (lambda event: None),
-    )  # fmt: skip
+        model,
+        windows,
+        validation or _windows(4, seed=8),
+        DistillSpec(**settings),
+        signal=signal,
+        seed=seed,
+        work_dir=work_dir,
+        on_event=on_event or (lambda event: None),
+    )
 
 
 def _weights(model):
@@ -96,9 +110,15 @@ def test_distilling_brings_the_student_to_the_teacher(tmp_path):
     student = _model(0, 2)
     before = evaluate(student, _windows(4, seed=8), teacher=teacher)
     figures = _train(
-        student, tmp_path, signal=teacher, loss={"forward_kl": 1.0}, steps=150, learning_rate=1e-2, validate_every=150,
+        student,
+        tmp_path,
+        signal=teacher,
+        loss={"forward_kl": 1.0},
+        steps=150,
+        learning_rate=1e-2,
+        validate_every=150,
         windows=_windows(4, seed=8),
-    )  # fmt: skip
+    )
     after = evaluate(student, _windows(4, seed=8), teacher=teacher)
     assert after["kl_to_teacher"] < 0.1 * before["kl_to_teacher"]
     assert after["top1_agreement_with_teacher"] > 0.7 > before["top1_agreement_with_teacher"]
@@ -177,8 +197,14 @@ def test_patience_keeps_the_best_weights(tmp_path):
     model = _model(0)
     validation = _windows(4, seed=8)
     figures = _train(
-        model, tmp_path, validation=validation, steps=200, learning_rate=0.3, validate_every=1, patience=3,
-    )  # fmt: skip
+        model,
+        tmp_path,
+        validation=validation,
+        steps=200,
+        learning_rate=0.3,
+        validate_every=1,
+        patience=3,
+    )
     assert figures["stopped_early"] and figures["steps"] < 200
     losses = [event["loss"] for event in read_log(tmp_path / "log.jsonl") if event["event"] == "validation"]
     assert figures["best_step"] == 1 + losses.index(min(losses)) == figures["steps"] - 3
@@ -186,8 +212,14 @@ def test_patience_keeps_the_best_weights(tmp_path):
     # Started again, it knows that it is done, and gives the same weights.
     again = _model(0)
     repeated = _train(
-        again, tmp_path, validation=validation, steps=200, learning_rate=0.3, validate_every=1, patience=3,
-    )  # fmt: skip
+        again,
+        tmp_path,
+        validation=validation,
+        steps=200,
+        learning_rate=0.3,
+        validate_every=1,
+        patience=3,
+    )
     assert torch.equal(_weights(again), _weights(model)) and repeated == figures
 
 
@@ -201,8 +233,17 @@ def test_what_is_written_is_safetensors_and_json(tmp_path):
 def test_bfloat16_autocast_runs_and_learns(tmp_path):
     model = _model(0)
     events: list[dict] = []
-    figures = _train(model, tmp_path, precision="bfloat16", windows=_windows(2), batch_size=2, steps=30,
-                     learning_rate=1e-2, validate_every=30, on_event=events.append)  # fmt: skip
+    figures = _train(
+        model,
+        tmp_path,
+        precision="bfloat16",
+        windows=_windows(2),
+        batch_size=2,
+        steps=30,
+        learning_rate=1e-2,
+        validate_every=30,
+        on_event=events.append,
+    )
     steps = [event for event in events if event["event"] == "step"]
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"] and figures["precision"] == "bfloat16"
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -304,9 +345,12 @@ CHILD = Path(__file__).with_name("train_and_die.py")
 def _child(*arguments, kill_at=None, with_signal=signal.SIGKILL):
     """Run the child; ``kill_at``: send it a signal as soon as it tells of that step."""
     process = subprocess.Popen(
-        [sys.executable, CHILD, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, CHILD, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     if kill_at is not None:
         for line in process.stdout:
             if line.strip() == f"step {kill_at}":

@@ -24,10 +24,18 @@ from edgekd.spec import DistillSpec
 def tiny(seed: int, layers: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, tie_word_embeddings=True,
-        attention_dropout=0.1, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        attention_dropout=0.1,
+        bos_token_id=None,
+    )
     return Qwen3ForCausalLM(config)
 
 
@@ -39,9 +47,15 @@ def run(work_dir: Path, on_event) -> str:
     )
     model = tiny(1, 1)
     train(
-        model, windows, Windows(ids[:4], windows.loss_mask[:4]), spec, signal=OnlineTeacher(tiny(2, 2).eval(), 64),
-        seed=3, work_dir=work_dir, on_event=on_event,
-    )  # fmt: skip
+        model,
+        windows,
+        Windows(ids[:4], windows.loss_mask[:4]),
+        spec,
+        signal=OnlineTeacher(tiny(2, 2).eval(), 64),
+        seed=3,
+        work_dir=work_dir,
+        on_event=on_event,
+    )
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().numpy().tobytes())

@@ -49,21 +49,48 @@ STUDENTS = (
     "{init: checkpoint, model: teacher}",
 )
 CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 260,
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
-    "attention_dropout": 0.0, "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": None,
-    "max_window_layers": 3, "layer_types": ["full_attention"] * 3, "initializer_range": 0.02, "use_cache": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "dtype": "float32", "bos_token_id": None,
-    "eos_token_id": 257, "pad_token_id": None, "transformers_version": "5.0.0",
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 260,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 3,
+    "layer_types": ["full_attention"] * 3,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "dtype": "float32",
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+    "transformers_version": "5.0.0",
+}
 LLAMA3 = {
-    **CONFIG, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False,
+    **CONFIG,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "mlp_bias": False,
     "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -86,15 +113,27 @@ def _tokenizer() -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
     return {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"}, "pre_tokenizer": step,
-        "post_processor": step, "decoder": step,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": step,
+        "post_processor": step,
+        "decoder": step,
         "added_tokens": [{"id": 256 + i, "content": text, **flags} for i, text in enumerate(special)],
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": [],
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {letter: i for i, letter in enumerate(letters)},
+            "merges": [],
         },
-    }  # fmt: skip
+    }
 
 
 def _weights() -> dict[str, np.ndarray]:
@@ -117,9 +156,12 @@ def tiny_model(folder: Path) -> Path:
 
     folder.mkdir(parents=True)
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "model_max_length": 128, "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 128,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 256]}))
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
@@ -206,17 +248,34 @@ def manifest(folder: Path) -> Harness:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(name.encode())
     contract = {
-        "context_length": 128, "vocab_size": 260, "bos_id": None, "eos_ids": [257, 256], "add_bos": False,
-        "chat_template": TEMPLATE, "normalizer": None,
-    }  # fmt: skip
+        "context_length": 128,
+        "vocab_size": 260,
+        "bos_id": None,
+        "eos_ids": [257, 256],
+        "add_bos": False,
+        "chat_template": TEMPLATE,
+        "normalizer": None,
+    }
     whole = {
-        "schema_version": 1, "name": "tiny", "target": "gguf", "recipe": "portable-int4", "runtime": "llama.cpp",
-        "main_file": names[0], "files": {name: file_sha256(folder / name) for name in names},
-        "student_digest": "0" * 64, "grid_digest": "1" * 64, "method": "gptq", "int8_by_width": ["a.weight"],
-        "parameters": 30000, "bits_per_weight": 4.5, "contract": contract, "versions": {"edgekd": "0.1.0"},
-        "details": {"layers": 3, "tokenizer": {"used": "x", "texts": 3}}, "parity": {"kl_mean": 0.1},
+        "schema_version": 1,
+        "name": "tiny",
+        "target": "gguf",
+        "recipe": "portable-int4",
+        "runtime": "llama.cpp",
+        "main_file": names[0],
+        "files": {name: file_sha256(folder / name) for name in names},
+        "student_digest": "0" * 64,
+        "grid_digest": "1" * 64,
+        "method": "gptq",
+        "int8_by_width": ["a.weight"],
+        "parameters": 30000,
+        "bits_per_weight": 4.5,
+        "contract": contract,
+        "versions": {"edgekd": "0.1.0"},
+        "details": {"layers": 3, "tokenizer": {"used": "x", "texts": 3}},
+        "parity": {"kl_mean": 0.1},
         "benchmark": {"runs": [{"ttft_s": 0.1}]},
-    }  # fmt: skip
+    }
     seeds = [whole, whole | {"target": "onnx"}, {k: v for k, v in whole.items() if v is not None and k != "parity"}]
 
     def check(data: bytes) -> None:
@@ -328,10 +387,15 @@ def settings(folder: Path) -> Harness:
     teacher = tiny_model(folder / "teacher")
     spec = TargetSpec(target="gguf", recipes=["fp16"])
     rich = {
-        "bos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}, "eos_token_id": 257, "add_bos_token": True,
-        "chat_template": TEMPLATE, "added_tokens_decoder": {"256": {"content": "<|endoftext|>", "special": True}},
-        "extra_special_tokens": {"x": "<|im_end|>"}, "do_sample": True, "temperature": 0.7,
-    }  # fmt: skip
+        "bos_token": {"__type": "AddedToken", "content": "<|endoftext|>"},
+        "eos_token_id": 257,
+        "add_bos_token": True,
+        "chat_template": TEMPLATE,
+        "added_tokens_decoder": {"256": {"content": "<|endoftext|>", "special": True}},
+        "extra_special_tokens": {"x": "<|im_end|>"},
+        "do_sample": True,
+        "temperature": 0.7,
+    }
     names = ("tokenizer_config.json", "generation_config.json")
     seeds = {name: [(teacher / name).read_bytes(), json.dumps(rich).encode()] for name in names}
 

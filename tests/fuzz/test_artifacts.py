@@ -170,11 +170,19 @@ DETAILS = {
 NO_TOKENIZER = {"tokenizer not listed": (unlisted("tokenizer.json"), "does not list 'tokenizer.json'")}
 CASES: dict[str, dict[str, tuple[Forge, str]]] = {
     "gguf": BOUNDS
-    | {f"{key} {value}": (gguf_key(f"qwen3.{key}", value), "") for key, value in (
-        ("block_count", 0), ("block_count", 2**31), ("attention.layer_norm_rms_epsilon", -1.0),
-        ("attention.head_count", 0), ("attention.head_count_kv", 0), ("embedding_length", 0),
-        ("attention.key_length", 2**30), ("context_length", 0),
-    )}
+    | {
+        f"{key} {value}": (gguf_key(f"qwen3.{key}", value), "")
+        for key, value in (
+            ("block_count", 0),
+            ("block_count", 2**31),
+            ("attention.layer_norm_rms_epsilon", -1.0),
+            ("attention.head_count", 0),
+            ("attention.head_count_kv", 0),
+            ("embedding_length", 0),
+            ("attention.key_length", 2**30),
+            ("context_length", 0),
+        )
+    }
     | {f"type {kind}": (gguf_tensor_type(kind), "") for kind in (4, 5, 9, 24, 36, 39, 99, 2**31)},
     "onnx": BOUNDS
     | DETAILS
@@ -182,7 +190,8 @@ CASES: dict[str, dict[str, tuple[Forge, str]]] = {
     | {
         "head not listed": (unlisted("head.onnx"), "does not list 'head.onnx'"),
         "file for genai": (
-            beside("special_tokens_map.json", b"{}", details(by_genai)), "does not list 'special_tokens_map.json'"
+            beside("special_tokens_map.json", b"{}", details(by_genai)),
+            "does not list 'special_tokens_map.json'",
         ),
         "no outputs": (graph(lambda graph: graph.ClearField("output")), ""),
         "no inputs": (graph(lambda graph: graph.ClearField("input")), ""),
@@ -200,7 +209,7 @@ CASES: dict[str, dict[str, tuple[Forge, str]]] = {
     | {"more in the package": (beside("model.mlpackage/more", b"x", contract()), "does not list")}
     | {f"path {path!r}": (package_path(path), "outside|path") for path in ("../../../x", "/etc/passwd", "a\0b", 3)},
     "executorch": BOUNDS | DETAILS | NO_TOKENIZER,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,8 +15,19 @@ from harnesses import HARNESSES
 from mutate import mutate
 from run import FIELDS, feed
 
-COUNTS = {"spec": 6000, "manifest": 10_000, "plan": 100, "config": 150, "model": 60, "index": 100, "safetensors": 100,
-          "tokenizer": 100, "settings": 100, "template": 150, "rows": 40}  # fmt: skip
+COUNTS = {
+    "spec": 6000,
+    "manifest": 10_000,
+    "plan": 100,
+    "config": 150,
+    "model": 60,
+    "index": 100,
+    "safetensors": 100,
+    "tokenizer": 100,
+    "settings": 100,
+    "template": 150,
+    "rows": 40,
+}
 RUN = Path(__file__).with_name("run.py")
 
 
@@ -98,9 +109,17 @@ def test_the_driver_sees_every_kind_of_harm(tmp_path):
     counts = dict(zip(FIELDS, state, strict=True))
     assert counts.pop("peak_rss_kib") > 2**18
     assert counts == {
-        "next": 9, "inputs": 9, "accepted": 5, "refused": 1, "faults": 1, "slow": 1, "grown": 1, "outside": 2,
-        "died": 1, "hung": 1,
-    }  # fmt: skip
+        "next": 9,
+        "inputs": 9,
+        "accepted": 5,
+        "refused": 1,
+        "faults": 1,
+        "slow": 1,
+        "grown": 1,
+        "outside": 2,
+        "died": 1,
+        "hung": 1,
+    }
     log = (tmp_path / "log" / "spec-0" / "log.txt").read_text()
     assert "IndexError at" in log and "exit code -11" in log and "getaddrinfo" in log
 

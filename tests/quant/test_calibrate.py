@@ -20,10 +20,18 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def make(folder: Path, kind: str, *, tied: bool = True, **changes: object) -> Path:
     settings: dict[str, object] = {
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "tie_word_embeddings": tied,
-        "initializer_range": 0.2, **changes,
-    }  # fmt: skip
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        **changes,
+    }
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings)).save_pretrained(folder)
     return folder

@@ -28,9 +28,15 @@ def make_student(path: Path, kind: str, *, tied: bool, hidden: int = 64, dtype: 
     """A random two-layer model folder, in shards, with a file that stands for the tokenizer."""
     torch.manual_seed(0)
     shape = {
-        "vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": tied,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "hidden_size": hidden,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "tie_word_embeddings": tied,
+    }
     model = Qwen3ForCausalLM(Qwen3Config(**shape)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**shape))
     model.to(dtype).save_pretrained(path, max_shard_size="60KB")
     (path / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
@@ -266,8 +272,10 @@ def test_memory_is_one_tensor_and_some_blocks(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(student)
     probe = subprocess.run(
         [sys.executable, "-c", MEMORY_PROBE, str(student), str(tmp_path / "grid")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     written, opened = map(int, probe.stdout.split())
     print(f"{written=} {opened=} {size=}")
     assert max(written, opened) < 2 * size

@@ -161,10 +161,17 @@ def test_bad_matrices() -> None:
 def make(folder: Path, kind: str, *, tied: bool, mlp: int = 96) -> Path:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](
-        vocab_size=96, hidden_size=64, intermediate_size=mlp, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=tied,
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=mlp,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 

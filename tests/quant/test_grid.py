@@ -66,8 +66,11 @@ def test_snap_breaks_ties_to_the_even_significand() -> None:
 def test_int4_is_on_the_grid_and_near(w: torch.Tensor) -> None:
     q, scale = quantize_int4(w)
     assert (q.dtype, q.shape, scale.dtype, scale.shape) == (
-        torch.int8, w.shape, torch.float32, (w.shape[0], w.shape[1] // GROUP),
-    )  # fmt: skip
+        torch.int8,
+        w.shape,
+        torch.float32,
+        (w.shape[0], w.shape[1] // GROUP),
+    )
     assert q.min() >= -8 and q.max() <= 7
     assert torch.equal(scale.half().float(), scale) and torch.equal(scale.bfloat16().float(), scale)
     spread = scale.repeat_interleave(GROUP, 1)
@@ -99,8 +102,11 @@ def test_int8_is_on_the_grid_near_and_idempotent(w: torch.Tensor) -> None:
     assert torch.equal(again, q) and torch.equal(scale_again, scale)
 
 
-@given(hnp.arrays(np.int8, st.tuples(st.integers(0, 4), st.integers(0, 40).map(lambda n: 2 * n)),
-                  elements=st.integers(-8, 7)))  # fmt: skip
+@given(
+    hnp.arrays(
+        np.int8, st.tuples(st.integers(0, 4), st.integers(0, 40).map(lambda n: 2 * n)), elements=st.integers(-8, 7)
+    )
+)
 def test_packing_is_exact_and_in_the_stated_order(values: np.ndarray) -> None:
     q = torch.from_numpy(values)
     packed = pack_int4(q)

@@ -20,9 +20,14 @@ def test_every_shipped_recipe_is_valid(path):
 
 
 def test_what_the_portable_recipes_make_of_a_student():
-    names = {"model.embed_tokens.weight": (320, 64), "lm_head.weight": (320, 64), "model.norm.weight": (64,),
-             "model.layers.0.mlp.up_proj.weight": (96, 64), "model.layers.0.mlp.down_proj.weight": (64, 80),
-             "model.layers.0.self_attn.q_proj.bias": (64,)}  # fmt: skip
+    names = {
+        "model.embed_tokens.weight": (320, 64),
+        "lm_head.weight": (320, 64),
+        "model.norm.weight": (64,),
+        "model.layers.0.mlp.up_proj.weight": (96, 64),
+        "model.layers.0.mlp.down_proj.weight": (64, 80),
+        "model.layers.0.self_attn.q_proj.bias": (64,),
+    }
     kinds = {recipe: [load_recipe(recipe).kind_of(*item) for item in names.items()] for recipe in recipe_names()}
     assert kinds["fp16"] == ["plain"] * 6
     assert kinds["int8"] == ["int8", "int8", "plain", "int8", "int8", "plain"]

@@ -44,8 +44,11 @@ def test_never_worse_than_round_to_nearest_and_on_the_grid(w: torch.Tensor, seed
     moments = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(seed)) ** 4 if weighted else None
     q, scale = search_int4(w, moments)
     assert (q.dtype, q.shape, scale.dtype, scale.shape) == (
-        torch.int8, w.shape, torch.float32, (w.shape[0], w.shape[1] // GROUP),
-    )  # fmt: skip
+        torch.int8,
+        w.shape,
+        torch.float32,
+        (w.shape[0], w.shape[1] // GROUP),
+    )
     assert q.min() >= -8 and q.max() <= 7
     assert np.isin(scale.double().numpy(), LEGAL).all()
     best, nearest = errors(w, q, scale, moments), errors(w, *quantize_int4(w), moments)

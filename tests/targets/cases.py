@@ -21,9 +21,13 @@ from edgekd.targets import load_recipe
 
 IDS = np.random.default_rng(1).integers(3, 700, 200).tolist()
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", {}),
     "llama untied": ("llama", {"tie_word_embeddings": False, "head_dim": 16}),
@@ -88,9 +92,11 @@ def check_interrupted_generators(session: Session) -> None:
     whole = list(session.generate(IDS[:9], 6))
     assert len(whole) == 6
     calls: list[Callable[[], object]] = [
-        session.reset, lambda: session.prefill(IDS[:9]), lambda: session.decode(IDS[0]),
+        session.reset,
+        lambda: session.prefill(IDS[:9]),
+        lambda: session.decode(IDS[0]),
         lambda: next(session.generate(IDS[:9], 6)),
-    ]  # fmt: skip
+    ]
     for call in calls:
         first = session.generate(IDS[:9], 6)
         assert [next(first), next(first)] == whole[:2]
@@ -126,7 +132,10 @@ def check_wrong_calls(session: Session, context_length: int) -> None:
     session.close()
     session.close()
     for closed in (
-        lambda: session.tokenize("a"), lambda: session.token_bytes(3), session.reset, lambda: session.decode(3),
-    ):  # fmt: skip
+        lambda: session.tokenize("a"),
+        lambda: session.token_bytes(3),
+        session.reset,
+        lambda: session.decode(3),
+    ):
         with pytest.raises(ValueError, match="closed"):
             closed()

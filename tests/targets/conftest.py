@@ -73,10 +73,12 @@ def make_tokenizer(
         pairs = [(text, tokenizer.token_to_id(text)) for text in SPECIAL[:2]]
         tokenizer.post_processor = processors.TemplateProcessing(single=" ".join(single), special_tokens=pairs)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0],
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
         bos_token=SPECIAL[1] if add_bos else None,
         extra_special_tokens=SPECIAL[1:],
-    )  # fmt: skip
+    )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
@@ -89,12 +91,21 @@ def make_student(
     config_class, model_class = CLASSES[kind]
     config = config_class(
         **{
-            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 32,
-            "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": None, **settings,
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": None,
+            **settings,
         }
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():
@@ -216,9 +227,13 @@ def make_mlpackage() -> Callable[..., Path]:
             function.set_outputs(list(results) if isinstance(results, list | tuple) else [results])
             program.add_function("main", function)
         model = ct.convert(
-            program, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
-            pass_pipeline=ct.PassPipeline.EMPTY, inputs=shapes,
-        )  # fmt: skip
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS18,
+            skip_model_load=True,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+            inputs=shapes,
+        )
         model.save(str(path))
         return path
 

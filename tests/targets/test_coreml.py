@@ -192,10 +192,14 @@ def test_two_exports_are_the_same_bytes(tmp_path: Path, tiny_student: Path) -> N
         first, second = (export(tiny_student, recipe, tmp_path / recipe / str(i), grid if i else None) for i in (0, 1))
         assert first.manifest.files == second.manifest.files
     assert sorted(first.manifest.files) == [
-        "chat_template.jinja", "config.json", "model.mlpackage/Data/com.apple.CoreML/model.mlmodel",
-        "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin", "model.mlpackage/Manifest.json", "tokenizer.json",
+        "chat_template.jinja",
+        "config.json",
+        "model.mlpackage/Data/com.apple.CoreML/model.mlmodel",
+        "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin",
+        "model.mlpackage/Manifest.json",
+        "tokenizer.json",
         "tokenizer_config.json",
-    ]  # fmt: skip
+    ]
 
 
 def test_coremltools_reads_the_package(tmp_path: Path, tiny_student: Path) -> None:
@@ -208,8 +212,11 @@ def test_coremltools_reads_the_package(tmp_path: Path, tiny_student: Path) -> No
     found = model.get_spec()
     assert found.specificationVersion == 9
     assert [feature.name for feature in found.description.input] == [
-        "inputIds", "positionIds", "causalMask", "outputIds",
-    ]  # fmt: skip
+        "inputIds",
+        "positionIds",
+        "causalMask",
+        "outputIds",
+    ]
     assert [feature.name for feature in found.description.state] == ["keyCache", "valueCache"]
     assert json.loads(model.user_defined_metadata["edgekd.contract"]) == artifact.manifest.contract.model_dump()
     digest = artifact.manifest.files["tokenizer.json"]
@@ -275,9 +282,11 @@ def test_the_artifact_tells_what_it_is(tmp_path: Path, tiny_student: Path) -> No
     assert details is not None and details["minimum"] == {"ios": "18", "macos": "15"}
     package = program(artifact)
     assert {name: feature.shape for name, feature in package.inputs.items()} == {
-        "inputIds": (1, (1, 64)), "positionIds": (1, (1, 64)), "causalMask": (1, 1, (1, 64), (1, 64)),
+        "inputIds": (1, (1, 64)),
+        "positionIds": (1, (1, 64)),
+        "causalMask": (1, 1, (1, 64), (1, 64)),
         "outputIds": ((1, 64),),
-    }  # fmt: skip
+    }
     assert {feature.dtype for feature in package.inputs.values()} == {"int32", "float16"}
     assert {name: feature.shape for name, feature in package.states.items()} == dict.fromkeys(
         ("keyCache", "valueCache"), (2, 1, 2, 64, 32)
@@ -376,9 +385,11 @@ def test_a_wider_mask_changes_nothing(artifact: Artifact) -> None:
         positions = np.arange(len(ids), dtype=np.int32)
         mask = np.where(np.arange(seen) > positions[:, None], np.float16(-65504), np.float16(0))[None, None]
         inputs = {
-            "inputIds": np.array([ids], np.int32), "positionIds": positions[None], "causalMask": mask,
+            "inputIds": np.array([ids], np.int32),
+            "positionIds": positions[None],
+            "causalMask": mask,
             "outputIds": np.array([wanted], np.int32),
-        }  # fmt: skip
+        }
         return package.run(inputs, package.make_state())["logits"]
 
     tight, wide = run(IDS[:20], 20, 19), run(IDS[:20] + [0] * 12, 64, 19)

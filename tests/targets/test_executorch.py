@@ -347,9 +347,12 @@ def test_attention_starts_no_threads_of_its_own(made: Any) -> None:
     )
     environment = os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-c", code, made["llama tied"][0].folder], env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", code, made["llama tied"][0].folder],
+        env=environment,
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     assert done.stdout == "0\n"
 
 

@@ -147,8 +147,12 @@ def test_k_quants_shrink_and_stay_near(tmp_path: Path, student_factory: Any) -> 
     for recipe in ("fp16", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m"):
         artifact = export(student, recipe, tmp_path / recipe, moments=moments)
         assert sorted(path.name for path in artifact.folder.iterdir()) == [
-            "chat_template.jinja", "manifest.json", "model.gguf", "tokenizer.json", "tokenizer_config.json",
-        ]  # fmt: skip
+            "chat_template.jinja",
+            "manifest.json",
+            "model.gguf",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
         bits.append(artifact.manifest.bits_per_weight)
         kl.append(mean_kl(expected, logits(artifact, IDS)))
     assert bits == sorted(bits, reverse=True) and kl == sorted(kl)
@@ -287,8 +291,9 @@ def test_llama3_rope_is_read_from_either_generation_of_config(tiny_student: Path
 
     config = Checkpoint(tiny_student).config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     old = {key: value for key, value in config.items() if key != "rope_parameters"} | {
-        "rope_theta": 10000.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"},
-    }  # fmt: skip
+        "rope_theta": 10000.0,
+        "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"},
+    }
     factors = read_config(old).rope_factors
     assert factors == read_config(config | {"rope_parameters": LLAMA3_ROPE}).rope_factors
     assert len(factors) == 16 and factors[0] == 1.0 and factors[-1] == 8.0 and list(factors) == sorted(factors)

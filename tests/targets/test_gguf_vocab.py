@@ -26,10 +26,17 @@ from edgekd.targets._gguf_vocab import PRE_TOKENIZERS, check_tokenizer
 SPEC = TargetSpec(target="gguf", recipes=["fp16"])
 REGEXES = {name: steps for steps, name in PRE_TOKENIZERS.items()}
 TEXTS = [
-    "", " ", "def f(x):\n\treturn x  # naïve\n\n\n", "<|im_start|>user\nHi <|im_end|>\n", "a\u0301 \u212b ﬁ",
+    "",
+    " ",
+    "def f(x):\n\treturn x  # naïve\n\n\n",
+    "<|im_start|>user\nHi <|im_end|>\n",
+    "a\u0301 \u212b ﬁ",
     "  🚀👩‍👩‍👧 12345",
-    "\x00\r\n\x7f", "</s><s> <unk> <tool>x<tool>", "IT'S we'LL", "[PAD701] <0x41>",
-]  # fmt: skip
+    "\x00\r\n\x7f",
+    "</s><s> <unk> <tool>x<tool>",
+    "IT'S we'LL",
+    "[PAD701] <0x41>",
+]
 
 
 def export(factory: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, folder: Path, kind: str = "qwen3") -> Any:

@@ -461,8 +461,12 @@ def test_the_cases_are_of_different_names() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_an_operator(case: Case, results: tuple[str, dict[str, np.ndarray]]) -> None:
     dtype, outputs = results
-    tensors = [torch.from_numpy(value.astype(dtype).astype(np.float64)) if value.dtype == np.float64
-               else torch.from_numpy(value) for value in case.inputs]  # fmt: skip
+    tensors = [
+        torch.from_numpy(value.astype(dtype).astype(np.float64))
+        if value.dtype == np.float64
+        else torch.from_numpy(value)
+        for value in case.inputs
+    ]
     expected = case.expect(*tensors).numpy()
     got = outputs[f"{case.name}_out"]
     assert got.shape == expected.shape

@@ -211,9 +211,12 @@ def affine(element: str, scales: tuple[int, ...], zeros: tuple[int, ...]) -> Con
     data, scale, zero = quantized(element, 4, 6), np.asarray(halves(*scales)), np.asarray(quantized(element, *zeros))
     zero = zero.astype(data.dtype)
     make = partial(
-        mb.constexpr_affine_dequantize, quantized_data=data, axis=1,
-        scale=scale if scales else scale[()], zero_point=zero if zeros else zero[()],
-    )  # fmt: skip
+        mb.constexpr_affine_dequantize,
+        quantized_data=data,
+        axis=1,
+        scale=scale if scales else scale[()],
+        zero_point=zero if zeros else zero[()],
+    )
     expected = (scale.astype(float) * (data - zero.astype(float))).astype(np.float16)
     return Constant(f"affine_{element}_{len(scales)}_{len(zeros)}", make, expected, (data, zero, scale))
 

@@ -273,9 +273,14 @@ def test_two_exports_are_the_same_bytes(tmp_path: Path, tiny_student: Path) -> N
     computed = export(tiny_student, "portable-int4", tmp_path / "computed")
     assert given.manifest.files == computed.manifest.files
     assert sorted(given.manifest.files) == [
-        "chat_template.jinja", "genai_config.json", "head.onnx", "model.onnx", "model.onnx.data", "tokenizer.json",
+        "chat_template.jinja",
+        "genai_config.json",
+        "head.onnx",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
         "tokenizer_config.json",
-    ]  # fmt: skip
+    ]
 
 
 def test_the_artifact_tells_what_it_is(tmp_path: Path, tiny_student: Path) -> None:
@@ -513,8 +518,10 @@ def test_the_door_of_optimum(tmp_path: Path, tiny_student: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
         [*command, tiny_student, out, "--target", "onnx", "--recipe", "portable-int4", "--context", "128"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "bits per weight" in done.stdout
     same = export(tiny_student, "portable-int4", tmp_path / "same", context=128)
     assert load_artifact(out).manifest.files == same.manifest.files

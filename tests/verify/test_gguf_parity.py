@@ -23,10 +23,19 @@ VOCAB, CONTEXT = 384, 96
 def student(tmp_path_factory, tokenizer):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        initializer_range=0.1, eos_token_id=0, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
     model = transformers.Qwen3ForCausalLM(config).eval()
     folder = tmp_path_factory.mktemp("student")
     save_model(model, tokenizer, folder)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from edgekd.verify.ledger import ledger
 
 HOP = {
-    "kl_mean": 0.02, "kl_mean_ci95": [0.01, 0.03], "top1_agreement": 0.97, "top1_agreement_ci95": [0.96, 0.98],
-    "perplexity_reference": 5.0, "perplexity_artifact": 5.1, "perplexity_artifact_ci95": [4.9, 5.3],
-}  # fmt: skip
+    "kl_mean": 0.02,
+    "kl_mean_ci95": [0.01, 0.03],
+    "top1_agreement": 0.97,
+    "top1_agreement_ci95": [0.96, 0.98],
+    "perplexity_reference": 5.0,
+    "perplexity_artifact": 5.1,
+    "perplexity_artifact_ci95": [4.9, 5.3],
+}
 
 
 def test_ledger_goes_from_the_teacher_over_the_grid_to_every_artifact():
@@ -27,9 +32,17 @@ def test_ledger_goes_from_the_teacher_over_the_grid_to_every_artifact():
         ("student", "gguf-fp16", 16.0, None),
     ]
     assert rows[0] | {"from": "", "to": ""} == {
-        "from": "", "to": "", "bits_per_weight": None, "kl_mean": 0.3, "kl_ci95": [0.01, 0.03], "top1": 0.97,
-        "top1_ci95": [0.96, 0.98], "perplexity_from": 5.0, "perplexity_to": 5.1, "perplexity_to_ci95": [4.9, 5.3],
-    }  # fmt: skip
+        "from": "",
+        "to": "",
+        "bits_per_weight": None,
+        "kl_mean": 0.3,
+        "kl_ci95": [0.01, 0.03],
+        "top1": 0.97,
+        "top1_ci95": [0.96, 0.98],
+        "perplexity_from": 5.0,
+        "perplexity_to": 5.1,
+        "perplexity_to_ci95": [4.9, 5.3],
+    }
 
 
 def test_what_was_not_measured_has_no_row():

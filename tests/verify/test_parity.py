@@ -16,8 +16,15 @@ from edgekd.spec import Thresholds
 from edgekd.verify.parity import bootstrap_ci95, judge, log_softmax, measure
 from edgekd.verify.tokens import check_tokens
 
-SAME = {"strings": 2, "strings_identical": 2, "chats": 1, "chats_identical": 1, "round_trips": 0,
-        "round_trips_identical": 0, "differences": []}  # fmt: skip
+SAME = {
+    "strings": 2,
+    "strings_identical": 2,
+    "chats": 1,
+    "chats_identical": 1,
+    "round_trips": 0,
+    "round_trips_identical": 0,
+    "differences": [],
+}
 
 
 def probabilities(reference, windows) -> np.ndarray:
@@ -176,8 +183,11 @@ def test_all_logits_bad(perturbed, reference, windows):
 
 def test_judge_says_what_where_and_by_how_much(session, reference, windows):
     figures = measure(session, reference, windows, greedy_tokens=1) | {
-        "kl_mean": 0.031, "kl_p99": 0.5, "top1_agreement": 0.9, "perplexity_ratio": 1.2,
-    }  # fmt: skip
+        "kl_mean": 0.031,
+        "kl_p99": 0.5,
+        "top1_agreement": 0.9,
+        "perplexity_ratio": 1.2,
+    }
     assert judge(figures, SAME, Thresholds()) == []
     assert (
         judge(figures, SAME, Thresholds(kl_mean_max=0.031, kl_p99_max=0.5, top1_min=0.9, perplexity_ratio_max=1.2))
