@@ -54,13 +54,13 @@ llama-bench: setup
 	$(PIP) download -c constraints.txt --no-deps --no-build-isolation --no-binary :all: -d build llama-cpp-python
 	tar -xzf build/llama_cpp_python-*.tar.gz -C build/llama-source --strip-components 1
 	cmake -S build/llama-source/vendor/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release \
-	    $$($(PYTHON) -I edgekd/llama_flags.py) -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
+	    $$($(PYTHON) -I targets/gguf/build_flags.py) -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
 	    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
 	cmake --build build/llama.cpp -j $(JOBS) --target llama-bench
 
 setup: .venv/.stamp
 
-.venv/.stamp: pyproject.toml constraints.txt edgekd/llama_flags.py .ci/llama_only.cmake
+.venv/.stamp: pyproject.toml constraints.txt targets/gguf/build_flags.py .ci/llama_only.cmake
 	@$(PYTHON) -c 'import sys; sys.exit("edgekd needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed to build llama.cpp: apt install g++, or xcode-select --install." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -68,7 +68,7 @@ setup: .venv/.stamp
 	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "== 2 of 3: llama.cpp, built for this CPU (minutes, the first time)"
 	@# pip reuses a wheel it built whatever the flags were: so the flags name its cache.
-	flags="$$($(PYTHON) -I edgekd/llama_flags.py)" && \
+	flags="$$($(PYTHON) -I targets/gguf/build_flags.py)" && \
 	CMAKE_ARGS="$$flags '-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/.ci/llama_only.cmake'" \
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
 	$(PIP) install -c constraints.txt --no-binary llama-cpp-python \

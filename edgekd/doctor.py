@@ -199,14 +199,14 @@ def rebuild_llama_cpp(flags: frozenset[str]) -> str:
 
 
 def _cmake_args(flags: frozenset[str]) -> str:
-    from .llama_flags import cmake_args
+    from .targets.gguf.build_flags import cmake_args
 
     return " ".join(cmake_args(set(flags), platform.system(), platform.machine()))
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """Features that every processor has, as Linux names them; empty where the system has no such file."""
-    from .llama_flags import cpu_features
+    from .targets.gguf.build_flags import cpu_features
 
     return frozenset(cpu_features(cpuinfo.read_text("utf-8", "replace"))) if cpuinfo.is_file() else frozenset()
 

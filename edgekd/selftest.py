@@ -268,11 +268,11 @@ def executorch() -> str:
     import torch
 
     from .quant.folder import load_dequantized
-    from .targets._decoder import read_config
-    from .targets._executorch_lower import lower
-    from .targets._executorch_model import Decoder, Weights
-    from .targets._executorch_pack import write_program
-    from .targets._executorch_session import ExecutorchEngine
+    from .targets.executorch.lower import lower
+    from .targets.executorch.model import Decoder, Weights
+    from .targets.executorch.pack import write_program
+    from .targets.executorch.session import ExecutorchEngine
+    from .targets.shared.decoder import read_config
 
     ids = np.random.default_rng(1).integers(_VOCAB, size=_PROMPT).tolist()
     with tempfile.TemporaryDirectory() as name:
@@ -313,11 +313,11 @@ def coreml() -> str:
     import torch
 
     from .quant.folder import load_dequantized
-    from .targets import _coreml_graph as graph_
     from .targets import stand_in
-    from .targets._coreml_pack import write_package
-    from .targets._coreml_session import open_runner, step_inputs
-    from .targets._decoder import read_config
+    from .targets.coreml import graph as graph_
+    from .targets.coreml.pack import write_package
+    from .targets.coreml.session import open_runner, step_inputs
+    from .targets.shared.decoder import read_config
 
     ids = np.random.default_rng(1).integers(64, size=_PROMPT).tolist()
     with tempfile.TemporaryDirectory() as name:

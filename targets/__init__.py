@@ -22,7 +22,7 @@ from ..session import Session
 from ..spec import TargetSpec
 from ..tokenizer_file import hard_texts
 from ..trial import mark, try_once
-from ._recipes import load_recipe, recipe_names
+from .shared.recipes import load_recipe, recipe_names
 
 __all__ = [
     "TARGETS",
@@ -39,10 +39,10 @@ __all__ = [
 
 TOKENIZER = "tokenizer.json"
 TARGETS = {
-    "gguf": "edgekd.targets.gguf",
-    "onnx": "edgekd.targets.onnx",
-    "coreml": "edgekd.targets.coreml",
-    "executorch": "edgekd.targets.executorch",
+    "gguf": "edgekd.targets.gguf.target",
+    "onnx": "edgekd.targets.onnx.target",
+    "coreml": "edgekd.targets.coreml.target",
+    "executorch": "edgekd.targets.executorch.target",
 }
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgekd.benchmarks"}
 LAYERS = [
     {"privacy"},
-    {"", "errors", "llama_flags"},  # the package itself begins with privacy
+    {"", "errors"},  # the package itself begins with privacy
     {"files", "strict_yaml", "strace", "trial", "tokenizer_file"},
     {"spec", "architecture"},
     {"checkpoint", "student", "manifest", "records", "plan", "session", "conversation", "template_process"},

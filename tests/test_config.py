@@ -16,7 +16,7 @@ from edgekd.distill.signals import check_same_tokenizer
 from edgekd.errors import EdgekdError
 from edgekd.spec import StudentSpec, TrainingSpec
 from edgekd.student import load_tokenizer, student_config, vocabulary_size
-from edgekd.targets._decoder import read_config as read_architecture
+from edgekd.targets.shared.decoder import read_config as read_architecture
 
 BAD = [
     None,

@@ -81,7 +81,7 @@ def test_what_fails_fails_in_the_trial(tmp_path: Path, content: dict[str, Any], 
 
 def test_a_panic_at_work_is_our_error(tmp_path: Path, content: dict[str, Any]) -> None:
     from edgekd.errors import BadArtifact
-    from edgekd.targets._tokenizer import JsonTokenizer
+    from edgekd.targets.shared.tokenizer import JsonTokenizer
 
     split = {"type": "Split", "pattern": {"Regex": "(b+)+z$"}, "behavior": "Isolated", "invert": False}
     steps = [split, content["pre_tokenizer"]]

@@ -27,9 +27,9 @@ import typer
 from ...manifest import Artifact, load_artifact
 from ...spec import BenchSpec
 from ...targets import open_artifact, try_artifact
-from ...targets._common import cores
-from ...targets._executorch_session import execute, runner_tokenizer, runtime, set_threads
-from ...targets._onnx_session import genai_tokenizer
+from ...targets.executorch.session import execute, runner_tokenizer, runtime, set_threads
+from ...targets.onnx.session import genai_tokenizer
+from ...targets.shared.artifact import cores
 from ..harness import bench
 from ..metrics import median
 

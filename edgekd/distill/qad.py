@@ -19,14 +19,7 @@ from torch import Tensor, nn
 
 from ..quant.folder import describe, new_grid
 from ..quant.gptq import gptq_student
-from ..quant.grid import (
-    GROUP,
-    fake_quant_int4,
-    fake_quant_int8_rows,
-    quantize_int4,
-    quantize_int8_rows,
-    round_int4,
-)
+from ..quant.grid import GROUP, fake_quant_int4, fake_quant_int8_rows, quantize_int4, quantize_int8_rows, round_int4
 from ..quant.recipe import Kind, Recipe
 from ..spec import QadSpec
 from ..student import load_model

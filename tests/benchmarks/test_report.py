@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekd.benchmarks import figures as show
 from edgekd.benchmarks import report
-from edgekd.benchmarks.report_artifacts import points
-from edgekd.benchmarks.report_words import seed_words, summary
+from edgekd.benchmarks.report import figures as show
+from edgekd.benchmarks.report.artifacts import points
+from edgekd.benchmarks.report.words import seed_words, summary
 from edgekd.errors import EdgekdError
 
 

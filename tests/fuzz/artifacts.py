@@ -225,7 +225,7 @@ def targets_of(artifact: Path) -> list[tuple[str, Mutate]]:
             ]
         case "executorch":
             return [("model.pte", any_bytes), ("model.pte", head_bytes)]
-    from edgekd.targets.mil.package import proto as module
+    from edgekd.targets.coreml.mil.package import proto as module
 
     folder = "model.mlpackage"
     (model,) = [name for name in manifest.files if name.endswith(".mlmodel")]
@@ -241,9 +241,9 @@ def preload(target: str) -> None:
     """Import a runtime, so that forks need not."""
     from importlib import import_module
 
-    import_module({"coreml": "edgekd.targets.mil"}.get(target, f"edgekd.targets._{target}_session"))
+    import_module({"coreml": "edgekd.targets.coreml.mil"}.get(target, f"edgekd.targets.{target}.session"))
     if target in ("gguf", "onnx", "executorch"):
-        import_module(f"edgekd.targets._{target}_session").runtime()
+        import_module(f"edgekd.targets.{target}.session").runtime()
     if target == "onnx":
         import onnx  # noqa: F401
     _module(target)

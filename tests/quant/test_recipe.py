@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from edgekd.errors import SpecError
 from edgekd.quant.recipe import Native, Recipe, Rule
-from edgekd.targets import _recipes, label, load_recipe, recipe_names
+from edgekd.targets import label, load_recipe, recipe_names
+from edgekd.targets.shared import recipes as _recipes
 
 FILES = sorted(_recipes.FOLDER.glob("*.yaml"))
 

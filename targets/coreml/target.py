@@ -1,0 +1,216 @@
+"""Core ML for iOS 18 and macOS 15: fp16 from the student, the portable grid as it is, and 4-bit lookup tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ...checkpoint import Checkpoint
+from ...errors import Unsupported
+from ...files import file_sha256, write_json
+from ...manifest import Artifact, Contract
+from ...session import Session
+from ...spec import TargetSpec
+from ...student import load_tokenizer
+from ..shared.artifact import Details, build_artifact, check_installed, details_of, main_file
+from ..shared.decoder import (
+    MAX_CACHE_BYTES,
+    Architecture,
+    cache_bytes,
+    check_context,
+    check_head_dim,
+    check_weights,
+    read_config,
+)
+from ..shared.recipes import load_recipe
+from ..shared.session import DecoderSession
+from ..shared.tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, contract_of
+from . import graph as graph_
+from .session import CoremlEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from ...quant.folder import Grid
+    from ...quant.recipe import Recipe
+
+PACKAGE = "model.mlpackage"
+MINIMUM_IOS = 18
+
+
+class CoremlDetails(Details):
+    """What the manifest says of a Core ML artifact."""
+
+    minimum: dict[str, str]
+    """Version by system."""
+    compute_units: dict[str, str]
+    weight_bytes: int = Field(ge=0)
+
+
+def stand_in() -> str | None:
+    """What runs artifacts on this machine in place of Core ML, if it is not Core ML itself."""
+    return None if sys.platform == "darwin" else "edgekd.targets.coreml.mil, an interpreter of the package's program"
+
+
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+    """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
+
+    Raises:
+        SpecError: an unknown recipe, or a context longer than the student's.
+        Unsupported: an architecture or setting that the exporter does not write, an iOS without its operators, or a
+            cache too large for a phone.
+        EdgekdError: no tokenizer.
+        MissingExtra: a package of the extra is not installed.
+    """
+    recipes = [load_recipe(recipe, "coreml") for recipe in spec.recipes]
+    if spec.minimum_ios < MINIMUM_IOS:
+        needs = [f"int4 in blocks ({r.name})" for r in recipes if r.has_int4] + ["a key-value cache kept as state"]
+        raise Unsupported(
+            f"targets: minimum_ios {spec.minimum_ios}: {' and '.join(needs)} came with iOS 18 and macOS 15.",
+            "Set minimum_ios: 18.",
+        )
+    arch = read_config(config, "Core ML")
+    check_context(spec, arch)
+    _check_sizes(arch, spec.context or arch.context_length)
+    check_has_tokenizer(tokenizer_folder)
+    check_installed("coreml", "coremltools", "tokenizers")
+
+
+def _check_sizes(arch: Architecture, context_length: int) -> None:
+    check_head_dim(arch)
+    size = cache_bytes(arch, context_length, 2)
+    if size > MAX_CACHE_BYTES:
+        most = MAX_CACHE_BYTES // cache_bytes(arch, 1, 2) // 256 * 256
+        raise Unsupported(
+            f"targets: a context of {context_length} makes a key-value cache of {size / 1e9:.1f} GB; the most for a "
+            f"phone is {MAX_CACHE_BYTES / 1e9:.1f} GB.",
+            f"Set context: {most} or less." if most else "Use a smaller student.",
+        )
+
+
+def export(
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out_dir: Path,
+    *,
+    name: str,
+    grid: Path | None = None,
+    moments: Path | None = None,  # of native recipes with an importance matrix: Core ML has none
+) -> Artifact:
+    """Write ``model.mlpackage``, the tokenizer, ``config.json`` and the manifest; see ``targets.export``.
+
+    Needs memory for a tensor, not for the model.
+    """
+    checkpoint = Checkpoint(student)
+    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+    chosen = load_recipe(recipe, "coreml")
+
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+        return _write(checkpoint, source, spec, chosen, folder, name)
+
+    return build_artifact(
+        out_dir,
+        checkpoint,
+        chosen,
+        grid,
+        write,
+        name=name,
+        target="coreml",
+        runtime="Core ML",
+        main_file=f"{PACKAGE}/Manifest.json",
+    )
+
+
+def open(artifact: Artifact, *, threads: int | None = None) -> Session:
+    """The artifact in Core ML; where there is none, in the interpreter that ``stand_in`` names.
+
+    Args:
+        threads: not used: Core ML takes none, and the interpreter is not timed.
+
+    Raises:
+        BadArtifact: the package is damaged.
+        Unsupported: it has an operator that the interpreter does not know.
+        MissingExtra: coremltools is not installed.
+    """
+    details_of(artifact, CoremlDetails)
+    contract, package = artifact.manifest.contract, main_file(artifact, f"{PACKAGE}/Manifest.json").parent
+    artifact.check_nothing_else(PACKAGE)
+    tokenizer = SessionTokenizer(artifact.path(TOKENIZER), "coreml")  # Core ML has none
+    return DecoderSession(CoremlEngine(package, contract), tokenizer, contract)
+
+
+def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:
+    """How each parameter is stored."""
+    if not isinstance(source, Checkpoint):
+        return dict(source.kinds)
+    if not recipe.native:
+        return dict.fromkeys(source, "plain")
+
+    def form(name: str) -> graph_.Form:
+        shape = source.shape(name)
+        if len(shape) != 2 or shape[1] % 2:
+            return "plain"
+        return "palette4" if name.endswith("_proj.weight") else "int8"
+
+    return {name: form(name) for name in source}
+
+
+def _write(
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, recipe: Recipe, folder: Path, name: str
+) -> dict[str, Any]:
+    """Write everything but the manifest, and return the manifest's fields."""
+    from .pack import WEIGHT_FILE, write_package
+
+    arch = read_config(checkpoint.config, "Core ML")
+    check_weights(arch, source, "Core ML")
+    settings = graph_.Settings(_forms(recipe, source), source.tied, spec.context or arch.context_length)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
+    _save_tokenizer(tokenizer, contract, folder)
+    shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+
+    graph = graph_.build(arch, settings)
+    description = graph_.describe(arch, settings, _metadata(contract, name, recipe.name, folder))
+    write_package(folder / PACKAGE, graph, description, source, arch)
+    weight_bytes = sum(stored.size_bytes for stored in graph.stored.values() if stored.source)
+    return {
+        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "contract": contract,
+        "versions": {package: version(package) for package in ("edgekd", "coremltools")},
+        "details": CoremlDetails(
+            minimum={"ios": "18", "macos": "15"},
+            compute_units={"cpuAndGPU": "not run", "cpuAndNeuralEngine": "not run"},
+            weight_bytes=(folder / PACKAGE / WEIGHT_FILE).stat().st_size,
+        ).model_dump(),
+    }
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, contract: Contract, folder: Path) -> None:
+    """``tokenizer.json`` and a ``tokenizer_config.json`` that swift-transformers reads.
+
+    It looks for a class that it knows and for the chat template in that file, and cleans spaces up unless told not to.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": contract.chat_template}
+    config.setdefault("clean_up_tokenization_spaces", False)
+    write_json(path, {key: value for key, value in config.items() if value is not None})
+
+
+def _metadata(contract: Contract, name: str, recipe: str, folder: Path) -> dict[str, str]:
+    """What an app can read from the package alone."""
+    return {
+        "co.huggingface.exporters.name": name,  # swift-transformers' key
+        "edgekd.recipe": recipe,
+        "edgekd.contract": contract.model_dump_json(exclude={"special_tokens"}),  # tokenizer_config.json holds them
+        "edgekd.tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
+    }

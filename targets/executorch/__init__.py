@@ -1,0 +1,1 @@
+"""ExecuTorch on XNNPACK, and lowered for Vulkan."""

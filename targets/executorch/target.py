@@ -1,0 +1,227 @@
+"""ExecuTorch for phones: fp16 and fp32 from the student, the portable grid from the quantized student as it is.
+
+XNNPACK runs the whole decoder but for the embedding, the cache and attention, which ExecuTorch's own kernels run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ...checkpoint import Checkpoint
+from ...errors import BadArtifact, EdgekdError, SpecError, Unsupported
+from ...manifest import Artifact, Contract
+from ...session import Session
+from ...spec import TargetSpec
+from ...student import load_tokenizer
+from ..shared.artifact import (
+    Details,
+    TokenizerProof,
+    build_artifact,
+    check_contract,
+    check_installed,
+    check_size,
+    cores,
+    details_of,
+    main_file,
+)
+from ..shared.decoder import (
+    MAX_CACHE_BYTES,
+    Architecture,
+    cache_bytes,
+    check_context,
+    check_head_dim,
+    check_weights,
+    read_config,
+)
+from ..shared.recipes import Real, load_recipe, real_of
+from ..shared.session import DecoderSession
+from ..shared.tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, compare_tokenizers, contract_of
+from .session import CHUNK, ExecutorchEngine, head_sha256, runner_tokenizer
+
+if TYPE_CHECKING:
+    from ...quant.folder import Grid
+
+MAIN_FILE = "model.pte"
+PROVIDERS = {"cpu": "tested", "vulkan": "not run"}
+"""``cpu`` is XNNPACK."""
+
+
+class ExecutorchDetails(Details):
+    """What the manifest says of an ExecuTorch artifact."""
+
+    providers: dict[str, str] = Field(min_length=1)
+    """The one that the program is lowered for, and whether it was tested."""
+    delegates: int = Field(ge=0)
+    delegated: dict[str, int]
+    """Nodes by operator, inside the delegates; and those outside."""
+    undelegated: dict[str, int]
+    undelegated_heavy: list[str]
+    chunk_tokens: int = Field(ge=1)
+    """Most tokens of a call."""
+    cache_bytes: int = Field(ge=0)
+    tokenizer: TokenizerProof
+    file_bytes: int = Field(ge=0)
+    head_bytes: int = Field(ge=0)
+    """What the runtime parses, before the weights; and its sum."""
+    head_sha256: str
+
+
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+    """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
+
+    Raises:
+        SpecError: an unknown recipe or provider, or a context longer than the student's.
+        Unsupported: an architecture, a setting or a head size that the exporter does not write, or a context whose
+            cache is too large.
+        EdgekdError: no tokenizer.
+        MissingExtra: a package of the extra is not installed.
+    """
+    for recipe in spec.recipes:
+        load_recipe(recipe, "executorch")
+    if len(spec.providers) != 1 or spec.providers[0] not in PROVIDERS:
+        raise SpecError(
+            f"targets: providers {spec.providers} for executorch: a program is lowered for one, "
+            f"{' or '.join(PROVIDERS)}."
+        )
+    if spec.providers == ["vulkan"] and "fp16" in spec.recipes:
+        raise SpecError("targets: recipe 'fp16' for vulkan is not written yet; take executorch-fp32.")
+    arch = read_config(config, "ExecuTorch")
+    check_context(spec, arch)
+    check_head_dim(arch)
+    _check_cache(arch, spec.context or arch.context_length)
+    check_has_tokenizer(tokenizer_folder)
+    check_installed("executorch", "executorch", "torchao", "pytorch-tokenizers", "tokenizers")
+
+
+def _check_cache(arch: Architecture, context_length: int) -> None:
+    size = cache_bytes(arch, context_length, 4)
+    if size > MAX_CACHE_BYTES:
+        raise Unsupported(
+            f"targets: the cache of {context_length} tokens takes {size / 2**30:.1f} GiB, which ExecuTorch allocates "
+            "whole.",
+            "Ask for a shorter context.",
+        )
+
+
+def export(
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out_dir: Path,
+    *,
+    name: str,
+    grid: Path | None = None,
+    moments: Path | None = None,  # of native recipes: ExecuTorch has none
+) -> Artifact:
+    """Write ``model.pte``, the tokenizer and the manifest; see ``targets.export``."""
+    checkpoint = Checkpoint(student)
+    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+    chosen = load_recipe(recipe, "executorch")
+
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+        return _write(checkpoint, source, spec, real_of(chosen), folder)
+
+    return build_artifact(
+        out_dir,
+        checkpoint,
+        chosen,
+        grid,
+        write,
+        name=name,
+        target="executorch",
+        runtime="executorch",
+        main_file=MAIN_FILE,
+    )
+
+
+def open(artifact: Artifact, *, threads: int | None = None) -> Session:
+    """The artifact in ExecuTorch's runtime.
+
+    Raises:
+        BadArtifact: the file is not the one that was exported, or ExecuTorch refuses it.
+        EdgekdError: a program for Vulkan.
+        MissingExtra: ExecuTorch is not installed.
+    """
+    details, contract = details_of(artifact, ExecutorchDetails), artifact.manifest.contract
+    path, tokenizer = main_file(artifact, MAIN_FILE), artifact.path(TOKENIZER)
+    if "cpu" not in details.providers:
+        raise EdgekdError(
+            f"{artifact.folder}: the program is for {', '.join(details.providers)}, which is not run here.",
+            "Run it on a phone, or export with providers: [cpu].",
+        )
+    check_size(path, details.file_bytes)
+    if head_sha256(path, details.head_bytes) != details.head_sha256:  # a changed byte there may end the process
+        raise BadArtifact(f"{path} is not the program that was exported.", "Export the artifact again.")
+    encoder = partial(runner_tokenizer, tokenizer, contract) if details.tokenizer.used == "executorch" else None
+    engine = ExecutorchEngine(path, cores(threads))
+    check_contract(path, contract, engine.number("get_vocab_size"), engine.number("get_max_context_len"))
+    return DecoderSession(engine, SessionTokenizer(tokenizer, "executorch", encoder), contract)
+
+
+def _write(
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, real: Real, folder: Path
+) -> dict[str, Any]:
+    """Write everything but the manifest, and return the manifest's fields."""
+    from .lower import lower
+    from .model import Decoder, Weights
+    from .pack import write_program
+
+    arch = read_config(checkpoint.config, "ExecuTorch")
+    check_weights(arch, source, "ExecuTorch")
+    context, (provider,) = spec.context or arch.context_length, spec.providers
+    tokenizer = load_tokenizer(checkpoint.folder)
+    contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
+    tokenizer.save_pretrained(folder)
+    told = compare_tokenizers(tokenizer, "executorch", partial(runner_tokenizer, folder / "tokenizer.json", contract))
+
+    cpu = provider == "cpu"
+    weights = Weights(source, real if cpu else "float32", stand_ins=cpu)
+    weights.check()
+    lowered = lower(Decoder(weights, arch, context).eval(), provider, runner_methods(arch, contract))
+    if lowered.heavy:
+        warnings.warn(
+            f"{provider} does not run {', '.join(lowered.heavy)} of this model: generation will be slow.", stacklevel=2
+        )
+    written = write_program(folder / MAIN_FILE, lowered.manager, weights)
+    weight_bytes = written.tensor_bytes - 2 * 4 * context * arch.head_dim  # without cosines and sines, float32
+    return {
+        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "contract": contract,
+        "versions": {package: version(package) for package in ("edgekd", "executorch", "torch", "torchao")},
+        "details": ExecutorchDetails(
+            providers={provider: PROVIDERS[provider]},
+            delegates=lowered.delegates,
+            delegated=lowered.delegated,
+            undelegated=lowered.undelegated,
+            undelegated_heavy=lowered.heavy,
+            chunk_tokens=CHUNK,
+            cache_bytes=cache_bytes(arch, context, 4),
+            tokenizer=told,
+            file_bytes=(folder / MAIN_FILE).stat().st_size,
+            head_bytes=written.head_bytes,
+            head_sha256=head_sha256(folder / MAIN_FILE, written.head_bytes),
+        ).model_dump(),
+    }
+
+
+def runner_methods(arch: Architecture, contract: Contract) -> dict[str, Any]:
+    """The methods by which an app's runner learns what the program is."""
+    bos = contract.eos_ids[0] if contract.bos_id is None else contract.bos_id
+    return {
+        "get_bos_id": bos,
+        "get_eos_ids": contract.eos_ids,
+        "get_vocab_size": contract.vocab_size,
+        "get_n_layers": arch.layers,
+        "get_max_context_len": contract.context_length,
+        "get_max_seq_len": min(CHUNK, contract.context_length),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }

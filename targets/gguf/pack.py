@@ -1,0 +1,133 @@
+"""Weights into GGUF blocks, one tensor in memory at a time.
+
+Shapes: ``q (out, in)`` int8; ``scale (out, in / 32)`` float32; blocks ``(out, bytes of a row)`` uint8.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...checkpoint import Checkpoint
+from ...quant.recipe import GROUP
+from ..shared.source import exact_half, narrow
+from .names import Weight
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    from ...quant.folder import Grid
+    from ...quant.recipe import Kind
+
+
+def pack_q4_0(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Blocks of 32 weights: fp16 scale, then 16 bytes; byte ``j`` holds ``q[j] + 8`` low and ``q[j + 16] + 8`` high.
+
+    Args:
+        q: int8 ``(out, in)`` in [-8, 7].
+        scale: float32 ``(out, in / 32)``, exact in fp16.
+    """
+    rows, groups = scale.shape
+    codes = (q.reshape(rows, groups, 2, GROUP // 2) + 8).astype(np.uint8)
+    nibbles = codes[:, :, 0] | (codes[:, :, 1] << 4)
+    return np.concatenate([_fp16_bytes(scale), nibbles], axis=-1).reshape(rows, -1)
+
+
+def pack_q8_0(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Blocks of 32 weights: fp16 scale, then 32 int8.
+
+    Args:
+        q: int8 ``(out, in)``.
+        scale: float32 ``(out, in / 32)``, exact in fp16.
+    """
+    rows, groups = scale.shape
+    codes = np.ascontiguousarray(q).view(np.uint8).reshape(rows, groups, GROUP)
+    return np.concatenate([_fp16_bytes(scale), codes], axis=-1).reshape(rows, -1)
+
+
+def _fp16_bytes(scale: np.ndarray) -> np.ndarray:
+    return exact_half(scale)[..., None].view(np.uint8)
+
+
+def reorder_heads(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows ``(heads * head_dim, ...)`` of a query or key projection from halves ``(2, head_dim / 2)`` to pairs
+    ``(head_dim / 2, 2)``: transformers rotates halves, llama.cpp's Llama rotates neighbours."""
+    if not heads:
+        return rows
+    split = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def tensor_type(weight: Weight, kind: Kind) -> GGMLQuantizationType:
+    """The GGUF type of a tensor. int8 rows that are no multiple of 32 cannot be blocks: they become fp32, which holds
+    ``scale * q`` exactly."""
+    from gguf import GGMLQuantizationType as Type
+
+    if len(weight.shape) == 1:
+        return Type.F32
+    if kind == "plain":
+        return Type.F16
+    if kind == "int4":
+        return Type.Q4_0
+    return Type.Q8_0 if weight.shape[-1] % GROUP == 0 else Type.F32
+
+
+def encode(weight: Weight, source: Checkpoint | Grid) -> np.ndarray:
+    """The tensor's data as the file holds it.
+
+    Raises:
+        EdgekdError: a weight that is not finite, or does not fit fp16.
+    """
+    if kind_of(weight, source) != "plain":
+        assert not isinstance(source, Checkpoint)
+        return _encode_grid(weight, source)
+    dtype = "float16" if len(weight.shape) == 2 else "float32"
+    return reorder_heads(narrow(source, weight.source, dtype), weight.heads)
+
+
+def kind_of(weight: Weight, source: Checkpoint | Grid) -> Kind:
+    """How the source holds a tensor."""
+    return "plain" if isinstance(source, Checkpoint) else source.kinds[weight.source]
+
+
+def _encode_grid(weight: Weight, grid: Grid) -> np.ndarray:
+    """A matrix on the portable grid: int4 groups, or int8 rows."""
+    pair = grid.int4(weight.source) or grid.int8(weight.source)
+    assert pair is not None, weight.source
+    q, scale = (reorder_heads(part.numpy(), weight.heads) for part in pair)
+    if scale.ndim == 2:
+        return pack_q4_0(q, scale)
+    if q.shape[1] % GROUP:
+        return q.astype(np.float32) * scale[:, None]
+    return pack_q8_0(q, np.repeat(scale[:, None], q.shape[1] // GROUP, axis=1))
+
+
+def write_file(
+    writer: GGUFWriter,
+    path: Path,
+    plan: list[Weight],
+    source: Checkpoint | Grid,
+    *,
+    rope_factors: tuple[float, ...] = (),
+) -> None:
+    """Write a whole file: header, keys, then tensor after tensor. A ``Checkpoint``'s matrices become fp16."""
+    import gguf
+
+    for weight in plan:
+        kind = tensor_type(weight, kind_of(weight, source))
+        shape = gguf.quant_shape_to_byte_shape(weight.shape, kind)
+        size = int(np.prod(shape))
+        writer.add_tensor_info(weight.name, shape, np.dtype(np.uint8), size, raw_dtype=kind)
+    factors = np.array(rope_factors, np.float32)
+    if rope_factors:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for weight in plan:
+        writer.write_tensor_data(encode(weight, source))
+    if rope_factors:
+        writer.write_tensor_data(factors)
+    writer.close()

@@ -1,0 +1,236 @@
+"""GGUF for llama.cpp: fp16 and the portable grid (Q8_0, Q4_0) packed here; native types by its own quantizer."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoint import Checkpoint
+from ...errors import EdgekdError, MissingExtra, Unsupported
+from ...manifest import Artifact
+from ...session import Session
+from ...spec import TargetSpec
+from ...student import load_tokenizer
+from ..shared.artifact import build_artifact, cores, main_file
+from ..shared.decoder import check_context
+from ..shared.recipes import load_recipe
+from ..shared.session import DecoderSession
+from . import names as arch_
+from . import vocab as vocab_
+from .session import GgufEngine, load_model, runtime, said, tokenize
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+
+    from ...quant.folder import Grid
+    from ...quant.recipe import Recipe
+
+FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.h: llama_ftype
+MAIN_FILE = "model.gguf"
+
+
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+    """Refuse what GGUF cannot hold, from ``config.json`` and ``tokenizer.json`` alone.
+
+    Raises:
+        SpecError: an unknown recipe, or a context longer than the student's.
+        Unsupported: an architecture, setting or tokenizer that the exporter does not write.
+        MissingExtra: gguf or llama-cpp-python is not installed.
+    """
+    for recipe in spec.recipes:
+        load_recipe(recipe, "gguf")
+    arch = arch_.read_config(config)
+    check_context(spec, arch)
+    vocab_.check_tokenizer(tokenizer_folder)
+    try:
+        import gguf  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtra("gguf", "gguf") from error
+    runtime()
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        _try_tokenizer(arch, tokenizer_folder)
+
+
+def _try_tokenizer(arch: arch_.Architecture, folder: Path) -> None:
+    """Whether llama.cpp gives the ids of a tokenizer that transformers makes of ``tokenizer.model`` shows in use."""
+    tokenizer = load_tokenizer(folder)
+    vocabulary = vocab_.read_tokenizer(tokenizer, folder, arch.vocab_size)
+    with TemporaryDirectory() as scratch:
+        bare = partial(_writer, arch, arch.context_length, vocabulary, name=folder.name, file_type=None)
+        _prove(bare, vocabulary, tokenizer, Path(scratch) / "vocabulary.gguf")
+
+
+def export(
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out_dir: Path,
+    *,
+    name: str,
+    grid: Path | None = None,
+    moments: Path | None = None,
+) -> Artifact:
+    """Write ``model.gguf``, the tokenizer and the manifest; see ``targets.export``.
+
+    The tokenizer's ids are proved against llama.cpp before any weight is written.
+    """
+    checkpoint = Checkpoint(student)
+    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
+    chosen = load_recipe(recipe, "gguf")
+
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+        return _write(checkpoint, source, spec, chosen, folder, name, moments)
+
+    return build_artifact(
+        out_dir, checkpoint, chosen, grid, write, name=name, target="gguf", runtime="llama.cpp", main_file=MAIN_FILE
+    )
+
+
+def open(artifact: Artifact, *, threads: int | None = None) -> Session:
+    """The artifact in llama.cpp.
+
+    Raises:
+        BadArtifact: llama.cpp refuses the file.
+        MissingExtra: llama-cpp-python is not installed.
+    """
+    contract = artifact.manifest.contract
+    engine = GgufEngine(main_file(artifact, MAIN_FILE), contract, cores(threads))
+    return DecoderSession(engine, engine, contract)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    source: Checkpoint | Grid,
+    spec: TargetSpec,
+    recipe: Recipe,
+    folder: Path,
+    name: str,
+    moments: Path | None,
+) -> dict[str, Any]:
+    """Write everything but the manifest, and return the manifest's fields."""
+    from .pack import write_file
+
+    arch = arch_.read_config(checkpoint.config)
+    plan = arch_.weights(arch, source)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    vocabulary = vocab_.read_tokenizer(tokenizer, checkpoint.folder, arch.vocab_size)
+    context_length = spec.context or arch.context_length
+
+    def writer(pre: str, file_type: int | None = None) -> GGUFWriter:
+        return _writer(arch, context_length, vocabulary, pre, name, file_type)
+
+    pre = _prove(writer, vocabulary, tokenizer, folder / "vocabulary.gguf")
+    path = folder / MAIN_FILE
+    packed = folder / "f16.gguf" if recipe.native else path
+    file_type = "q4_0" if recipe.has_int4 else "q8_0" if recipe.on_grid else "f16"
+    write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, source, rope_factors=arch.rope_factors)
+    if recipe.native:
+        importance = _importance(plan, checkpoint, moments) if recipe.needs_moments else {}
+        _quantize(packed, path, FILE_TYPES[recipe.native.type], importance)
+        packed.unlink()
+    tokenizer.save_pretrained(folder)
+    return {
+        "bits_per_weight": round(8 * _tensor_bytes(path) / checkpoint.parameters, 4),
+        "contract": vocab_.contract(vocabulary, context_length),
+        "versions": {package: version(package) for package in ("edgekd", "llama-cpp-python", "gguf")},
+    }
+
+
+def _writer(
+    arch: arch_.Architecture,
+    context_length: int,
+    vocabulary: vocab_.Vocabulary,
+    pre: str,
+    name: str,
+    file_type: int | None,
+) -> GGUFWriter:
+    """A writer with all keys set; ``file_type`` None: of a file without weights."""
+    import gguf
+
+    writer = gguf.GGUFWriter(None, arch.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    arch_.add_hyperparameters(writer, arch, context_length)
+    if file_type is not None:
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    vocab_.add_vocabulary(writer, vocabulary, pre)
+    return writer
+
+
+def _prove(writer: Any, vocabulary: vocab_.Vocabulary, tokenizer: Any, path: Path) -> str:
+    """The pre-tokenizer's name, proved with llama.cpp on a file without weights that is removed again."""
+    lib = runtime()
+    bare = writer(vocabulary.pre)
+    bare.write_header_to_file(path)
+    bare.write_kv_data_to_file()
+    bare.write_ti_data_to_file()
+    bare.close()
+
+    def runtime_ids(pre: str, texts: Iterable[str]) -> list[list[int]]:
+        model = load_model(path, vocab_only=True, pre_tokenizer=pre)
+        try:
+            vocab = lib.llama_model_get_vocab(model)
+            return [tokenize(lib, vocab, text) for text in texts]
+        finally:
+            lib.llama_model_free(model)
+
+    try:
+        return vocab_.prove_tokenizer(vocabulary, tokenizer, runtime_ids)
+    finally:
+        path.unlink()
+
+
+def _importance(plan: list[arch_.Weight], checkpoint: Checkpoint, moments: Path | None) -> dict[str, np.ndarray]:
+    """llama.cpp's importance matrix: the mean square of every input, float32 ``(in,)``, by GGUF tensor name.
+
+    Raises:
+        EdgekdError: no moments, or those of another student.
+    """
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    if moments is None:
+        raise EdgekdError("this recipe needs the activations' second moments.", "Give calibration text.")
+    found = load_file(moments)
+    importance = {}
+    for weight in plan:
+        if weight.source not in found:
+            continue
+        # llama.cpp refuses zeros: an input that never moved matters least, not nothing.
+        values = np.maximum(found[weight.source], np.finfo(np.float32).tiny)
+        if values.shape != (weight.shape[-1],):
+            raise EdgekdError(
+                f"{moments}: {weight.source!r} has {values.size} moments for {weight.shape[-1]} inputs.",
+                f"Calibrate {checkpoint.folder} itself.",
+            )
+        importance[weight.name] = values
+    return importance
+
+
+def _quantize(source: Path, target: Path, file_type: int, importance: Mapping[str, np.ndarray]) -> None:
+    lib = runtime()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = file_type
+    params.nthread = cores()
+    entries = (lib.llama_model_imatrix_data * (len(importance) + 1))()  # the last, empty one ends the list
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        entry.name = name.encode()
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = values.size
+    if importance:
+        params.imatrix = entries
+    if lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        raise Unsupported(f"llama.cpp cannot quantize this student: {said()}.", "Use portable-int4 or int8.")
+
+
+def _tensor_bytes(path: Path) -> int:
+    import gguf
+
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)

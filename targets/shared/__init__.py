@@ -1,0 +1,1 @@
+"""What the targets share: the artifact's folder, sources of tensors, sessions, tokenizers, recipes."""

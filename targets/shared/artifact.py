@@ -1,0 +1,163 @@
+"""What the targets share that concerns the artifact's folder and how it is opened."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...checkpoint import Checkpoint
+from ...errors import BadArtifact, EdgekdError, MissingExtra
+from ...files import atomic_folder
+from ...manifest import MANIFEST, Artifact, Contract, first_complaint, write_artifact
+from ...quant.recipe import Recipe
+from .source import open_source, source_fields
+
+if TYPE_CHECKING:
+    from ...quant.folder import Grid
+
+
+def build_artifact(
+    out_dir: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    grid: Path | None,
+    write: Callable[[Checkpoint | Grid, Path], dict[str, Any]],
+    **fields: Any,
+) -> Artifact:
+    """Make an artifact that appears only when whole.
+
+    Args:
+        out_dir: its folder, which must not exist.
+        grid: the quantized student's folder, for a recipe on the grid; None rounds the student to nearest.
+        write: writes every file but the manifest into a folder, its tensors from the student or its quantized form,
+            and returns fields of the manifest.
+        fields: further fields of the manifest.
+
+    Raises:
+        EdgekdError: ``out_dir`` exists, or cannot be written; ``grid`` is of another student or recipe.
+    """
+    if out_dir.exists():
+        raise EdgekdError(f"{out_dir} exists already.", "Remove it, or choose another folder.")
+    try:
+        with atomic_folder(out_dir) as folder:
+            source = open_source(checkpoint, recipe, grid, folder / "grid")
+            fields |= {"recipe": recipe.name, **source_fields(checkpoint, source), **write(source, folder)}
+            shutil.rmtree(folder / "grid", ignore_errors=True)
+            artifact = write_artifact(folder, **fields)
+    except OSError as error:
+        raise EdgekdError(f"{out_dir}: cannot be written: {error}.", "Free disk space, or check the folder.") from error
+    return Artifact(out_dir, artifact.manifest)
+
+
+def check_installed(extra: str, *packages: str) -> None:
+    """Refuse to begin without a package that the target will import.
+
+    Raises:
+        MissingExtra: one is not installed.
+    """
+    for package in packages:  # by the module: some packages come in variants of other names
+        if find_spec(package.replace("-", "_")) is None:
+            raise MissingExtra(package, extra)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what libraries remark on themselves: absent parts, newer packages, their own future."""
+    previous = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a file that is not whole.
+
+    Raises:
+        BadArtifact: it is of another size.
+    """
+    if (found := path.stat().st_size) != size:
+        raise BadArtifact(f"{path} has {found} bytes, not {size}.", "Export the artifact again.")
+
+
+def main_file(artifact: Artifact, name: str) -> Path:
+    """The file that the target's runtime opens, which apps find by the manifest's ``main_file``.
+
+    Raises:
+        BadArtifact: the manifest names another, or does not list it.
+    """
+    if artifact.manifest.main_file != name:
+        raise BadArtifact(
+            f"{artifact.folder}: main_file is {artifact.manifest.main_file!r:.200}, not {name!r}.",
+            "Export the artifact again.",
+        )
+    return artifact.main_file
+
+
+class Details(BaseModel):
+    """What a target's manifests have to say; each target adds its fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+D = TypeVar("D", bound=Details)
+
+
+class TokenizerProof(Details):
+    """Whether a runtime's own tokenizer gives the student's ids."""
+
+    used: str
+    """The runtime where it does, else ``tokenizers``."""
+    texts: int = Field(ge=0)
+    differ: int = Field(ge=0)
+    first: str | None
+    """The first text that differs, and how."""
+
+
+def details_of(artifact: Artifact, kind: type[D]) -> D:
+    """What the exporter told of its artifact.
+
+    Raises:
+        BadArtifact: a key is missing, unknown or of another type.
+    """
+    try:
+        return kind.model_validate(artifact.manifest.details)
+    except ValidationError as error:
+        raise BadArtifact(
+            f"{artifact.folder / MANIFEST}: details: {first_complaint(error)}.", "Export the artifact again."
+        ) from error
+
+
+def check_contract(path: Path, contract: Contract, vocab_size: int, context_length: int) -> None:
+    """Compare the manifest's numbers with the model's own, before memory is taken for them.
+
+    Args:
+        vocab_size, context_length: what the model file says.
+
+    Raises:
+        BadArtifact: another vocabulary, or a longer context.
+    """
+    if contract.vocab_size != vocab_size:
+        what = f"a vocabulary of {vocab_size}, the manifest one of {contract.vocab_size}"
+    elif contract.context_length > context_length:
+        what = f"a context of {context_length}, the manifest one of {contract.context_length}"
+    else:
+        return
+    raise BadArtifact(f"{path} has {what}.", "Export the artifact again.")
+
+
+def cores(threads: int | None = None) -> int:
+    """Threads to run with: as asked, else one for each physical core."""
+    return threads or psutil.cpu_count(logical=False) or 1

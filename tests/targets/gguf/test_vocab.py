@@ -1,0 +1,219 @@
+"""Tokenizers: the ids that llama.cpp gives are those of Hugging Face, or the export refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from edgekd import targets
+from edgekd.errors import Unsupported
+from edgekd.session import Session
+from edgekd.spec import TargetSpec
+from edgekd.targets.gguf.session import load_model, runtime
+from edgekd.targets.gguf.vocab import PRE_TOKENIZERS, check_tokenizer
+
+SPEC = TargetSpec(target="gguf", recipes=["fp16"])
+REGEXES = {name: steps for steps, name in PRE_TOKENIZERS.items()}
+TEXTS = [
+    "",
+    " ",
+    "def f(x):\n\treturn x  # naïve\n\n\n",
+    "<|im_start|>user\nHi <|im_end|>\n",
+    "a\u0301 \u212b ﬁ",
+    "  🚀👩‍👩‍👧 12345",
+    "\x00\r\n\x7f",
+    "</s><s> <unk> <tool>x<tool>",
+    "IT'S we'LL",
+    "[PAD701] <0x41>",
+]
+
+
+def export(factory: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, folder: Path, kind: str = "qwen3") -> Any:
+    student = factory(folder / "student", kind, tokenizer, vocab_size=len(tokenizer) + 3, num_hidden_layers=1)
+    return targets.export(student, SPEC, "fp16", folder / "out", name="t")
+
+
+def written(artifact: Any, key: str) -> Any:
+    field = gguf.GGUFReader(artifact.main_file).fields.get(f"tokenizer.ggml.{key}")
+    return None if field is None else field.contents()
+
+
+def pre_tokenizer(name: str, factory: Callable[..., Any]) -> pre_tokenizers.PreTokenizer:
+    steps = REGEXES[name]
+    regexes = [step for step in steps if step not in ("gpt2", "digit")]
+    return factory(*regexes, digits="digit" in steps, use_regex="gpt2" in steps)
+
+
+@pytest.mark.parametrize("name", [*REGEXES])
+def test_a_custom_vocabulary_finds_its_pre_tokenizer(
+    name: str, tmp_path: Path, student_factory: Any, tokenizer_factory: Any, byte_level_factory: Any
+) -> None:
+    tokenizer = tokenizer_factory(
+        pre_tokenizer(name, byte_level_factory), ignore_merges=name in ("llama-bpe", "tekken"), extra=["<tool>", "\t\t"]
+    )
+    artifact = export(student_factory, tokenizer, tmp_path)
+    assert written(artifact, "pre") == name
+    session = targets.open_artifact(artifact, threads=1)
+    for text in TEXTS:
+        assert session.tokenize(text) == tokenizer(text)["input_ids"], text
+    session.close()
+
+
+def test_an_unlisted_regex_is_matched_by_its_ids(
+    tmp_path: Path, student_factory: Any, tokenizer_factory: Any, byte_level_factory: Any
+) -> None:
+    regex = REGEXES["llama-bpe"][0].replace("(?i:'s|'t|", "(?i:'t|'s|")
+    assert (regex,) not in PRE_TOKENIZERS
+    artifact = export(student_factory, tokenizer_factory(byte_level_factory(regex)), tmp_path)
+    assert written(artifact, "pre") == "llama-bpe"
+
+
+def test_a_pre_tokenizer_that_llama_cpp_lacks_is_refused_by_the_string_that_differs(
+    tmp_path: Path, student_factory: Any, tokenizer_factory: Any, byte_level_factory: Any
+) -> None:
+    tokenizer = tokenizer_factory(byte_level_factory("[aeiou]+|[^aeiou]+"))
+    with pytest.raises(Unsupported, match=r"differs on \d+ of \d+ strings, first on '.+': \[.+\] instead of \["):
+        export(student_factory, tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True), (False, True)])
+def test_bos_and_eos_are_added_as_the_tokenizer_adds_them(
+    bos: bool, eos: bool, tmp_path: Path, student_factory: Any, tokenizer_factory: Any
+) -> None:
+    tokenizer = tokenizer_factory(add_bos=bos, add_eos=eos)
+    artifact = export(student_factory, tokenizer, tmp_path)
+    session = targets.open_artifact(artifact, threads=1)
+    ids = session.tokenize("hello")
+    session.close()
+    assert ids == tokenizer("hello")["input_ids"]
+    assert (ids[0] == 1, ids[-1] == 0) == (bos, eos)
+    assert artifact.manifest.contract.add_bos is bos and artifact.manifest.contract.bos_id == (1 if bos else None)
+
+
+def test_nfc_stands_in_the_contract_and_is_applied(
+    tmp_path: Path, student_factory: Any, tokenizer_factory: Any
+) -> None:
+    tokenizer = tokenizer_factory(nfc=True)
+    artifact = export(student_factory, tokenizer, tmp_path)
+    session = targets.open_artifact(artifact, threads=1)
+    assert artifact.manifest.contract.normalizer == "NFC"
+    text = "cafe\u0301 \u212b"
+    assert (
+        session.tokenize(text) == tokenizer(text)["input_ids"] == session.tokenize(unicodedata.normalize("NFC", text))
+    )
+    session.close()
+
+
+def test_token_types_padding_ends_and_template(tmp_path: Path, student_factory: Any, tokenizer_factory: Any) -> None:
+    tokenizer = tokenizer_factory(extra=["<tool>"])
+    artifact = export(student_factory, tokenizer, tmp_path)
+    tokens, types = written(artifact, "tokens"), written(artifact, "token_type")
+    assert tokens[700:] == ["<tool>", "[PAD701]", "[PAD702]", "[PAD703]"]
+    assert types[:3] == [gguf.TokenType.CONTROL] * 3
+    assert types[700:] == [gguf.TokenType.USER_DEFINED] + [gguf.TokenType.UNUSED] * 3
+    assert set(types[3:700]) == {gguf.TokenType.NORMAL}
+    assert (written(artifact, "eos_token_id"), written(artifact, "eot_token_id")) == (0, 2)
+    assert artifact.manifest.contract.eos_ids == [0, 2]
+    template = gguf.GGUFReader(artifact.main_file).fields["tokenizer.chat_template"].contents()
+    assert template == artifact.manifest.contract.chat_template == tokenizer.chat_template
+    again = PreTrainedTokenizerFast.from_pretrained(artifact.folder)
+    assert (
+        again.chat_template == tokenizer.chat_template
+        and again("<tool> x")["input_ids"] == tokenizer("<tool> x")["input_ids"]
+    )
+
+
+def test_llama_cpp_stops_at_three_ends_and_the_session_at_all(
+    tmp_path: Path, student_factory: Any, tokenizer_factory: Any
+) -> None:
+    tokenizer = tokenizer_factory(extra=["<|done|>"])
+    folder = student_factory(tmp_path / "student", tokenizer=tokenizer)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 700, 5]}))
+    artifact = targets.export(folder, TargetSpec(target="gguf", recipes=["fp16"]), "fp16", tmp_path / "a", name="a")
+    assert artifact.manifest.contract.eos_ids == [0, 700, 5, 2]
+    ends = [written(artifact, f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    assert ends == [0, 2, 700]
+    lib, model = runtime(), load_model(artifact.main_file, vocab_only=True)
+    vocab = lib.llama_model_get_vocab(model)
+    assert all(lib.llama_vocab_is_eog(vocab, token) for token in ends)
+    lib.llama_model_free(model)
+
+
+def test_a_vocabulary_of_bytes_alone(tmp_path: Path, student_factory: Any) -> None:
+    vocab = {text: i for i, text in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    session = targets.open_artifact(export(student_factory, wrapped, tmp_path), threads=1)
+    ids = session.tokenize("é\n<eos>")
+    assert ids == wrapped("é\n<eos>")["input_ids"] and len(ids) == 4
+    assert [session.token_bytes(i) for i in ids] == [b"\xc3", b"\xa9", b"\n", b""]
+    session.close()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece(prefix: bool, tmp_path: Path, student_factory: Any, sentencepiece_factory: Any) -> None:
+    tokenizer = sentencepiece_factory(prefix=prefix, extra=["<tool>"])
+    artifact = export(student_factory, tokenizer, tmp_path, "llama")
+    assert written(artifact, "model") == "llama" and written(artifact, "add_space_prefix") is prefix
+    types = written(artifact, "token_type")
+    assert types[:3] == [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    assert set(types[3:259]) == {gguf.TokenType.BYTE}
+    session = targets.open_artifact(artifact, threads=1)
+    for text in TEXTS:
+        ids = session.tokenize(text)
+        assert ids == tokenizer(text)["input_ids"], text
+    ids = session.tokenize("añb 🚀")
+    assert b"".join(map(session.token_bytes, ids)).decode() == " " * prefix + "añb 🚀"
+    session.close()
+
+
+def test_sentencepiece_with_a_prefix_that_llama_cpp_lacks_is_refused(
+    tmp_path: Path, student_factory: Any, sentencepiece_factory: Any
+) -> None:
+    with pytest.raises(Unsupported, match="first on ' '"):
+        export(student_factory, sentencepiece_factory(metaspace="first"), tmp_path, "llama")
+
+
+def test_other_kinds_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    for model, cause in ((models.Unigram([("a", 0.0)], 0, False), "Unigram"), (models.BPE({"a": 0}, []), "neither")):
+        Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(Unsupported, match=cause):
+            check_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, student_factory: Any, tokenizer_factory: Any
+) -> Iterator[tuple[Session, PreTrainedTokenizerFast]]:
+    tokenizer = tokenizer_factory()
+    session = targets.open_artifact(export(student_factory, tokenizer, tmp_path_factory.mktemp("pair")), threads=1)
+    yield session, tokenizer
+    session.close()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=40))
+def test_any_text_has_the_same_ids_and_comes_back(pair: tuple[Session, PreTrainedTokenizerFast], text: str) -> None:
+    session, tokenizer = pair
+    # Case-insensitive contractions alone differ: Hugging Face's regex also folds ſ (U+017F), llama.cpp's does not.
+    text = text.replace("ſ", "s")
+    ids = session.tokenize(text)
+    assert ids == tokenizer(text)["input_ids"]
+    # Special tokens render as nothing; hypothesis finds their texts in the source.
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    shown = re.sub("|".join(map(re.escape, special)), "", text)
+    assert b"".join(map(session.token_bytes, ids)).decode() == shown
