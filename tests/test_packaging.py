@@ -51,7 +51,7 @@ def test_the_wheel_holds_every_module_and_file(wheel: zipfile.ZipFile) -> None:
         if re.match(r"(edgekd|targets|benchmarks)/", name) and "/." not in name:
             installed = name.replace("edgekd/optimum/", "optimum/commands/register/")
             expected.add(installed if name.startswith("edgekd/") else f"edgekd/{name}")
-    assert {"edgekd/py.typed", "edgekd/specs/quickstart.yaml", "edgekd/targets/gguf.py"} <= expected
+    assert {"edgekd/py.typed", "edgekd/specs/quickstart.yaml", "edgekd/targets/gguf/target.py"} <= expected
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert inside == expected
 
