@@ -31,6 +31,7 @@ from ._decoder import (
     check_weights,
     read_config,
 )
+from ._proto import messages
 from ._recipes import load_recipe
 from ._session import DecoderSession
 from ._tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, contract_of
@@ -138,6 +139,20 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     artifact.check_nothing_else(PACKAGE)
     tokenizer = SessionTokenizer(artifact.path(TOKENIZER), "coreml")  # Core ML has none
     return DecoderSession(CoremlEngine(package, contract), tokenizer, contract)
+
+
+def inspect(artifact: Artifact) -> None:
+    """Read the package without Core ML, before it does.
+
+    Raises:
+        BadArtifact: its program names a weight file that is not the package's own.
+        MissingExtra: coremltools is not installed.
+    """
+    from .mil.package import Package
+
+    package = Package(main_file(artifact, f"{PACKAGE}/Manifest.json").parent)
+    for value in messages(package.spec, "BlobFileValue"):
+        package.weights(value.fileName)
 
 
 def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:
