@@ -182,14 +182,14 @@ def differences(wanted: dict[str, str], run: Path) -> list[str]:
 
 
 def outcome(run: Path) -> dict[str, str]:
-    """sha256 of every file of a run that does not hold times; of the manifests, without the benchmark."""
+    """sha256 of every file of a run that does not hold times; of the manifests, without what does."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        if path.is_file() and "/" in name and not name.startswith((".edgekd/", "bench/")):
+        if path.is_file() and "/" in name and not name.startswith((".edgekd/", "bench/", "audit/")):
             data = path.read_bytes()
             if path.name == "manifest.json":
-                data = json.dumps(json.loads(data) | {"benchmark": None}).encode()
+                data = json.dumps(json.loads(data) | {"benchmark": None, "audit": None}).encode()
             found[name] = hashlib.sha256(data).hexdigest()
     return found
 
