@@ -201,6 +201,7 @@ def test_a_tokenizer_is_tried_first(tiny_teacher, tmp_path):
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(EdgekdError, match="the tokenizer fails"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("length", ["128", [128], {}])
