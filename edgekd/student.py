@@ -100,6 +100,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = loader.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
         )
+        tokenizer("a")  # some settings of a wrong type are first met at work
     except Exception as error:  # tokenizers raises Exception itself, transformers what a wrong type brings about
         raise EdgekdError(
             f"{folder}: no usable tokenizer ({_reason(error)}).", "Put its tokenizer.json there, or update edgekd."

@@ -26,8 +26,8 @@ class Raw(str):
 HARMLESS = [None, True, False, 0, 1, 2, 3, 16, 64, 0.5, 1.0, "", "x", [], {}, "text", "default"]
 NUMBERS = [
     -1, -2, 127, 128, 255, 256, 4096, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63,
-    2**64 - 1, 2**64, 10**30, 10**400, -(2**31), -(2**63), -0.0, 1e-300, -1e-300, 0.999999, 1.000001, 1e38, 1e39, 1e300,
-    float("nan"), float("inf"), -float("inf"), Raw("1e999"), Raw("9" * 5000), Raw("-" + "9" * 4301),
+    2**64 - 1, 2**64, 10**9, 10**30, 10**400, -(2**31), -(2**63), -0.0, 1e-300, -1e-300, 0.999999, 1.000001, 1e38, 1e39,
+    1e300, float("nan"), float("inf"), -float("inf"), Raw("1e999"), Raw("9" * 5000), Raw("-" + "9" * 4301),
     Raw("0." + "3" * 5000),
 ]  # fmt: skip
 WORDS = [
@@ -37,6 +37,7 @@ WORDS = [
     "%s%n", "{}", "{{ 7 }}", "{% for", "$(x)", "builtin:x", "builtin:../..", "builtin:pycode-16m", "model.safetensors",
     "cuda", "float32", "bfloat16", "sliding_attention", "full_attention", "llama3", "yarn", "linear", "silu", "gelu",
     "llama", "qwen2", "qwen3", "gpt2", "fp16", "int8", "portable-int4", "gguf", "onnx", "coreml", "executorch",
+    r"(a+)+$", r"(x+x+)+y", r"\p{L}+|.", r"(?=", r"(.*)*\1", r"\s+(?!\S)|\s+", "▁", "Ġ", "<0x41>",
     "cut", "config", "checkpoint", "jsonl", "stdlib", "system", "user", "assistant", "tool", "role", "content",
 ]  # fmt: skip
 SHAPES = [
