@@ -50,8 +50,9 @@ fuzz: setup
 	done
 
 llama-bench: setup
+	@command -v cmake >/dev/null || { echo "cmake is needed: apt install cmake, or brew install cmake." >&2; exit 1; }
 	mkdir -p build/llama-source
-	$(PIP) download -c constraints.txt --no-deps --no-build-isolation --no-binary :all: -d build llama-cpp-python
+	$(PIP) download -c constraints.txt --no-deps --no-binary llama-cpp-python -d build llama-cpp-python
 	tar -xzf build/llama_cpp_python-*.tar.gz -C build/llama-source --strip-components 1
 	cmake -S build/llama-source/vendor/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release \
 	    $$($(PYTHON) -I targets/gguf/build_flags.py) -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \

@@ -16,6 +16,8 @@ from .errors import EdgekdError
 from .files import read_json
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(gt=0, le=2**16)]
+"""Of what transformers, or one of our tables, holds something in memory for each."""
 Id = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 is some files' word for "none"
 Positive = Annotated[float, Field(gt=0, lt=1e30)]
 
@@ -45,10 +47,10 @@ class Decoder(BaseModel):
     vocab_size: Size | None = None
     hidden_size: Size | None = None
     intermediate_size: Size | list[Size] | None = None
-    num_hidden_layers: Size | None = None
-    num_attention_heads: Size | list[Size] | None = None
-    num_key_value_heads: Size | list[Size] | None = None
-    head_dim: Size | None = None
+    num_hidden_layers: Count | None = None
+    num_attention_heads: Count | list[Count] | None = None
+    num_key_value_heads: Count | list[Count] | None = None
+    head_dim: Count | None = None
     max_position_embeddings: Size | None = None
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] | None = None
     rope_theta: Positive | None = None
@@ -67,6 +69,7 @@ class Decoder(BaseModel):
     pad_token_id: Id | list[Id] | None = None
     quantization_config: dict[str, Any] | None = None
     transformers_weights: str | None = None
+    num_labels: Count | None = None
 
     def size(self, key: str) -> int:
         """A number that has to be there.

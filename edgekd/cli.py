@@ -413,8 +413,6 @@ def chat(
     from .manifest import load_artifact
     from .targets import open_artifact
 
-    if prompt is None and sys.stdin is None:
-        raise EdgekdError("the standard input is closed, so there is nothing to answer.", "Give a --prompt.")
     loaded = load_artifact(artifact)
     session = open_artifact(loaded, threads=threads)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -249,16 +250,20 @@ def converse(
     if prompt is not None:
         _say(answer(_checked(session, text_ids(session, contract, _utf8(prompt)))))
         return
+    line = _next_line()
+    if line is None and not sys.stdin.isatty():
+        raise EdgekdError("the standard input is empty or closed: there is nothing to answer.", "Give a --prompt.")
     history: list[dict[str, str]] = []
-    while (line := _next_line()) is not None:
+    while line is not None:
         history.append({"role": "user", "content": _utf8(line)})
         try:
             ids = _conversation_ids(session, contract, history, max_tokens)
         except _TooLong as error:
             typer.echo(f"{error}", err=True)
             history.pop()
-            continue
-        history.append({"role": "assistant", "content": _say(answer(ids), stoppable=True)})
+        else:
+            history.append({"role": "assistant", "content": _say(answer(ids), stoppable=True)})
+        line = _next_line()
 
 
 class _TooLong(EdgekdError):

@@ -364,41 +364,18 @@ def _artifact_stages(
     verify_cost = plan.inference_cost([student], 6 * tokens, machine)
     bench_s = plan.inference_cost([student], size * spec.bench.runs, machine).seconds + 2 * spec.bench.runs
     bench_cost = plan.Cost(export_cost.ram_bytes, 2**16, bench_s)
+    audit_cost = plan.Cost(export_cost.ram_bytes, 2**16, 10)
+    export, verify = partial(_export, run, target, recipe), partial(_verify, run, label, recipe)
+    audit, compared = partial(_audit, run, label), ("data", *weights, exported)
     found = [
-        Stage(
-            f"export {label}",
-            exported,
-            export_key,
-            export_cost,
-            partial(_export, run, target, recipe),
-            (*weights, *moments),
-        ),
-        Stage(
-            f"verify {label}",
-            f"parity/{label}",
-            verify_key,
-            verify_cost,
-            partial(_verify, run, label, recipe),
-            reads=("data", *weights, exported),
-        ),
-        Stage(
-            f"audit {label}",
-            f"audit/{label}",
-            audit_key,
-            plan.Cost(export_cost.ram_bytes, 2**16, 10),
-            partial(_audit, run, label),
-            reads=(exported,),
-        ),
-        Stage(
-            f"bench {label}",
-            f"bench/{label}",
-            bench_key,
-            bench_cost,
-            partial(_bench, run, label),
-            reads=("student", exported),
-        ),
+        Stage(f"export {label}", exported, export_key, export_cost, export, reads=(*weights, *moments)),
+        Stage(f"verify {label}", f"parity/{label}", verify_key, verify_cost, verify, reads=compared),
+        Stage(f"audit {label}", f"audit/{label}", audit_key, audit_cost, audit, reads=(exported,)),
     ]
-    return found[:-1] if stand_in(target.target) else found
+    if not stand_in(target.target):
+        bench, reads = partial(_bench, run, label), ("student", exported)
+        found.append(Stage(f"bench {label}", f"bench/{label}", bench_key, bench_cost, bench, reads=reads))
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -100,6 +100,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = loader.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, use_fast=True
         )
+        tokenizer("a")  # some settings of a wrong type are first met at work
     except Exception as error:  # tokenizers raises Exception itself, transformers what a wrong type brings about
         raise EdgekdError(
             f"{folder}: no usable tokenizer ({_reason(error)}).", "Put its tokenizer.json there, or update edgekd."
@@ -179,17 +180,19 @@ def _fill(
 
 
 def _check_plain(checkpoint: Checkpoint) -> None:
-    """Refuse a quantized model, and more layers than there are tensors, which would be long in the making."""
+    """Refuse a quantized model, and sizes that no tensor has, which may be long in the making."""
     where = checkpoint.folder / "config.json"
     if checkpoint.decoder.quantization_config is not None:
         method = checkpoint.decoder.quantization_config.get("quant_method")
         raise EdgekdError(f"{where}: the model is quantized already ({method}).", "Give the model it was made from.")
-    layers = checkpoint.decoder.num_hidden_layers
-    if layers and layers > len(checkpoint):
-        raise EdgekdError(
-            f"{where}: num_hidden_layers: {layers} layers cannot be in {len(checkpoint)} tensors.",
-            "Check config.json against the weights.",
-        )
+    widest = max((side for name in checkpoint for side in checkpoint.shape(name)), default=0)
+    most = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), widest)
+    for key, bound in {**most, "num_hidden_layers": len(checkpoint)}.items():
+        value = getattr(checkpoint.decoder, key)
+        if isinstance(value, int) and value > bound:
+            raise EdgekdError(
+                f"{where}: {key}: {value} is more than the weights have.", "Check config.json against the weights."
+            )
 
 
 def _check_whole(checkpoint: Checkpoint, said: Mapping[str, Any]) -> None:
@@ -270,7 +273,7 @@ def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """A ``config.json`` as transformers has it, once its own checks have passed."""
     from transformers import CONFIG_MAPPING
 
-    model_type = str(config.get("model_type"))
+    model_type = read_decoder(config).model_type
     if model_type not in CONFIG_MAPPING:
         raise SpecError(f"no student can be built from model_type {model_type!r}.", "Use Llama, Qwen2 or Qwen3.")
     try:

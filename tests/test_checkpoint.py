@@ -313,3 +313,22 @@ def test_ordinary_folders_keep_their_digest() -> None:
     """Runs are resumed by it."""
     teacher = Path(__file__).parent.parent / "edgekd" / "teachers" / "pycode-16m"
     assert Checkpoint(teacher).digest == "cec604b3cedb9732362c02340466b30fc3b3341b7ff38a9fc584c11deea49f13"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"hidden_size": 2**30},
+        {"num_hidden_layers": 2**15},
+        {"head_dim": 2**15},
+        {"intermediate_size": 2**30},
+        {"vocab_size": 2**30},
+        {"num_labels": 2**30},
+        {"num_hidden_layers": 2**30},
+        {"head_dim": 2**30},
+    ],
+    ids=str,
+)
+def test_sizes_that_no_tensor_has_cost_nothing(tmp_path: Path, keys: dict[str, int]) -> None:
+    """What transformers makes of a size before it sees a weight may take the machine's memory."""
+    refused(rewrite(make(tmp_path / "m"), lambda w: w, **keys), next(iter(keys)))

@@ -367,6 +367,26 @@ def test_a_closed_stream_is_no_files_place(tmp_path):
     assert int((tmp_path / "fd").read_text()) > 2
 
 
+def test_rows_that_the_template_refuses_stop_the_run_until_they_are_allowed(project):
+    template = project / "teacher" / "chat_template.jinja"
+    picky = "{% if messages[0].role == 'system' %}{{ raise_exception('No system turn here') }}{% endif %}"
+    template.write_text(picky + template.read_text())
+    answer = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a lot of words to learn " * 9}]
+    rows = [[{"role": "system", "content": f"{i}"}, *answer] for i in range(40)]
+    rows += [[{"role": "user", "content": f"{i}"}, *answer[1:]] for i in range(40)]
+    (project / "chats.jsonl").write_text("".join(json.dumps({"m": row}) + "\n" for row in rows))
+    spec = BASE.format(teacher="teacher").replace("source: text, paths: [text/*.txt]", "source: jsonl, chat: true")
+    (project / "spec.yaml").write_text(spec.replace("chat: true", "chat: true, column: m, paths: [chats.jsonl]"))
+    words = "40 of 80 rows of chats.jsonl are unusable and were skipped: the chat template refuses them: No system turn"
+    refused(edgekd("distill", "spec.yaml", cwd=project), words, "--allow-skipped")
+    result = edgekd("distill", "spec.yaml", "--allow-skipped", cwd=project)
+    assert result.returncode == 0 and words in " ".join(result.stderr.split()), result.stderr
+    record = project / "runs" / "tiny" / ".edgekd" / "data.json"
+    before = record.read_bytes()
+    assert edgekd("distill", "spec.yaml", cwd=project).returncode == 0  # what was allowed once is done
+    assert record.read_bytes() == before
+
+
 def test_what_is_no_artifact(project):
     for verb in (["bench"], ["chat"], ["verify", "--reference", "teacher"]):
         refused(edgekd(verb[0], "text", *verb[1:], cwd=project), "text is not an artifact")

@@ -31,7 +31,11 @@ ALL = {
     "calibrate",
     "quantize portable-int4 rtn",
     "ledger",
-    *(f"{verb} gguf-{recipe}" for verb in ("export", "verify", "bench") for recipe in ("portable-int4", "q4_k_m")),
+    *(
+        f"{verb} gguf-{recipe}"
+        for verb in ("export", "verify", "audit", "bench")
+        for recipe in ("portable-int4", "q4_k_m")
+    ),
 }
 
 
@@ -54,11 +58,13 @@ def project(finished, tmp_path):
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file of the stages' folders; benchmarks, and the manifests that hold them, are never twice the same."""
+    """Every file of the stages' folders; benchmarks and audits, and the manifests that hold them, hold times."""
     return {
         path.relative_to(run).as_posix(): path.read_bytes()
         for path in run.glob("*/**/*")
-        if path.is_file() and path.name not in ("bench.json", "manifest.json") and ".edgekd" not in path.parts
+        if path.is_file()
+        and path.name not in ("bench.json", "audit.json", "manifest.json")
+        and ".edgekd" not in path.parts
     }
 
 
@@ -122,6 +128,7 @@ DAMAGED = [
     ("quality/quality.json", flip_silently, "quality"),
     ("ledger/student.json", cut, "ledger"),
     ("parity/gguf-q4_k_m/parity.json", cut, "verify gguf-q4_k_m"),
+    ("audit/gguf-q4_k_m/audit.json", cut, "audit gguf-q4_k_m"),
     ("bench/gguf-q4_k_m/bench.json", cut, "bench gguf-q4_k_m"),
 ]
 

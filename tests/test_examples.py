@@ -143,20 +143,22 @@ def examples() -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_readmes_and_the_helps_commands_run(tmp_path: Path, tiny_teacher: Path) -> None:
-    """On a tiny run in the quickstart's place."""
-    folder = project(tmp_path / "p", tiny_teacher, SMALL["cut"], ALL_TARGETS[:1], name="quickstart")
+    """On a tiny run in the quickstart's place, of a teacher with as long a context."""
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    folder = project(tmp_path / "p", teacher, SMALL["cut"], ALL_TARGETS[:1], name="quickstart")
     (folder / "notes.txt").write_text("".join(path.read_text() for path in (folder / "text").iterdir()))
     stand_ins = {"quickstart": "spec.yaml", "my-model.yaml": "spec.yaml", "MODEL": "runs/quickstart/student"}
     done = []
     for words in examples():
         words = [stand_ins.get(word, word) for word in words[1:]]
         if words[0] == "init":
-            words[1] = "fresh.yaml"
-        if words[0] in ("verify", "bench", "chat") and not (folder / words[1]).exists():
-            shutil.copytree(next(folder.glob("runs/quickstart/artifacts/gguf-portable-int4")), folder / words[1])
-        for out in ("student-int4", "model-int4") if words[0] in ("quantize", "export") else ():
-            if out in words[2:3]:
-                shutil.rmtree(folder / out, ignore_errors=True)
+            words = ["init", f"fresh-{len(done)}.yaml"]
+        elif words[0] in ("verify", "bench", "chat") and not (folder / words[1]).exists():
+            shutil.copytree(folder / "runs/quickstart/artifacts/gguf-portable-int4", folder / words[1])
+        elif words[0] in ("quantize", "export"):
+            shutil.rmtree(folder / words[2], ignore_errors=True)
         edgekd(folder, *words)
         done.append(words[0])
     assert {"init", "plan", "distill", "run", "quantize", "export", "verify", "bench", "report", "chat"} <= set(done)

@@ -225,3 +225,12 @@ def test_a_tokenizer_is_tried_first(tiny_teacher, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(EdgekdError, match="the tokenizer fails"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("length", ["128", [128], {}])
+def test_a_tokenizers_setting_of_a_wrong_type_is_refused(tiny_teacher, tmp_path, length):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    with pytest.raises(EdgekdError, match="no usable tokenizer"):
+        load_tokenizer(folder)

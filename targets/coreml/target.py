@@ -29,6 +29,7 @@ from ..shared.decoder import (
     check_weights,
     read_config,
 )
+from ..shared.proto import messages
 from ..shared.recipes import load_recipe
 from ..shared.session import DecoderSession
 from ..shared.tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, contract_of
@@ -145,6 +146,20 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     artifact.check_nothing_else(PACKAGE)
     tokenizer = SessionTokenizer(artifact.path(TOKENIZER), "coreml")  # Core ML has none
     return DecoderSession(CoremlEngine(package, contract), tokenizer, contract)
+
+
+def inspect(artifact: Artifact) -> None:
+    """Read the package without Core ML, before it does.
+
+    Raises:
+        BadArtifact: its program names a weight file that is not the package's own.
+        MissingExtra: coremltools is not installed.
+    """
+    from .mil.package import Package
+
+    package = Package(main_file(artifact, f"{PACKAGE}/Manifest.json").parent)
+    for value in messages(package.spec, "BlobFileValue"):
+        package.weights(value.fileName)
 
 
 def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:

@@ -6,7 +6,7 @@ faster. Shapes: ``T`` tokens, ``V`` vocabulary, ``C`` context length. Logits are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import BadArtifact, EdgekdError, MissingExtra
 from ...manifest import MAX_TOKENS, Artifact, Contract
 from ..shared.artifact import check_contract, check_installed
+from ..shared.proto import messages
 from .graph import COSINES, HIDDEN, POSITIONS
 
 GENAI = "onnxruntime-genai"
@@ -112,7 +113,7 @@ def check_graph(path: Path, artifact: Artifact, context_length: int | None = Non
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, which differs between its implementations
         raise BadArtifact(f"{path} is no ONNX graph: {_first_words(error)}.", "Export the artifact again.") from error
-    for tensor in _tensors(model):
+    for tensor in messages(model, "TensorProto"):
         for entry in tensor.external_data:
             if entry.key == "location":
                 artifact.path(entry.value)
@@ -123,16 +124,6 @@ def check_graph(path: Path, artifact: Artifact, context_length: int | None = Non
                 f"{path} has no table of the rotary embedding for a context of {context_length}.",
                 "Export the artifact again.",
             )
-
-
-def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor of a graph, of its nodes' attributes, inner graphs and functions too."""
-    if message.DESCRIPTOR.name == "TensorProto":
-        yield message
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for inner in [value] if hasattr(value, "DESCRIPTOR") else value:
-                yield from _tensors(inner)
 
 
 def _check_nodes(path: Path, inputs: Sequence[Any], outputs: Mapping[str, Any]) -> None:

@@ -74,6 +74,7 @@ class Try:
     said: str
     """On stderr."""
     operations: int
+    seconds: float
 
     @property
     def stage(self) -> str:
@@ -97,7 +98,7 @@ def main() -> int:
         assert undisturbed.code == 0, undisturbed.said
         wanted, tallies = outcome(Path(folder, "undisturbed")), {}
         for kind, count in counts.items():
-            tallies[kind] = strike(kind, count, wanted, undisturbed.operations, random.Random(asked.seed))
+            tallies[kind] = strike(kind, count, wanted, undisturbed, random.Random(asked.seed))
     told = {kind: vars(tally) for kind, tally in tallies.items()}
     print(json.dumps({"operations_of_a_run": undisturbed.operations, "files": len(wanted)} | told, indent=2))
     return int(any(tally.wrong for tally in tallies.values()))
@@ -119,12 +120,12 @@ def prepare(folder: Path) -> None:
     (folder / "spec.yaml").write_text(SPEC)
 
 
-def strike(kind: Kind, count: int, wanted: dict[str, str], operations: int, chance: random.Random) -> Tally:
+def strike(kind: Kind, count: int, wanted: dict[str, str], undisturbed: Try, chance: random.Random) -> Tally:
     """Whole runs, each struck again and again, until ``count`` faults have struck.
 
     Args:
         wanted: the outcome of a run left alone.
-        operations: what such a run does with its files.
+        undisturbed: how that went.
     """
     tally = Tally()
     while tally.struck < count and not tally.wrong:
@@ -133,7 +134,7 @@ def strike(kind: Kind, count: int, wanted: dict[str, str], operations: int, chan
             if kind == "full disk":
                 subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOMY_BYTES}", "edgekd", disk], check=True)
             try:
-                _until_done(kind, disk / "run", count, operations, chance, tally)
+                _until_done(kind, disk / "run", count, undisturbed, chance, tally)
                 tally.wrong += differences(wanted, disk / "run")
             finally:
                 if kind == "full disk":
@@ -141,11 +142,13 @@ def strike(kind: Kind, count: int, wanted: dict[str, str], operations: int, chan
     return tally
 
 
-def _until_done(kind: Kind, run: Path, count: int, operations: int, chance: random.Random, tally: Tally) -> None:
+def _until_done(kind: Kind, run: Path, count: int, undisturbed: Try, chance: random.Random, tally: Tally) -> None:
     while not tally.wrong:
         # Most often soon, so that one run is struck many times; now and then late, so that it comes to an end.
-        at = 1 + int(chance.expovariate(8 / operations)) if tally.struck < count else None
-        after_s = chance.expovariate(0.5) if kind == "kill" and at and chance.random() < 0.5 else None
+        at = 1 + int(chance.expovariate(8 / undisturbed.operations)) if tally.struck < count else None
+        after_s = (
+            chance.expovariate(4 / undisturbed.seconds) if kind == "kill" and at and chance.random() < 0.5 else None
+        )
         done = attempt(run, kind, None if after_s else at, after_s)
         if kind == "full disk":
             resize(run.parent, ROOMY_BYTES)
@@ -162,7 +165,7 @@ def complaints(kind: Kind, done: Try) -> list[str]:
     code, sentence = {
         "kill": (-signal.SIGKILL, ""),
         "interrupt": (130, r"Interrupted\. .+"),
-        "full disk": (2, r"error: no space left on the disk\. .+|error: .+ are free\. .+"),
+        "full disk": (2, r"error: .*(No space left|no space left|are free).*"),
     }[kind]
     last = (done.said.strip().splitlines() or [""])[-1]
     if done.code == code and (kind == "kill" or re.fullmatch(sentence, last)) and "Traceback" not in done.said:
@@ -179,14 +182,14 @@ def differences(wanted: dict[str, str], run: Path) -> list[str]:
 
 
 def outcome(run: Path) -> dict[str, str]:
-    """sha256 of every file of a run that does not hold times; of the manifests, without the benchmark."""
+    """sha256 of every file of a run that does not hold times; of the manifests, without what does."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        if path.is_file() and "/" in name and not name.startswith((".edgekd/", "bench/")):
+        if path.is_file() and "/" in name and not name.startswith((".edgekd/", "bench/", "audit/")):
             data = path.read_bytes()
             if path.name == "manifest.json":
-                data = json.dumps(json.loads(data) | {"benchmark": None}).encode()
+                data = json.dumps(json.loads(data) | {"benchmark": None, "audit": None}).encode()
             found[name] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -196,6 +199,7 @@ def outcome(run: Path) -> dict[str, str]:
 
 def attempt(run: Path, kind: Kind | None = None, at: int | None = None, after_s: float | None = None) -> Try:
     """``edgekd run`` in a fork, struck at its ``at``-th operation on the run's files, or after a time."""
+    began = time.monotonic()
     with tempfile.TemporaryFile() as said, tempfile.NamedTemporaryFile() as counted:
         pid = os.fork()
         if pid == 0:
@@ -206,7 +210,8 @@ def attempt(run: Path, kind: Kind | None = None, at: int | None = None, after_s:
         _, status = os.waitpid(pid, 0)
         with_group(pid, signal.SIGKILL)  # what a benchmark of a killed run left running
         said.seek(0)
-        return Try(os.waitstatus_to_exitcode(status), said.read().decode(), int(Path(counted.name).read_text() or 0))
+        operations = int(Path(counted.name).read_text() or 0)
+        return Try(os.waitstatus_to_exitcode(status), said.read().decode(), operations, time.monotonic() - began)
 
 
 def with_group(pid: int, number: signal.Signals) -> None:

@@ -369,11 +369,23 @@ def tokenizer(folder: Path) -> Harness:
 
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
     split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s+"}, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": {"Regex": "a+b"}, "content": "ab"}
+    cut = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
+    padding = {
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 256,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     whole = _tokenizer()
     seeds = [
         whole,
         whole | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, whole["pre_tokenizer"]]}},
         whole | {"pre_tokenizer": metaspace, "decoder": metaspace, "normalizer": None},
+        whole
+        | {"truncation": cut, "padding": padding, "normalizer": {"type": "Sequence", "normalizers": [replace] * 3}},
     ]
     return Harness("json", [json.dumps(seed).encode() for seed in seeds], check)
 
@@ -411,7 +423,7 @@ def settings(folder: Path) -> Harness:
 
 def template(folder: Path) -> Harness:
     """A chat template, which renders a chat."""
-    from edgekd.console import render_chat
+    from edgekd.conversation import render_chat
 
     def check(data: bytes) -> None:
         render_chat(data.decode("utf-8", "replace"), CHAT)

@@ -56,6 +56,8 @@ class Job:
     step: int
     count: int
     log: Path
+    parent: int
+    """Process that counts; without it there is no use in going on."""
 
 
 def picker(*parts: object) -> Pick:
@@ -136,6 +138,8 @@ def work(job: Job, state: Any, folder: Path) -> None:
         feed(harness.check, seed)  # imports what it needs
     watch = Watch(folder)
     for number in range(state[0], job.count, job.step):
+        if os.getppid() != job.parent:
+            return
         one(job, state, harness, number, watch)
 
 
@@ -246,7 +250,7 @@ def run(
     saved = json.loads(path.read_text()) if path.exists() else [None] * jobs
     if len(saved) != jobs:
         raise SystemExit(f"{path}: begun with --jobs {len(saved)}; go on with as many, or remove it.")
-    workers = [Worker(Job(kind, seed, jobs, count, log), i, saved[i]) for i in range(jobs)]
+    workers = [Worker(Job(kind, seed, jobs, count, log, os.getpid()), i, saved[i]) for i in range(jobs)]
     try:
         busy = True
         while busy and time.monotonic() < until:
@@ -282,6 +286,7 @@ def main() -> None:
         return
     if options.count == 10**12 and options.hours == 1e6:
         parser.error("give --count or --hours")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the state is written on the way out
     kinds, bad = options.kind or list(HARNESSES), 0
     for kind in kinds:
         began = time.monotonic()

@@ -21,6 +21,8 @@ from edgekd import targets
 from edgekd.errors import BadArtifact, EdgekdError
 from edgekd.manifest import load_artifact
 from edgekd.spec import TargetSpec
+from edgekd.targets._proto import messages
+from edgekd.targets.mil.package import proto as package_proto
 
 NAMES = ("gguf", "onnx", "coreml", "executorch")
 MUTANTS = {"gguf": 100, "onnx": 60, "coreml": 40, "executorch": 20}
@@ -146,6 +148,19 @@ def package_path(path: Any) -> Forge:
     return build
 
 
+def weight_file(name: str) -> Forge:
+    """A program that takes one of its tensors from another file."""
+
+    def build(artifact: Path, out: Path) -> Path:
+        model = package_proto("Model_pb2").Model()
+        (file,) = [file for file in load_artifact(artifact).manifest.files if file.endswith(".mlmodel")]
+        model.ParseFromString((artifact / file).read_bytes())
+        list(messages(model, "BlobFileValue"))[-1].fileName = name
+        return forge(artifact, out, {file: model.SerializeToString()})
+
+    return build
+
+
 def last_key(told: dict[str, Any]) -> str:
     return list(told)[-1]
 
@@ -207,7 +222,16 @@ CASES: dict[str, dict[str, tuple[Forge, str]]] = {
     | DETAILS
     | NO_TOKENIZER
     | {"more in the package": (beside("model.mlpackage/more", b"x", contract()), "does not list")}
-    | {f"path {path!r}": (package_path(path), "outside|path") for path in ("../../../x", "/etc/passwd", "a\0b", 3)},
+    | {f"path {path!r}": (package_path(path), "outside|path") for path in ("../../../x", "/etc/passwd", "a\0b", 3)}
+    | {
+        f"weights {name!r}": (weight_file(name), "outside the package")
+        for name in (
+            "@model_path/../../../../onnx/model.onnx.data",
+            "@model_path//etc/passwd",
+            "/etc/passwd",
+            "@model_path/a\0b",
+        )
+    },
     "executorch": BOUNDS | DETAILS | NO_TOKENIZER,
 }
 

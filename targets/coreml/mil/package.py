@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ....errors import BadArtifact, MissingExtra, Unsupported
+from ....files import read_json
 from .weights import WeightFile
 
 MODEL_PATH = "@model_path/"  # how a program names the folder of its specification
@@ -82,12 +82,10 @@ class Package:
     def _root_item(self) -> str:
         """The path of the specification below ``Data``."""
         manifest = self.path / "Manifest.json"
+        content = read_json(manifest, BadArtifact, "Export the package again.")
         try:
-            content = json.loads(manifest.read_text("utf-8"))
             path = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
-        except OSError as error:
-            raise self._damaged(manifest, f"cannot be read: {error}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise self._damaged(manifest, f"does not name a model: {error!r}") from error
         if not isinstance(path, str):
             raise self._damaged(manifest, f"gives {path!r} as the model's path")

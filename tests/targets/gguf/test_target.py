@@ -329,8 +329,9 @@ def test_an_existing_folder_is_kept_and_a_killed_export_is_swept(tmp_path: Path,
     with pytest.raises(EdgekdError, match="exists already"):
         export(tiny_student, "fp16", out)
     out.rmdir()
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model.gguf").write_bytes(b"half")
+    left = tmp_path / f".out.{2**22 + 1}-{'0' * 16}.tmp"  # a process number that Linux never gives
+    left.mkdir()
+    (left / "model.gguf").write_bytes(b"half")
     export(tiny_student, "fp16", out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -395,10 +395,10 @@ def package(counter: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("Manifest.json", None, "Manifest.json cannot be read"),
-        ("Manifest.json", b"{", "Manifest.json does not name a model"),
-        ("Manifest.json", b"\xff", "Manifest.json does not name a model"),
-        ("Manifest.json", b"[]", "Manifest.json does not name a model"),
+        ("Manifest.json", None, "Manifest.json: cannot be read"),
+        ("Manifest.json", b"{", "Manifest.json: not readable as JSON"),
+        ("Manifest.json", b"\xff", "Manifest.json: not readable as JSON"),
+        ("Manifest.json", b"[]", "Manifest.json: holds a list"),
         (
             "Manifest.json",
             b'{"rootModelIdentifier": "a", "itemInfoEntries": {}}',
