@@ -22,7 +22,7 @@ from edgekd.errors import BadArtifact, EdgekdError
 from edgekd.manifest import load_artifact
 from edgekd.spec import TargetSpec
 from edgekd.targets._proto import messages
-from edgekd.targets.mil.package import proto as package_proto
+from edgekd.targets.coreml.mil.package import proto as package_proto
 
 NAMES = ("gguf", "onnx", "coreml", "executorch")
 MUTANTS = {"gguf": 100, "onnx": 60, "coreml": 40, "executorch": 20}
