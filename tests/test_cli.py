@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from edgekd import cli
+from edgekd.files import write_sealed
 from edgekd.manifest import write_artifact
 
 BASE = """
@@ -294,7 +295,7 @@ def test_init_writes_new_files_alone(tmp_path):
 
 
 def test_init_and_report_where_nothing_can_be_written(tmp_path):
-    (tmp_path / "results.json").write_text("{}")
+    write_sealed(tmp_path / "results.json", {})
     refused(edgekd("init", "/proc/mine.yaml"), "/proc cannot be written")
     refused(edgekd("report", tmp_path, "--out", "/proc/report.html"), "/proc/report.html")
 
