@@ -408,4 +408,4 @@ def test_an_artifact_of_somebody_else_is_refused_before_the_work(project, monkey
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_temperature_is_a_number(value: str) -> None:
-    assert "--temperature" in refused("chat", "nowhere", "--temperature", value)
+    refused(edgekd("chat", "nowhere", "--temperature", value), "--temperature")
