@@ -8,6 +8,7 @@
 #
 # The set-up is done once and again when pyproject.toml or constraints.txt changes. Variables:
 #   PYTHON       the interpreter to make .venv with, 3.11 or newer
+#   FUZZ_MUTANTS how many mutants of each of the quickstart's artifacts make fuzz opens, where these were made
 #   FUZZ_HOURS   how long make fuzz takes at random, all kinds together; guided by coverage it takes as long again
 #   EXTRAS       the extras of pyproject.toml to install
 #   TORCH_INDEX  an index to take torch from. Empty, pip decides as you configured it; on Linux that may be the CUDA
@@ -17,6 +18,7 @@
 PYTHON ?= python3
 EXTRAS ?= all,dev
 FUZZ_HOURS ?= 8
+FUZZ_MUTANTS ?= 10000
 TORCH_INDEX ?=
 LLAMA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd
 GUIDED := spec manifest config index template
@@ -44,6 +46,9 @@ teacher: setup
 fuzz: setup
 	$(PIP) install -c constraints.txt -e ".[fuzz]"
 	$(BIN)/python tests/fuzz/run.py --hours $(FUZZ_HOURS)
+	for artifact in $(wildcard runs/quickstart/artifacts/*); do \
+	    $(BIN)/python tests/fuzz/artifacts.py $$artifact --count $(FUZZ_MUTANTS) || exit 1; \
+	done
 	for kind in $(GUIDED); do \
 	    $(BIN)/python tests/fuzz/guided.py $$kind \
 	        -max_total_time=$$(($(FUZZ_HOURS) * 3600 / $(words $(GUIDED)))) || exit 1; \

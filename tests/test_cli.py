@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from edgekd import cli
+from edgekd.files import write_sealed
 from edgekd.manifest import write_artifact
 
 BASE = """
@@ -294,13 +295,13 @@ def test_init_writes_new_files_alone(tmp_path):
     (tmp_path / "link.yaml").symlink_to(tmp_path / "target.yaml")
     refused(edgekd("init", "link.yaml", cwd=tmp_path), "link.yaml exists")
     assert not (tmp_path / "target.yaml").exists()
-    refused(edgekd("init", "x" * 300, cwd=tmp_path), "file name too long")
-    refused(edgekd("init", "link.yaml/mine.yaml", cwd=tmp_path), "link.yaml")
+    refused(edgekd("init", "x" * 300, cwd=tmp_path), "ile name too long")
+    refused(edgekd("init", "new/folder/mine.yaml/mine.yaml", cwd=tmp_path), "mine.yaml is a file, not a folder")
 
 
 def test_init_and_report_where_nothing_can_be_written(tmp_path):
-    (tmp_path / "results.json").write_text("{}")
-    refused(edgekd("init", "/proc/mine.yaml"), "/proc/mine.yaml: no such file or directory")
+    write_sealed(tmp_path / "results.json", {})
+    refused(edgekd("init", "/proc/mine.yaml"), "/proc cannot be written")
     refused(edgekd("report", tmp_path, "--out", "/proc/report.html"), "/proc/report.html")
 
 
@@ -417,3 +418,8 @@ def test_an_artifact_of_somebody_else_is_refused_before_the_work(project, monkey
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     result = edgekd(*verb[:1], "artifact", *verb[1:], cwd=project)
     refused(result, "artifact belongs to another user", "Copy it")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_temperature_is_a_number(value: str) -> None:
+    refused(edgekd("chat", "nowhere", "--temperature", value), "--temperature")

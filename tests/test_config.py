@@ -157,7 +157,7 @@ def spoil(teacher: Path, folder: Path, name: str, change: Any) -> Path:
 )
 def test_a_tokenizer_that_cannot_be_read(name: str, change: Any, tiny_teacher: Path, tmp_path: Path) -> None:
     folder = spoil(tiny_teacher, tmp_path / "m", name, change)
-    with pytest.raises(EdgekdError, match="no usable tokenizer") as caught:
+    with pytest.raises(EdgekdError, match=r"no usable tokenizer|tokenizer\.json: ") as caught:
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)
 

@@ -133,7 +133,7 @@ def examples() -> list[list[str]]:
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         texts += re.findall(r"^```\w*\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
     found = [
-        shlex.split(command.split("#")[0])
+        shlex.split(re.split("[#>]", command)[0])
         for text in texts
         for command in re.findall(r"^(?:Example: )?(?=edgekd )(.*)$", text.replace(" && ", "\n"), re.M)
     ]
@@ -149,12 +149,14 @@ def test_the_readmes_and_the_helps_commands_run(tmp_path: Path, tiny_teacher: Pa
     (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     folder = project(tmp_path / "p", teacher, SMALL["cut"], ALL_TARGETS[:1], name="quickstart")
     (folder / "notes.txt").write_text("".join(path.read_text() for path in (folder / "text").iterdir()))
-    stand_ins = {"quickstart": "spec.yaml", "my-model.yaml": "spec.yaml", "MODEL": "runs/quickstart/student"}
+    stand_ins = {
+        "quickstart": "spec.yaml", "my-model.yaml": "spec.yaml", "MODEL": "runs/quickstart/student",
+        "ARTIFACT": "model-q4",
+    }  # fmt: skip
     done = []
-    for words in examples():
-        words = [stand_ins.get(word, word) for word in words[1:]]
+    for words in dict.fromkeys(tuple(stand_ins.get(word, word) for word in words[1:]) for words in examples()):
         if words[0] == "init":
-            words = ["init", f"fresh-{len(done)}.yaml"]
+            words = ("init", "my-model.yaml")
         elif words[0] in ("verify", "bench", "chat") and not (folder / words[1]).exists():
             shutil.copytree(folder / "runs/quickstart/artifacts/gguf-portable-int4", folder / words[1])
         elif words[0] in ("quantize", "export"):

@@ -173,7 +173,7 @@ def test_a_missed_gate_fails_the_run_but_not_with_report_only(project, whole, ti
     write_spec(project, tiny_teacher, gate=0.0)
     code, _, err = finish(start(project, "--out", "whole"))
     assert code == 1
-    assert "gguf-fp16: " in err and "exceeds -1" in err and "Traceback" not in err
+    assert "gguf-fp16: " in err and "exceeds 0" in err and "Traceback" not in err
     assert "report.html" in err
     code, out, err = finish(start(project, "--out", "whole", "--report-only"))
     assert code == 0, err
