@@ -150,9 +150,11 @@ def test_the_readmes_and_the_helps_commands_run(tmp_path: Path, tiny_teacher: Pa
     folder = project(tmp_path / "p", teacher, SMALL["cut"], ALL_TARGETS[:1], name="quickstart")
     (folder / "notes.txt").write_text("".join(path.read_text() for path in (folder / "text").iterdir()))
     stand_ins = {
-        "quickstart": "spec.yaml", "my-model.yaml": "spec.yaml", "MODEL": "runs/quickstart/student",
+        "quickstart": "spec.yaml",
+        "my-model.yaml": "spec.yaml",
+        "MODEL": "runs/quickstart/student",
         "ARTIFACT": "model-q4",
-    }  # fmt: skip
+    }
     done = []
     for words in dict.fromkeys(tuple(stand_ins.get(word, word) for word in words[1:]) for words in examples()):
         if words[0] == "init":

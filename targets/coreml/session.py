@@ -1,4 +1,4 @@
-"""A Core ML decoder: prefill and decode, in Core ML on macOS and in the interpreter of ``targets.coreml.mil`` elsewhere.
+"""A Core ML decoder: prefill and decode, in Core ML on macOS and in the interpreter of ``.mil`` elsewhere.
 
 The interpreter runs the saved package, operator by operator, rounding as its types say: what it proves is the program
 and the weights, not Apple's compiler, and its speed says nothing. Shapes: ``T`` tokens, ``V`` vocabulary. Logits are
