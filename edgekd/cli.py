@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -414,8 +413,6 @@ def chat(
     from .manifest import load_artifact
     from .targets import open_artifact
 
-    if not math.isfinite(temperature):
-        raise EdgekdError(f"--temperature: {temperature} is no temperature.", "Give a number, 0 or above.")
     loaded = load_artifact(artifact)
     session = open_artifact(loaded, threads=threads)
     try:

@@ -418,8 +418,3 @@ def test_an_artifact_of_somebody_else_is_refused_before_the_work(project, monkey
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     result = edgekd(*verb[:1], "artifact", *verb[1:], cwd=project)
     refused(result, "artifact belongs to another user", "Copy it")
-
-
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_temperature_is_a_number(value: str) -> None:
-    refused(edgekd("chat", "nowhere", "--temperature", value), "--temperature")
