@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +23,13 @@ from ..session import Session
 from ..spec import TargetSpec
 from ..tokenizer_file import hard_texts
 from ..trial import mark, try_once
+from .shared.artifact import installed
 from .shared.recipes import load_recipe, recipe_names
 
 __all__ = [
     "TARGETS",
     "check",
+    "code_of",
     "export",
     "label",
     "load_recipe",
@@ -35,6 +38,7 @@ __all__ = [
     "stand_in",
     "target_modules",
     "try_artifact",
+    "versions",
 ]
 
 TOKENIZER = "tokenizer.json"
@@ -51,18 +55,44 @@ def target_modules() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group="edgekd.targets")} | TARGETS
 
 
+def versions(targets: Iterable[str]) -> dict[str, str]:
+    """The versions that artifacts of these targets depend on: edgekd's, training's, and those of each one's packages.
+
+    Args:
+        targets: names.
+    """
+    own = (package for target in targets for package in _module(target).PACKAGES)
+    return installed("edgekd", "torch", "transformers", *own)
+
+
+def code_of(target: str) -> list[Path]:
+    """The source files that make a target: those of its module's package, and what all targets share.
+
+    A module without a package is one file.
+    """
+    found = find_spec(_name_of_module(target))
+    assert found is not None and found.origin is not None
+    own = Path(found.origin)
+    below = [own] if not found.parent else sorted(own.parent.rglob("*.py"))
+    return [*below, Path(__file__), *sorted(Path(__file__).with_name("shared").rglob("*.py"))]
+
+
 def label(target: str, recipe: str) -> str:
     """An artifact's name: a native recipe bears its target's name already."""
     return recipe if recipe.startswith(f"{target}-") else f"{target}-{recipe}"
 
 
 def _module(name: str) -> ModuleType:
+    return importlib.import_module(_name_of_module(name))
+
+
+def _name_of_module(name: str) -> str:
     modules = target_modules()
     if name not in modules:
         near = difflib.get_close_matches(name, modules, 1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(modules))}."
         raise SpecError(f"targets: unknown target {name!r}; {hint}")
-    return importlib.import_module(modules[name])
+    return modules[name]
 
 
 def stand_in(target: str) -> str | None:

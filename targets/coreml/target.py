@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from ...manifest import Artifact, Contract
 from ...session import Session
 from ...spec import TargetSpec
 from ...student import load_tokenizer
-from ..shared.artifact import Details, build_artifact, check_installed, details_of, main_file
+from ..shared.artifact import Details, build_artifact, check_installed, details_of, installed, main_file
 from ..shared.decoder import (
     MAX_CACHE_BYTES,
     Architecture,
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Recipe
 
+TITLE, EXTRA = "Core ML", "coreml"
+PACKAGES = ("coremltools",)
 PACKAGE = "model.mlpackage"
 MINIMUM_IOS = 18
 
@@ -199,7 +200,7 @@ def _write(
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
-        "versions": {package: version(package) for package in ("edgekd", "coremltools")},
+        "versions": installed("edgekd", *PACKAGES),
         "details": CoremlDetails(
             minimum={"ios": "18", "macos": "15"},
             compute_units={"cpuAndGPU": "not run", "cpuAndNeuralEngine": "not run"},

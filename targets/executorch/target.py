@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from ..shared.artifact import (
     check_size,
     cores,
     details_of,
+    installed,
     main_file,
 )
 from ..shared.decoder import (
@@ -48,6 +48,8 @@ from .session import CHUNK, ExecutorchEngine, head_sha256, runner_tokenizer
 if TYPE_CHECKING:
     from ...quant.folder import Grid
 
+TITLE, EXTRA = "ExecuTorch", "executorch"
+PACKAGES = ("executorch", "torch", "torchao")
 MAIN_FILE = "model.pte"
 PROVIDERS = {"cpu": "tested", "vulkan": "not run"}
 """``cpu`` is XNNPACK."""
@@ -194,7 +196,7 @@ def _write(
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
-        "versions": {package: version(package) for package in ("edgekd", "executorch", "torch", "torchao")},
+        "versions": installed("edgekd", *PACKAGES),
         "details": ExecutorchDetails(
             providers={provider: PROVIDERS[provider]},
             delegates=lowered.delegates,

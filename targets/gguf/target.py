@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from ...manifest import Artifact
 from ...session import Session
 from ...spec import TargetSpec
 from ...student import load_tokenizer
-from ..shared.artifact import build_artifact, cores, main_file
+from ..shared.artifact import build_artifact, cores, installed, main_file
 from ..shared.decoder import check_context
 from ..shared.recipes import load_recipe
 from ..shared.session import DecoderSession
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Recipe
 
+TITLE, EXTRA = "GGUF", "gguf"
+PACKAGES = ("llama-cpp-python", "gguf")
 FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.h: llama_ftype
 MAIN_FILE = "model.gguf"
 
@@ -138,7 +139,7 @@ def _write(
     return {
         "bits_per_weight": round(8 * _tensor_bytes(path) / checkpoint.parameters, 4),
         "contract": vocab_.contract(vocabulary, context_length),
-        "versions": {package: version(package) for package in ("edgekd", "llama-cpp-python", "gguf")},
+        "versions": installed("edgekd", *PACKAGES),
     }
 
 

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +26,7 @@ from ..shared.artifact import (
     check_size,
     cores,
     details_of,
+    installed,
     main_file,
 )
 from ..shared.decoder import Architecture, check_context, check_weights, read_config
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Kind
 
+TITLE, EXTRA = "ONNX", "onnx"
+PACKAGES = ("onnxruntime", "onnxruntime-genai", "onnx")
 MAIN_FILE = "model.onnx"
 TESTED = ("cpu",)
 _WITHOUT_KERNELS = ("coreml", "qnn", "nnapi")
@@ -176,10 +178,6 @@ def _write(
     checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, plain: Real, folder: Path
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
-    import onnx
-    import onnxruntime
-    import onnxruntime_genai
-
     from .pack import write_data
 
     arch = read_config(checkpoint.config, "ONNX")
@@ -204,8 +202,7 @@ def _write(
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
-        "versions": {"edgekd": version("edgekd")}
-        | {module.__name__.replace("_", "-"): module.__version__ for module in (onnxruntime, onnxruntime_genai, onnx)},
+        "versions": installed("edgekd", *PACKAGES),
         "details": OnnxDetails(
             providers={name: "tested" if name in TESTED else "not run" for name in spec.providers},
             activations=activations,
