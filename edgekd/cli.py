@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from .errors import EdgekdError, Fault, SpecError, as_error
 
@@ -59,11 +60,12 @@ def _open(
 ) -> Run:
     from .runs.preflight import open_run
     from .spec import builtin_spec, load_spec
+    from .targets import spec_model
 
     if seeds is not None and seed is not None:
         raise SpecError("--seed and --seeds are both given.", "Give --seeds alone: its first counts as --seed.")
     first, *more = [seed] if seeds is None else _numbers(seeds)
-    loaded = load_spec(spec, seed=first)
+    loaded = load_spec(spec, seed=first, model=spec_model())
     if allow_skipped:
         loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
     shipped = not Path(spec).is_file() and builtin_spec(spec) is not None
@@ -238,18 +240,36 @@ def quantize(
     typer.echo(f"quantized student: {out}, {figures['bits_per_weight']:.2f} bits per weight")
 
 
-@app.command(epilog="Example: edgekd export runs/quickstart/student model-int4 --target gguf --recipe portable-int4")
+class _NamesTargets(TyperCommand):
+    """A command whose help names the targets there are, plug-ins included; they are looked for when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from .targets import names
+
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption) and parameter.name == "target":
+                parameter.help = ", ".join(names())
+        super().format_help(ctx, formatter)
+
+
+@app.command(
+    cls=_NamesTargets,
+    epilog="Example: edgekd export runs/quickstart/student model-int4 --target gguf --recipe portable-int4",
+)
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write the artifact to; must not exist.")],
-    target: Annotated[str, typer.Option(help="gguf, onnx, coreml or executorch")] = "gguf",
+    target: Annotated[str, typer.Option()] = "gguf",
     recipe: Annotated[
         str, typer.Option(help="fp16, int8, portable-int4, portable-int4-head4, or one such as gguf-q4_k_m.")
     ] = "portable-int4",
     context: Annotated[int | None, typer.Option(min=1, help="Context length. Default: the model's.")] = None,
     provider: Annotated[
         list[str] | None,
-        typer.Option(help="Execution provider of onnx, the preferred first; or of executorch, its one. Default: cpu."),
+        typer.Option(help="Execution provider, the preferred first, for a target that has them: its key providers."),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the target's section of the spec.")
     ] = None,
     grid: Annotated[
         Path | None, typer.Option(help="A quantized student whose integers to pack. Default: round to nearest.")
@@ -264,14 +284,15 @@ def export(
     from .checkpoint import Checkpoint
     from .files import check_writable
     from .runs.verbs import export_model
-    from .spec import TargetSpec, of_options
+    from .spec import key_values, of_options
     from .student import resolve_model
-    from .targets import check, load_recipe
+    from .targets import check, load_recipe, load_target
 
     if out.exists():
         raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
     check_writable(out)
-    spec = of_options(TargetSpec, target=target, recipes=[recipe], context=context, providers=provider or None)
+    given = {"context": context, "providers": provider or None} | key_values(option or [])
+    spec = of_options(load_target(target).Options, **given | {"target": target, "recipes": [recipe]})
     folder = resolve_model(model)
     check(Checkpoint(folder).config, folder, spec)
     needs_text = load_recipe(recipe, target).needs_moments and moments is None
@@ -489,9 +510,9 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("ed
 @app.command(epilog="Example: edgekd schema > edgekd.schema.json")
 def schema() -> None:
     """Print the spec's JSON Schema, for editors that check and complete YAML."""
-    from .spec import Spec
+    from .targets import spec_model
 
-    typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
+    typer.echo(json.dumps(spec_model().model_json_schema(), indent=2))
 
 
 def _hold_streams() -> None:

@@ -87,7 +87,7 @@ def main(name: str) -> None:
     try:
         answer = {"ok": _run(name)}
     except Exception as error:  # a runtime may raise anything; doctor wants one sentence
-        if (module := _absent(error)) is not None:
+        if (module := absent_module(error)) is not None:
             answer = {"missing": module}
         else:
             lines = str(error).strip().splitlines()
@@ -103,7 +103,7 @@ def _run(name: str) -> str:
     return load_target(name).self_test()
 
 
-def _absent(error: Exception) -> str | None:
+def absent_module(error: Exception) -> str | None:
     """The package that is not installed; None where it is another fault, such as a part that a package lacks."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     return name if name and "." not in name else None

@@ -8,6 +8,7 @@ pydantic's complaints into one sentence that names the file, the key, and the ne
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -336,6 +337,24 @@ def of_options(kind: type[M], **options: Any) -> M:
         SpecError: an option is out of bounds.
     """
     return checked(kind, {name: value for name, value in options.items() if value is not None}, "the command line")
+
+
+def key_values(words: Sequence[str]) -> dict[str, Any]:
+    """What ``KEY=VALUE`` words say; a value is JSON, and else a word.
+
+    Raises:
+        SpecError: a word has no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise SpecError(f"the command line: option {word!r:.200} is not KEY=VALUE.")
+        try:
+            found[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[key] = value
+    return found
 
 
 def checked(kind: type[M], given: dict[str, Any], where: str) -> M:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 from collections.abc import Mapping
@@ -115,6 +116,7 @@ def _commands(run: Run) -> list[str]:
         elif export.recipe.needs_moments:
             line += ["--moments", run.path("calibration") / MOMENTS]
         line += ["--context", target.context] if target.context else []
-        line += [word for name in target.providers if target.providers != ["cpu"] for word in ("--provider", name)]
+        for key, value in target.own_keys.items():
+            line += ["--option", f"{key}={json.dumps(value)}"]
         lines.append(line)
     return [shlex.join(map(str, line)) for line in lines]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint import Checkpoint
 from ..spec import Method, Spec, TargetSpec
 from ..student import check_model, load_model, load_tokenizer, resolve_model, student_config
-from ..targets import label, load_recipe, stand_in
+from ..targets import label, load_recipe, section, stand_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -141,7 +141,7 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
     """
     teacher = Teacher(Checkpoint(resolve_model(spec.teacher.model, base)), spec.teacher.trust_remote_code)
     instead = {target.target: stand_in(target.target) for target in spec.targets}
-    pairs = [(target, load_recipe(name, target.target)) for target in spec.targets for name in target.recipes]
+    pairs = [(section(target), load_recipe(name, target.target)) for target in spec.targets for name in target.recipes]
     quantizations = _quantizations(spec, [recipe for _, recipe in pairs])
     packed = {quantization.recipe.name: quantization for quantization in quantizations}
     exports = [

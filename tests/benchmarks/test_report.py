@@ -30,6 +30,7 @@ def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[
         "manifest": {
             "name": "quickstart",
             "target": "gguf",
+            "target_title": "GGUF",
             "recipe": recipe,
             "bits_per_weight": size * 8 / 6.03e6,
             "parity": {
@@ -241,7 +242,7 @@ def test_what_is_missing_is_not_measured_and_never_zero() -> None:
 def test_what_ran_in_place_of_a_runtime_is_named() -> None:
     given = results()
     for artifact in given["artifacts"][:2]:
-        artifact["manifest"] |= {"target": "coreml", "runtime": "Core ML", "benchmark": None}
+        artifact["manifest"] |= {"target": "coreml", "target_title": "Core ML", "runtime": "Core ML", "benchmark": None}
         artifact["manifest"]["parity"]["stand_in"] = "the.module, an interpreter"
     given["artifacts"][2]["manifest"]["runtime"] = "llama.cpp"
     words = _Page(report.render(given)).words
