@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from .errors import EdgekdError, Fault, SpecError, as_error
 
 if TYPE_CHECKING:
-    from .pipeline import Run
+    from .runs.run import Run
 
 app = typer.Typer(
     name="edgekd",
@@ -40,6 +41,10 @@ TextOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the spec's seed.")]
+SeedsOption = Annotated[
+    str | None,
+    typer.Option("--seeds", metavar="0,1,2", help="Train with each; export the first's student, compare them all."),
+]
 SkippedOption = Annotated[
     bool, typer.Option("--allow-skipped", help="Go on when more than 5 % of the data's rows are unusable.")
 ]
@@ -50,17 +55,38 @@ CheckOption = Annotated[
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")]
 
 
-def _open(spec: str, out: Path | None, seed: int | None = None, allow_skipped: bool = False) -> Run:
-    from .pipeline import open_run
+def _open(
+    spec: str, out: Path | None, seed: int | None = None, allow_skipped: bool = False, seeds: str | None = None
+) -> Run:
+    from .runs.preflight import open_run
     from .spec import builtin_spec, load_spec
+    from .targets import spec_model
 
-    loaded = load_spec(spec, seed=seed)
+    if seeds is not None and seed is not None:
+        raise SpecError("--seed and --seeds are both given.", "Give --seeds alone: its first counts as --seed.")
+    first, *more = [seed] if seeds is None else _numbers(seeds)
+    loaded = load_spec(spec, seed=first, model=spec_model())
     if allow_skipped:
         loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
     shipped = not Path(spec).is_file() and builtin_spec(spec) is not None
     words = ["edgekd", "run", spec, *(["--seed", str(seed)] if seed is not None else [])]
+    words += ["--seeds", seeds] if seeds else []
     words += ["--allow-skipped"] * allow_skipped
-    return open_run(loaded, base=Path() if shipped else Path(spec).parent, out=out, words=words)
+    base = Path() if shipped else Path(spec).parent
+    return open_run(loaded, base=base, out=out, words=words, more_seeds=more)
+
+
+def _numbers(seeds: str) -> list[int]:
+    """What ``--seeds`` says."""
+    from .spec import MAX_SEED
+
+    words = seeds.split(",")
+    if not all(re.fullmatch(r"\s*[0-9]{1,10}\s*", word) and int(word) <= MAX_SEED for word in words):
+        raise SpecError(f"--seeds {seeds:.200}: not whole numbers from 0 to {MAX_SEED}.", "Write it as 0,1,2.")
+    numbers = [*map(int, words)]
+    if len(set(numbers)) < len(numbers):
+        raise SpecError(f"--seeds {seeds:.200}: one stands twice.", "Give each once.")
+    return numbers
 
 
 def _print_json(value: Any) -> None:
@@ -92,15 +118,16 @@ def run(
     report_only: Annotated[bool, typer.Option("--report-only", help="Do not fail on a missed threshold.")] = False,
     check: CheckOption = False,
     allow_skipped: SkippedOption = False,
+    seeds: SeedsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Do a whole run: distil, quantize, export, verify, benchmark, report. Run it again to go on after a stop."""
     from .console import artifact_lines, watching
-    from .pipeline import run_stages
+    from .runs import do_run
 
-    opened = _open(spec, out, seed, allow_skipped)
+    opened = _open(spec, out, seed, allow_skipped, seeds)
     with watching() as watcher:
-        results = run_stages(opened, watcher, report_only=report_only, check=check)
+        results = do_run(opened, watcher, report_only=report_only, check=check)
     if as_json:
         return _print_json(results)
     for line in artifact_lines(results):
@@ -109,13 +136,20 @@ def run(
 
 
 @app.command(epilog="Example: edgekd plan quickstart")
-def plan(spec: SpecArgument, out: OutOption = None, seed: SeedOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    spec: SpecArgument,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    seeds: SeedsOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show the stages, what is done already, and the RAM, disk and time each will need. Does no work."""
     from .console import plan_table
-    from .pipeline import stages, to_do
     from .plan import measure_machine, refuse_what_cannot_fit
+    from .runs.chain import stages
+    from .runs.runner import to_do
 
-    opened = _open(spec, out, seed)
+    opened = _open(spec, out, seed, seeds=seeds)
     machine = measure_machine(opened.folder)
     chain = stages(opened, machine)
     left = to_do(opened, chain)
@@ -148,11 +182,11 @@ def distill(
 ) -> None:
     """Train the student (and the label-only baseline), measure both, and stop there."""
     from .console import quality_table, watching
-    from .pipeline import run_stages
+    from .runs import do_run
 
     opened = _open(spec, out, seed, allow_skipped)
     with watching() as watcher:
-        results = run_stages(opened, watcher, until="quality", check=check)
+        results = do_run(opened, watcher, until="quality", check=check)
     if as_json:
         return _print_json({"student": str(opened.path("student")), "quality": results["quality"]})
     quality_table(results["quality"])
@@ -175,8 +209,8 @@ def quantize(
     """Choose the grid's integers once, for every target. A stopped qad goes on when the command is given again."""
     from .console import watching
     from .files import check_writable
-    from .pipeline import quantize_model
     from .quant.folder import check_quantizes
+    from .runs.verbs import quantize_model
     from .spec import QadSpec, of_options
     from .student import resolve_model
     from .targets import load_recipe
@@ -206,18 +240,36 @@ def quantize(
     typer.echo(f"quantized student: {out}, {figures['bits_per_weight']:.2f} bits per weight")
 
 
-@app.command(epilog="Example: edgekd export runs/quickstart/student model-int4 --target gguf --recipe portable-int4")
+class _NamesTargets(TyperCommand):
+    """A command whose help names the targets there are, plug-ins included; they are looked for when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from .targets import names
+
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption) and parameter.name == "target":
+                parameter.help = ", ".join(names())
+        super().format_help(ctx, formatter)
+
+
+@app.command(
+    cls=_NamesTargets,
+    epilog="Example: edgekd export runs/quickstart/student model-int4 --target gguf --recipe portable-int4",
+)
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write the artifact to; must not exist.")],
-    target: Annotated[str, typer.Option(help="gguf, onnx, coreml or executorch")] = "gguf",
+    target: Annotated[str, typer.Option()] = "gguf",
     recipe: Annotated[
         str, typer.Option(help="fp16, int8, portable-int4, portable-int4-head4, or one such as gguf-q4_k_m.")
     ] = "portable-int4",
     context: Annotated[int | None, typer.Option(min=1, help="Context length. Default: the model's.")] = None,
     provider: Annotated[
         list[str] | None,
-        typer.Option(help="Execution provider of onnx, the preferred first; or of executorch, its one. Default: cpu."),
+        typer.Option(help="Execution provider, the preferred first, for a target that has them: its key providers."),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the target's section of the spec.")
     ] = None,
     grid: Annotated[
         Path | None, typer.Option(help="A quantized student whose integers to pack. Default: round to nearest.")
@@ -231,15 +283,16 @@ def export(
     """Make an artifact for one runtime from a model folder."""
     from .checkpoint import Checkpoint
     from .files import check_writable
-    from .pipeline import export_model
-    from .spec import TargetSpec, of_options
+    from .runs.verbs import export_model
+    from .spec import key_values, of_options
     from .student import resolve_model
-    from .targets import check, load_recipe
+    from .targets import check, load_recipe, load_target
 
     if out.exists():
         raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
     check_writable(out)
-    spec = of_options(TargetSpec, target=target, recipes=[recipe], context=context, providers=provider or None)
+    given = {"context": context, "providers": provider or None} | key_values(option or [])
+    spec = of_options(load_target(target).Options, **given | {"target": target, "recipes": [recipe]})
     folder = resolve_model(model)
     check(Checkpoint(folder).config, folder, spec)
     needs_text = load_recipe(recipe, target).needs_moments and moments is None
@@ -268,7 +321,7 @@ def verify(
     from .errors import BadArtifact, GateFailed
     from .files import check_writable
     from .manifest import add_proof, load_artifact
-    from .pipeline import verify_artifact
+    from .runs.verbs import verify_artifact
     from .spec import Thresholds, VerifySpec, of_options
     from .student import resolve_model
     from .targets import try_artifact
@@ -309,7 +362,7 @@ def _windows(model: Path, documents: list[str], windows: int | None, context: in
     """Evenly spaced windows ``(N, T)`` of documents; all of them for ``windows`` None."""
     import numpy as np
 
-    from .pipeline import held_out_windows
+    from .runs.verbs import held_out_windows
     from .student import load_tokenizer
 
     tokenizer = load_tokenizer(model)
@@ -331,7 +384,7 @@ def bench(
     from .errors import BadArtifact
     from .files import check_writable
     from .manifest import add_proof, load_artifact
-    from .pipeline import bench_artifact
+    from .runs.verbs import bench_artifact
     from .spec import BenchSpec, of_options
 
     spec = of_options(
@@ -343,9 +396,9 @@ def bench(
         watcher.begin("bench")
         figures = bench_artifact(loaded, spec, lambda f, note: watcher.progress("bench", f, note))
     add_proof(loaded, benchmark=figures)
-    if not as_json:
-        bench_table(figures)
-    _print_json(figures)
+    if as_json:
+        return _print_json(figures)
+    bench_table(figures)
 
 
 @app.command(epilog="Example: edgekd audit model-q4")
@@ -386,7 +439,7 @@ def report(
     """Write the report of a run again from its results."""
     from .benchmarks.report import build
     from .files import read_sealed
-    from .pipeline import RESULTS
+    from .runs.results import RESULTS
 
     if not (run_folder / RESULTS).is_file():
         raise EdgekdError(f"{run_folder}: no {RESULTS}.", "Finish the run first: edgekd run SPEC.")
@@ -457,9 +510,9 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("ed
 @app.command(epilog="Example: edgekd schema > edgekd.schema.json")
 def schema() -> None:
     """Print the spec's JSON Schema, for editors that check and complete YAML."""
-    from .spec import Spec
+    from .targets import spec_model
 
-    typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
+    typer.echo(json.dumps(spec_model().model_json_schema(), indent=2))
 
 
 def _hold_streams() -> None:

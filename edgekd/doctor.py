@@ -14,14 +14,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from .errors import EdgekdError
+
 Status = Literal["ok", "missing", "broken", "not_here"]
 
-_LLAMA_CPP = "0.3.36"
 _LOW_RAM_BYTES = 2 * 10**9
 _LOW_DISK_BYTES = 2 * 10**9
 
@@ -50,64 +52,95 @@ class Outcome:
     """Last line of its standard error."""
 
 
+def pip_install(requirement: str, again: bool = False) -> str:
+    """The command that installs a distribution, or replaces what is installed."""
+    return f'pip install {"--force-reinstall --no-cache-dir " * again}"{requirement}"'
+
+
+def _nothing_known(signal_name: str) -> tuple[str, str] | None:
+    return None
+
+
 @dataclass(frozen=True)
 class SelfTest:
     """A test of :mod:`edgekd.selftest` and how to speak of it."""
 
     name: str
-    extra: str
-    timeout_s: float
+    packages: tuple[str, ...]
+    """The distributions without which it is not run."""
+    install: Callable[[bool], str]
+    """The command that installs what it needs, or (True) replaces it."""
+    explain_crash: Callable[[str], tuple[str, str] | None] = _nothing_known
+    """What a signal means in this runtime, and the remedy."""
+    timeout_s: float = 300
 
 
-SELF_TESTS = (
-    SelfTest("training", "train", 180),
-    SelfTest("grid", "train", 180),
-    SelfTest("gguf", "gguf", 180),
-    SelfTest("onnx", "onnx", 180),
-    SelfTest("executorch", "executorch", 300),
-    SelfTest("coreml", "coreml", 300),
+OWN_TESTS = (
+    SelfTest("training", ("torch", "transformers"), partial(pip_install, "edgekd[train]")),
+    SelfTest("grid", ("torch", "transformers", "accelerate"), partial(pip_install, "edgekd[train]")),
 )
+"""What needs no target."""
+
+
+def self_test_of(name: str) -> SelfTest:
+    """The self-test of a target.
+
+    Raises:
+        SpecError: no such target, or it does not load.
+    """
+    from .targets import load_target, requirement
+
+    target = load_target(name)
+    return SelfTest(
+        name,
+        target.PACKAGES,
+        getattr(target, "install", partial(pip_install, requirement(name))),
+        getattr(target, "explain_crash", _nothing_known),
+    )
 
 
 def diagnose() -> list[Check]:
     """Try everything; takes some seconds. Raises nothing: what fails is a finding."""
-    flags = cpu_flags()
+    from .targets import names
+
     checks = [_python(), *(_version(name) for name in ("torch", "transformers"))]
-    checks += [check_runtime(test, flags) for test in SELF_TESTS]
-    if sys.platform != "darwin":
-        checks.append(
-            Check(
-                "coreml predict", "not_here", "Core ML itself runs on macOS and iOS alone; conversion does not need it"
-            )
-        )
+    checks += [check_runtime(test) for test in OWN_TESTS]
+    checks += [check for name in names() for check in _target(name)]
     return [*checks, _compiler(), _ram(), _disk(), _rapl(), _nvml()]
+
+
+def _target(name: str) -> list[Check]:
+    """Whether a target works here, and, where it is not its own runtime that runs, what does."""
+    from .targets import stand_in
+
+    try:
+        test, instead = self_test_of(name), stand_in(name)
+    except EdgekdError as error:  # a plug-in that does not load
+        return [Check(name, "broken", error.cause, error.remedy)]
+    checks = [check_runtime(test)]
+    if instead:
+        words = f"its runtime does not run on this machine; in its place: {instead}"
+        checks.append(Check(f"{name} runtime", "not_here", words))
+    return checks
 
 
 # --- runtimes ---------------------------------------------------------------------------------------------------------
 
 
-def check_runtime(test: SelfTest, flags: frozenset[str], command: Sequence[str] | None = None) -> Check:
+def check_runtime(test: SelfTest, command: Sequence[str] | None = None) -> Check:
     """Run one self-test in a child process.
 
     Args:
         test: which one.
-        flags: the CPU's features, as ``/proc/cpuinfo`` names them.
         command: the child, instead of the interpreter with :mod:`edgekd.selftest`.
     """
     if command is None:
-        from .selftest import absent
+        from .targets import absent
 
-        if missing := absent(test.name):
-            return Check(test.name, "missing", f"not installed: {', '.join(missing)}", install(test.extra, flags))
+        if missing := absent(test.packages):
+            return Check(test.name, "missing", f"not installed: {', '.join(missing)}", test.install(False))
         command = [sys.executable, "-m", "edgekd.selftest", test.name]
-    return explain(test, run_child(command, test.timeout_s), flags)
-
-
-def install(extra: str, flags: frozenset[str] = frozenset(), *, again: bool = False) -> str:
-    """The command that installs an extra, or replaces what is installed."""
-    # A plain install builds llama.cpp natively, which is what crashes.
-    build = f'CMAKE_ARGS="{_cmake_args(flags)}" ' if extra == "gguf" else ""
-    return f'{build}pip install {"--force-reinstall --no-cache-dir " * again}"edgekd[{extra}]"'
+    return explain(test, run_child(command, test.timeout_s))
 
 
 def run_child(command: Sequence[str], timeout_s: float) -> Outcome:
@@ -152,63 +185,32 @@ def _signal(exit_code: int) -> str | None:
         return f"signal {-exit_code}"
 
 
-def explain(test: SelfTest, outcome: Outcome, flags: frozenset[str]) -> Check:
+def explain(test: SelfTest, outcome: Outcome) -> Check:
     """A child's end in a sentence, with the remedy."""
-    again = install(test.extra, flags, again=True)
     if outcome.exit_code is None:
-        return Check(
-            test.name,
-            "broken",
-            f"the self-test took more than {test.timeout_s:.0f} s",
-            "Free the machine and try again.",
-        )
-    if outcome.signal in ("SIGILL", "SIGSEGV", "SIGBUS") and test.name == "gguf":
-        return Check(test.name, "broken", _llama_cpp_cause(outcome.signal, flags), rebuild_llama_cpp(flags))
-    if outcome.signal == "SIGKILL":
-        return Check(
-            test.name, "broken", "the self-test was killed (SIGKILL), most often for lack of memory", "Free some RAM."
-        )
+        words = f"the self-test took more than {test.timeout_s:.0f} s"
+        return Check(test.name, "broken", words, "Free the machine and try again.")
     if outcome.signal:
-        words = "an instruction that this CPU lacks" if outcome.signal == "SIGILL" else "a crash inside the runtime"
-        return Check(test.name, "broken", f"the self-test died of {outcome.signal}: {words}", again)
-    if outcome.answer and "ok" in outcome.answer and outcome.exit_code == 0:
-        return Check(test.name, "ok", outcome.answer["ok"])
-    if outcome.answer and "failed" in outcome.answer:
-        return Check(test.name, "broken", outcome.answer["failed"], again)
-    reason = outcome.complaint or "no message"
-    return Check(test.name, "broken", f"the self-test ended with exit code {outcome.exit_code}: {reason}", again)
+        return Check(test.name, "broken", *_crash(test, outcome.signal))
+    match outcome.answer:
+        case {"ok": detail} if outcome.exit_code == 0:
+            return Check(test.name, "ok", detail)
+        case {"missing": package}:
+            return Check(test.name, "missing", f"not installed: {package}", test.install(False))
+        case {"failed": reason}:
+            return Check(test.name, "broken", reason, test.install(True))
+    reason = f"the self-test ended with exit code {outcome.exit_code}: {outcome.complaint or 'no message'}"
+    return Check(test.name, "broken", reason, test.install(True))
 
 
-def _llama_cpp_cause(signal_name: str, flags: frozenset[str]) -> str:
-    if "amx_tile" in flags:
-        return (
-            f"llama.cpp died of {signal_name} in its first prefill: it was built natively, and the AMX kernels it then "
-            "uses do not run here, although the CPU advertises AMX"
-        )
-    if signal_name == "SIGILL":
-        return "llama.cpp died of SIGILL: it was built for a CPU with instructions that this one lacks"
-    return f"llama.cpp died of {signal_name} in its first prefill: the build does not suit this machine"
-
-
-def rebuild_llama_cpp(flags: frozenset[str]) -> str:
-    """The command that builds llama-cpp-python for this CPU, AMX left off."""
-    return (
-        f'CMAKE_ARGS="{_cmake_args(flags)}" pip install --force-reinstall --no-binary llama-cpp-python '
-        f"llama-cpp-python=={_LLAMA_CPP} --no-deps --no-cache-dir"
-    )
-
-
-def _cmake_args(flags: frozenset[str]) -> str:
-    from .targets.gguf.build_flags import cmake_args
-
-    return " ".join(cmake_args(set(flags), platform.system(), platform.machine()))
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Features that every processor has, as Linux names them; empty where the system has no such file."""
-    from .targets.gguf.build_flags import cpu_features
-
-    return frozenset(cpu_features(cpuinfo.read_text("utf-8", "replace"))) if cpuinfo.is_file() else frozenset()
+def _crash(test: SelfTest, signal_name: str) -> tuple[str, str]:
+    """What a signal means, and the remedy."""
+    if known := test.explain_crash(signal_name):
+        return known
+    if signal_name == "SIGKILL":
+        return "the self-test was killed (SIGKILL), most often for lack of memory", "Free some RAM."
+    words = "an instruction that this CPU lacks" if signal_name == "SIGILL" else "a crash inside the runtime"
+    return f"the self-test died of {signal_name}: {words}", test.install(True)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def _version(name: str) -> Check:
     try:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, "missing", "not installed", install("train"))
+        return Check(name, "missing", "not installed", pip_install("edgekd[train]"))
 
 
 def _compiler() -> Check:

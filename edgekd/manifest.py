@@ -76,6 +76,8 @@ class Manifest(BaseModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str
     target: str
+    target_title: str | None = None
+    """The target as its makers write it."""
     recipe: str
     runtime: str
     main_file: str

@@ -8,14 +8,18 @@ pydantic's complaints into one sentence that names the file, the key, and the ne
 from __future__ import annotations
 
 import difflib
-from functools import cache
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from glob import iglob
 from importlib import resources
 from itertools import islice
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
 from .errors import SpecError
 from .strict_yaml import read_yaml
@@ -33,6 +37,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Ceiling = Annotated[float, Field(ge=0, le=1e6)]
 LossWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
 Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
+_SOME_TARGETS = Field(min_length=1, max_length=100)
 M = TypeVar("M", bound=BaseModel)
 LossName = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
 Method = Literal["rtn", "search", "gptq", "qad"]
@@ -204,21 +209,20 @@ class QuantizeSpec(_Strict):
 
 
 class TargetSpec(_Strict):
-    """One runtime, and the recipes to export for it."""
+    """One runtime, and the recipes to export for it. Further keys are the target's own, of which its model knows."""
 
-    target: Name = Field(description="gguf onnx coreml executorch")
+    model_config = ConfigDict(extra="allow")
+
+    target: Name = Field(description="The runtime's name.")
     recipes: Annotated[list[Name], Field(min_length=1, max_length=100)] = Field(
         description="fp16, int8, portable-int4, portable-int4-head4, or a runtime's own, such as gguf-q4_k_m."
     )
-    providers: Annotated[list[Name], Field(min_length=1, max_length=16)] = Field(
-        ["cpu"],
-        description="For onnx: execution providers, the preferred one first: cpu (tested) cuda dml webgpu (not run). "
-        "For executorch, one: cpu, which is XNNPACK (tested), or vulkan (not run).",
-    )
-    minimum_ios: Annotated[int, Field(gt=0, le=99)] = Field(
-        18, description="For coreml: the oldest iOS to run on; 18 (macOS 15) is the least."
-    )
     context: Length | None = Field(None, description="Context length of the artifact; default: the student's.")
+
+    @property
+    def own_keys(self) -> dict[str, Any]:
+        """The target's own keys that are not at their defaults."""
+        return self.model_dump(mode="json", exclude=set(TargetSpec.model_fields), exclude_defaults=True)
 
 
 class Thresholds(_Strict):
@@ -268,7 +272,7 @@ class Spec(_Strict):
     data: DataSpec
     distill: DistillSpec = DistillSpec()
     quantize: QuantizeSpec = QuantizeSpec()
-    targets: Annotated[list[TargetSpec], Field(min_length=1, max_length=100)]
+    targets: Annotated[list[SerializeAsAny[TargetSpec]], _SOME_TARGETS]
     verify: VerifySpec = VerifySpec()
     bench: BenchSpec = BenchSpec()
 
@@ -283,17 +287,32 @@ class Spec(_Strict):
         return self
 
 
+def spec_of(targets: Mapping[str, type[TargetSpec]]) -> type[Spec]:
+    """The spec whose targets are these alone, each with its own keys: what files are read by, and the JSON Schema.
+
+    Args:
+        targets: the model of each target's section, by name; two or more.
+    """
+    # Types made of values: beyond what a type checker follows.
+    make: Any = create_model
+    sections = [make(n, __base__=m, __doc__=m.__doc__, target=Literal[n]) for n, m in targets.items()]  # type: ignore
+    section: Any = Annotated[reduce(or_, sections), Field(discriminator="target")]
+    made: type[Spec] = make("Spec", __base__=Spec, __doc__=Spec.__doc__, targets=(list[section], _SOME_TARGETS))
+    return made
+
+
 def builtin_spec(name: str) -> Path | None:
     """The shipped spec of that name (``quickstart``), or None."""
     path = Path(str(resources.files("edgekd") / "specs" / f"{name}.yaml"))
     return path if _is_file(path) else None
 
 
-def load_spec(path: str | Path, *, seed: int | None = None) -> Spec:
+def load_spec(path: str | Path, *, seed: int | None = None, model: type[Spec] = Spec) -> Spec:
     """Read and check a spec, given as a file or as the name of a shipped one.
 
     Args:
         seed: instead of the file's.
+        model: of ``spec_of``, to check the targets' own keys too.
 
     Raises:
         SpecError: the file is missing, is not YAML, or a key in it is unknown or wrong.
@@ -308,10 +327,7 @@ def load_spec(path: str | Path, *, seed: int | None = None) -> Spec:
         raise SpecError(f"{file}: a spec is a mapping with keys such as teacher, student, data.", "See: edgekd init")
     if seed is not None:
         raw["seed"] = seed
-    try:
-        return Spec.model_validate(raw)
-    except ValidationError as error:
-        raise SpecError(f"{file}: {_explain(raw, error)}") from error
+    return checked(model, raw, str(file))
 
 
 def of_options(kind: type[M], **options: Any) -> M:
@@ -320,11 +336,40 @@ def of_options(kind: type[M], **options: Any) -> M:
     Raises:
         SpecError: an option is out of bounds.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    return checked(kind, {name: value for name, value in options.items() if value is not None}, "the command line")
+
+
+def key_values(words: Sequence[str]) -> dict[str, Any]:
+    """What ``KEY=VALUE`` words say; a value is JSON, and else a word.
+
+    Raises:
+        SpecError: a word has no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise SpecError(f"the command line: option {word!r:.200} is not KEY=VALUE.")
+        try:
+            found[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[key] = value
+    return found
+
+
+def checked(kind: type[M], given: dict[str, Any], where: str) -> M:
+    """A part of the spec from plain values.
+
+    Args:
+        where: what gave them, for the message.
+
+    Raises:
+        SpecError: a key is unknown or wrong.
+    """
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise SpecError(f"the command line: {_explain(given, error)}") from error
+        raise SpecError(f"{where}: {_explain(given, error, kind)}") from error
 
 
 def _is_file(path: Path) -> bool:
@@ -334,20 +379,24 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _explain(raw: dict[str, Any], error: ValidationError) -> str:
+def _explain(raw: dict[str, Any], error: ValidationError, model: type[BaseModel]) -> str:
     """One sentence for the first complaint, and a count of the rest."""
     # A mistyped key is both unknown and missing: the unknown one says more.
     complaints = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     first = complaints[0]
     where = _yaml_path(raw, first["loc"])
+    if first["type"].startswith("union_tag"):  # the key that chooses among sections
+        where = [*where, name := first["ctx"]["discriminator"].strip("'")]
     key = repr(".".join(str(part) for part in where) or "(top level)")[:_MAX_SHOWN]
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:_MAX_SHOWN]
     if first["type"] == "extra_forbidden":
-        valid = _valid_keys(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1])[:_MAX_SHOWN], valid, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}."
-        text = f"unknown key {key}; {hint}"
-    elif first["type"] == "missing":
+        valid = _valid_keys(model, first["loc"][:-1])
+        text = f"unknown key {key}; {_nearest(str(first['loc'][-1]), valid, 'valid keys')}"
+    elif first["type"] == "union_tag_invalid":
+        valid = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
+        tag = first["ctx"]["tag"]
+        text = f"key {key}: unknown {name} {tag!r:.200}; {_nearest(tag, valid, 'there are')}"
+    elif first["type"] in ("missing", "union_tag_not_found"):
         text = f"key {key} is missing."
     elif first["type"] == "value_error":
         text = f"key {key}: {message}."
@@ -355,6 +404,11 @@ def _explain(raw: dict[str, Any], error: ValidationError) -> str:
         text = f"key {key}: {message[0].lower() + message[1:]} (given: {first['input']!r:.60})."
     more = len(complaints) - 1
     return text + (f" And {more} more." if more else "")
+
+
+def _nearest(word: str, valid: Sequence[str], title: str) -> str:
+    near = difflib.get_close_matches(word[:_MAX_SHOWN], valid, 1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"{title}: {', '.join(valid)}."
 
 
 def _yaml_path(raw: Any, loc: tuple[int | str, ...]) -> list[int | str]:
@@ -373,9 +427,9 @@ def _yaml_path(raw: Any, loc: tuple[int | str, ...]) -> list[int | str]:
     return path
 
 
-def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the model at ``loc``, found in the JSON Schema."""
-    schema = _schema()
+def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at ``loc``, found in the JSON Schema."""
+    schema = model.model_json_schema()
     node: Any = schema
     for part in loc:
         node = _deref(schema, node)
@@ -386,11 +440,6 @@ def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
         else:
             node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
     return list(_deref(schema, node).get("properties", {}))
-
-
-@cache
-def _schema() -> dict[str, Any]:
-    return Spec.model_json_schema()
 
 
 def _deref(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

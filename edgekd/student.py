@@ -290,7 +290,9 @@ def _reason(error: Exception) -> str:
     return f"{lines[1 if lines[0].endswith(':') and lines[1:] else 0].rstrip('.'):.300}"
 
 
-def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path = Path()) -> PreTrainedModel:
+def init_student(
+    spec: StudentSpec, teacher_folder: Path, seed: int, base: Path = Path(), *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The student before training, in float32.
 
     A cut student holds exact copies of the teacher's weights: evenly spaced layers (DistilBERT, Sanh et al. 2019;
@@ -299,6 +301,7 @@ def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path 
 
     Args:
         seed: seeds the weights of a fresh student; PyTorch's global generator is left as it was.
+        trust_remote_code: of the teacher's tokenizer.
 
     Raises:
         SpecError: more layers or units than the teacher has, or a vocabulary other than the teacher's.
@@ -308,7 +311,8 @@ def init_student(spec: StudentSpec, teacher_folder: Path, seed: int, base: Path 
 
     if spec.init == "checkpoint":
         folder = resolve_model(spec.model, base)
-        rows, ids = Checkpoint(folder).decoder.vocab_size, vocabulary_size(load_tokenizer(teacher_folder))
+        tokenizer = load_tokenizer(teacher_folder, trust_remote_code=trust_remote_code)
+        rows, ids = Checkpoint(folder).decoder.vocab_size, vocabulary_size(tokenizer)
         if rows is not None and rows < ids:
             raise SpecError(
                 f"student.model: {folder} has {rows} embedding rows for {ids} ids of the teacher.",

@@ -1,4 +1,5 @@
-"""The runtimes a student is exported to. A target is a module with three functions: ``check``, ``export``, ``open``.
+"""The runtimes a student is exported to. A target is a module that offers what ``shared.target.Target`` says, in a
+package with all that it needs.
 
 ``TARGETS`` is the only table; entry points of the group ``edgekd.targets`` (name → module) extend it. A module is
 imported when its target is first asked for.
@@ -8,36 +9,48 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from ..errors import BadArtifact, SpecError
 from ..files import digest
 from ..manifest import Artifact, load_artifact
 from ..session import Session
-from ..spec import TargetSpec
+from ..spec import Spec, TargetSpec, checked, spec_of
 from ..tokenizer_file import hard_texts
 from ..trial import mark, try_once
+from .shared.artifact import installed
 from .shared.recipes import load_recipe, recipe_names
+from .shared.target import OFFERED, Target, TargetOptions
 
 __all__ = [
     "TARGETS",
+    "absent",
     "check",
+    "code_of",
     "export",
     "label",
     "load_recipe",
+    "load_target",
+    "names",
     "open_artifact",
     "recipe_names",
+    "requirement",
+    "section",
+    "spec_model",
     "stand_in",
-    "target_modules",
     "try_artifact",
+    "versions",
 ]
 
+_LOG = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
+GROUP = "edgekd.targets"
 TARGETS = {
     "gguf": "edgekd.targets.gguf.target",
     "onnx": "edgekd.targets.onnx.target",
@@ -46,9 +59,97 @@ TARGETS = {
 }
 
 
-def target_modules() -> dict[str, str]:
-    """Name → module path of every target, installed plug-ins included."""
-    return {point.name: point.value for point in entry_points(group="edgekd.targets")} | TARGETS
+def names() -> list[str]:
+    """Every target, those of installed plug-ins last."""
+    return [*TARGETS, *sorted(_plug_ins())]
+
+
+def _plug_ins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in TARGETS}
+
+
+def load_target(name: str) -> Target:
+    """A target's module.
+
+    Raises:
+        SpecError: no such target, or a plug-in that does not load or is not a target.
+    """
+    if name in TARGETS:
+        return cast(Target, importlib.import_module(TARGETS[name]))
+    module = _module_name(name)
+    remedy = f"Update {_plug_ins()[name].value.partition('.')[0]}, or uninstall it."
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a stranger's module may raise anything
+        raise SpecError(f"targets: {name} does not load: {type(error).__name__}: {error}.", remedy) from error
+    if lacks := [offered for offered in OFFERED if not hasattr(found, offered)]:
+        raise SpecError(f"targets: {name} is not a target of this version: it has no {', '.join(lacks)}.", remedy)
+    return cast(Target, found)
+
+
+def _module_name(name: str) -> str:
+    modules = TARGETS | {plug_in: point.module for plug_in, point in _plug_ins().items()}
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, 1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names())}."
+        raise SpecError(f"targets: unknown target {name!r}; {hint}")
+    return modules[name]
+
+
+def spec_model() -> type[Spec]:
+    """The spec with the keys of every target that loads."""
+    sections = {}
+    for name in names():
+        try:
+            sections[name] = load_target(name).Options
+        except SpecError as error:
+            _LOG.warning("%s", error)
+    return spec_of(sections)
+
+
+def section(spec: TargetSpec) -> TargetOptions:
+    """A target's section of the spec as the target's own, its keys checked.
+
+    Raises:
+        SpecError: no such target, or a key that it does not have.
+    """
+    model = load_target(spec.target).Options
+    return spec if isinstance(spec, model) else checked(model, spec.model_dump(), "targets")
+
+
+def requirement(name: str) -> str:
+    """What to ask an installer for to have a target's packages."""
+    point, extra = _plug_ins().get(name), load_target(name).EXTRA
+    distribution = point.dist.name if point and point.dist else "edgekd"
+    return f"{distribution}[{extra}]" if extra else distribution
+
+
+def absent(packages: Iterable[str]) -> list[str]:
+    """Those of some distributions that are not installed."""
+    here = installed(*packages)
+    return [package for package in packages if package not in here]
+
+
+def versions(targets: Iterable[str]) -> dict[str, str]:
+    """The versions that artifacts of these targets depend on: edgekd's, training's, and those of each one's packages.
+
+    Args:
+        targets: names.
+    """
+    own = (package for target in targets for package in load_target(target).PACKAGES)
+    return installed("edgekd", "torch", "transformers", *own)
+
+
+def code_of(target: str) -> list[Path]:
+    """The source files that make a target: those of its module's package, and what all targets share.
+
+    A module without a package is one file.
+    """
+    found = find_spec(_module_name(target))
+    assert found is not None and found.origin is not None
+    own = Path(found.origin)
+    below = [own] if not found.parent else sorted(own.parent.rglob("*.py"))
+    return [*below, Path(__file__), *sorted(Path(__file__).with_name("shared").rglob("*.py"))]
 
 
 def label(target: str, recipe: str) -> str:
@@ -56,22 +157,9 @@ def label(target: str, recipe: str) -> str:
     return recipe if recipe.startswith(f"{target}-") else f"{target}-{recipe}"
 
 
-def _module(name: str) -> ModuleType:
-    modules = target_modules()
-    if name not in modules:
-        near = difflib.get_close_matches(name, modules, 1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(modules))}."
-        raise SpecError(f"targets: unknown target {name!r}; {hint}")
-    return importlib.import_module(modules[name])
-
-
 def stand_in(target: str) -> str | None:
-    """What opens a target's artifacts on this machine in place of their own runtime, which cannot run here; or None.
-
-    A target whose runtime is bound to a system has a fourth function, of this name. What such a session computes is
-    the artifact's; how long it takes says nothing of the runtime, so it is never timed.
-    """
-    found: str | None = getattr(_module(target), "stand_in", lambda: None)()
+    """What opens a target's artifacts on this machine in place of their own runtime, which cannot run here; or None."""
+    found: str | None = getattr(load_target(target), "stand_in", lambda: None)()
     return found
 
 
@@ -87,7 +175,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -
         Unsupported: the architecture, a setting or the tokenizer has no place in the format.
         MissingExtra: the target's packages are not installed.
     """
-    _module(spec.target).check(config, tokenizer_folder, spec)
+    load_target(spec.target).check(config, tokenizer_folder, section(spec))
 
 
 def export(
@@ -115,9 +203,8 @@ def export(
     Raises:
         EdgekdError: and its children, as ``check``; also when ``out_dir`` exists or the runtime refuses the file.
     """
-    artifact: Artifact = _module(spec.target).export(
-        student, spec, recipe, out_dir, name=name, grid=grid, moments=moments
-    )
+    target, own = load_target(spec.target), section(spec)
+    artifact = target.export(student, own, recipe, out_dir, name=name, grid=grid, moments=moments)
     mark(_key(artifact))
     return artifact
 
@@ -146,9 +233,9 @@ def run_trial(folder: Path) -> None:
     """
     artifact = load_artifact(folder, check_files=False)
     contract = artifact.manifest.contract
-    module = _module(artifact.manifest.target)
+    module = load_target(artifact.manifest.target)
     getattr(module, "inspect", lambda artifact: None)(artifact)
-    session: Session = module.open(artifact, threads=1)
+    session = module.open(artifact, threads=1)
     for text in hard_texts(artifact.path(TOKENIZER) if TOKENIZER in artifact.manifest.files else None):
         session.tokenize(text)
     session.token_bytes(contract.vocab_size - 1)
@@ -194,7 +281,6 @@ def open_artifact(artifact: Artifact | Path, *, threads: int | None = None) -> S
     """
     if not isinstance(artifact, Artifact):
         artifact = load_artifact(artifact)
-    module = _module(artifact.manifest.target)
+    module = load_target(artifact.manifest.target)
     try_artifact(artifact)
-    session: Session = module.open(artifact, threads=threads)
-    return session
+    return module.open(artifact, threads=threads)

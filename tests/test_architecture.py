@@ -14,11 +14,11 @@ LAYERS = [
     {"", "errors"},  # the package itself begins with privacy
     {"files", "strict_yaml", "strace", "trial", "tokenizer_file"},
     {"spec", "architecture"},
-    {"checkpoint", "student", "manifest", "records", "plan", "session", "conversation", "template_process"},
+    {"checkpoint", "student", "manifest", "plan", "session", "conversation", "template_process"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest", "audit"},
-    {"pipeline", "doctor", "teachers", "peers"},
+    {"runs", "doctor", "teachers", "peers"},
     {"console"},
     {"cli", "optimum"},
 ]

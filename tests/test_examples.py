@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from edgekd import plan
-from edgekd.pipeline import open_run, stages
+from edgekd.runs.chain import stages
+from edgekd.runs.preflight import open_run
 from edgekd.spec import Spec, load_spec
 from edgekd.student import init_student, load_tokenizer, save_model
 
@@ -81,8 +82,8 @@ def test_the_template_shows_every_way_to_begin(tmp_path: Path) -> None:
 def test_the_templates_examples_can_be_planned(way: str, tmp_path: Path) -> None:
     if way == "checkpoint":
         run = open_run(spec_of("cut", tmp_path), base=tmp_path)
-        model = init_student(run.spec.student, run.teacher, seed=0)
-        save_model(model, load_tokenizer(run.teacher), tmp_path / "student")
+        model = init_student(run.spec.student, run.teacher.folder, seed=0)
+        save_model(model, load_tokenizer(run.teacher.folder), tmp_path / "student")
     run = open_run(spec_of(way, tmp_path), base=tmp_path)
     assert run.spec.student.init == way and len(stages(run, MACHINE)) > 10
 

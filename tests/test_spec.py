@@ -16,6 +16,9 @@ from edgekd import strict_yaml
 from edgekd.errors import SpecError
 from edgekd.spec import DataSpec, Spec, load_spec
 from edgekd.strict_yaml import read_yaml
+from edgekd.targets import spec_model
+
+MODEL = spec_model()
 
 BASE = """
 name: q
@@ -24,6 +27,11 @@ student: {init: cut, layers: 4}
 data: {source: stdlib}
 targets: [{target: gguf, recipes: [fp16]}]
 """
+
+
+def _target(words):
+    """The spec with another target, or further keys of it."""
+    return BASE.replace("target: gguf", f"target: {words}")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,15 @@ def test_yaml_12_floats_are_numbers(tmp_path):
         (BASE + "distill: {steps: 0}", "key 'distill.steps': input should be greater than 0"),
         (BASE + "distill: {loss: {kl: 1}}", "key 'distill.loss.kl': input should be 'forward_kl'"),
         (BASE + "distill: {loss: {}}", "loss needs at least one of"),
-        (BASE.replace("init: cut", "init: cat"), "key 'student': input tag 'cat'"),
+        (BASE.replace("gguf", "ggfu"), "key 'targets.0.target': unknown target 'ggfu'; did you mean 'gguf'?"),
+        (BASE.replace("gguf", "openvino"), "unknown target 'openvino'; there are: gguf, onnx, coreml, executorch"),
+        (BASE.replace("target: gguf, ", ""), "key 'targets.0.target' is missing"),
+        (_target("gguf, providers: [cpu]"), "unknown key 'targets.0.providers'; valid keys: target, recipes, context."),
+        (_target("onnx, minimum_ios: 18"), "unknown key 'targets.0.minimum_ios'; valid keys: target, recipes, context"),
+        (_target("onnx, provider: [cpu]"), "unknown key 'targets.0.provider'; did you mean 'providers'?"),
+        (_target("coreml, minimum_io: 18"), "unknown key 'targets.0.minimum_io'; did you mean 'minimum_ios'?"),
+        (_target("executorch, providers: []"), "key 'targets.0.providers': list should have at least 1 item"),
+        (BASE.replace("init: cut", "init: cat"), "key 'student.init': unknown init 'cat'; did you mean 'cut'?"),
         (BASE.replace("stdlib", "jsonl"), "source jsonl needs paths"),
         (BASE.replace("stdlib", "hub"), "source hub needs name"),
         (BASE.replace("name: q", "name: ../q"), "key 'name'"),
@@ -85,7 +101,7 @@ def test_yaml_12_floats_are_numbers(tmp_path):
         (BASE + "\n".join(f"key{i}: 1" for i in range(40_000)), "unknown key 'key0'"),
         (BASE + "# " + "x" * 2**20, "longer than 1,048,576 bytes"),
         (BASE + f"? {'k' * 100_000}\n: 1", "unknown key 'kkk"),
-        (BASE.replace("init: cut", f"init: {'k' * 100_000}"), "key 'student': input tag 'kkk"),
+        (BASE.replace("init: cut", f"init: {'k' * 100_000}"), "key 'student.init': unknown init 'kkk"),
         ("a: [", "not valid YAML"),
         ("- 1", "a spec is a mapping"),
         ("", "a spec is a mapping"),
@@ -99,7 +115,7 @@ def test_mistakes_are_named(tmp_path, text, said):
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 1500
 
 
-def numeric_keys(model=Spec):
+def numeric_keys(model=MODEL):
     """Every key of the spec that takes numbers, with the section it stands in."""
     for name, field in model.model_fields.items():
         kinds = [field.annotation]
@@ -203,6 +219,6 @@ def _load(tmp_path, text):
     path.write_text(textwrap.dedent(text))
     began = time.perf_counter()
     try:
-        return load_spec(path)
+        return load_spec(path, model=MODEL)
     finally:
         assert time.perf_counter() - began < 5

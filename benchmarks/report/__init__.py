@@ -253,22 +253,17 @@ def machine_rows(results: Mapping[str, Any], artifacts: Sequence[Mapping[str, An
 
 
 def stage_rows(stages: Any) -> dict[str, Any]:
-    """Stages with their seconds, and the sum; a skipped stage keeps the seconds it once took."""
+    """Stages with the seconds that each took when it was done, and the sum."""
     rows = [row for row in stages or () if isinstance(row, Mapping)]
     known = [x for row in rows if (x := number(row.get("seconds"))) is not None]
     return {
-        "rows": [
-            (str(row.get("name", "?")), show.duration(row.get("seconds")), "done before" if row.get("skipped") else "")
-            for row in rows
-        ],
+        "rows": [(str(row.get("name", "?")), show.duration(row.get("seconds"))) for row in rows],
         "total": show.duration(sum(known)) if known else NOT_MEASURED,
     }
 
 
 def spec_text(results: Mapping[str, Any]) -> str:
     """The spec as YAML."""
-    if results.get("spec_yaml"):
-        return str(results["spec_yaml"]).strip()
     if results.get("spec"):
         import yaml
 

@@ -15,9 +15,6 @@ from .figures import NOT_MEASURED, number
 
 Artifact = Mapping[str, Any]
 
-TARGET_NAMES = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML", "executorch": "ExecuTorch"}
-"""Targets as their makers write them; others stand as they are."""
-
 
 def parity(artifact: Artifact) -> Mapping[str, Any]:
     """What verification measured; empty when it has not run."""
@@ -29,12 +26,17 @@ def benchmark(artifact: Artifact) -> Mapping[str, Any]:
     return (artifact.get("manifest") or {}).get("benchmark") or {}
 
 
-def label(artifact: Artifact) -> str:
-    """Target and recipe: ``GGUF portable-int4``, ``GGUF q4_k_m``."""
+def column(artifact: Artifact) -> tuple[str, str]:
+    """Target, as its makers write it, and recipe without the target's name."""
     manifest = artifact.get("manifest") or {}
     target = str(manifest.get("target") or "?")
     recipe = str(manifest.get("recipe") or "?").removeprefix(f"{target}-")
-    return f"{TARGET_NAMES.get(target, target)} {recipe}"
+    return str(manifest.get("target_title") or target), recipe
+
+
+def label(artifact: Artifact) -> str:
+    """Target and recipe: ``GGUF portable-int4``, ``GGUF q4_k_m``."""
+    return " ".join(column(artifact))
 
 
 def size_bytes(artifact: Artifact) -> float | None:
@@ -80,7 +82,7 @@ def artifact_tables(artifacts: Sequence[Artifact]) -> dict[str, Any]:
         for a in artifacts
     ]
     return {
-        "columns": [label(a).split(" ", 1) if " " in label(a) else [label(a), ""] for a in artifacts],
+        "columns": [column(a) for a in artifacts],
         "groups": groups,
         "gates": gates,
     }

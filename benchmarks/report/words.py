@@ -230,6 +230,6 @@ def limits(results: Mapping[str, Any], quality: Quality, artifacts: Sequence[Art
     if parted:
         told = ", ".join(f"{name} at token {n + 1:.0f}" for name, n in parted)
         found.append(f"Greedy text parts from the fp32 student's at some point: {told}.")
-    if not results.get("spec") and not results.get("spec_yaml"):
+    if not results.get("spec"):
         found.append("The spec is not part of these results.")
     return found

@@ -54,11 +54,14 @@ class OnlineTeacher:
             return self.model(input_ids=ids, use_cache=False).logits[..., : self.vocab_size]
 
 
-def check_same_tokenizer(teacher_folder: Path, student_folder: Path) -> int:
+def check_same_tokenizer(teacher_folder: Path, student_folder: Path, *, trust_remote_code: bool = False) -> int:
     """Prove that both models read text as the same ids.
 
     Compared are the id of every token string, the merges, the normalizer and the pre-tokenizer. Embedding rows
     beyond the ids (padding) may differ.
+
+    Args:
+        trust_remote_code: of the teacher.
 
     Returns:
         The number ``V`` of shared ids: one more than the largest.
@@ -66,7 +69,8 @@ def check_same_tokenizer(teacher_folder: Path, student_folder: Path) -> int:
     Raises:
         EdgekdError: names the first difference, or an embedding with fewer rows than ids.
     """
-    teacher, student = load_tokenizer(teacher_folder), load_tokenizer(student_folder)
+    teacher = load_tokenizer(teacher_folder, trust_remote_code=trust_remote_code)
+    student = load_tokenizer(student_folder)
     remedy = "Distilling on logits needs one vocabulary: use a student with the teacher's tokenizer."
     ours, theirs = teacher.get_vocab(), student.get_vocab()
     for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, theirs.get(t)), t)):

@@ -24,13 +24,13 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
         """Declare them."""
         parser.add_argument("model", help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")
         parser.add_argument("out", type=Path, help="Folder to write the artifact to; must not exist.")
-        parser.add_argument("--target", required=True, help="gguf, onnx, coreml or executorch.")
+        parser.add_argument("--target", required=True, help="The runtime; edgekd doctor lists them.")
         parser.add_argument("--recipe", required=True, help="One of the target's, such as fp16 or portable-int4.")
         parser.add_argument("--context", type=int, help="Context length. Default: the model's.")
         parser.add_argument(
             "--provider",
             action="append",
-            help="Execution provider of onnx, the preferred first; or of executorch, its one. Default: cpu.",
+            help="Execution provider, the preferred first, for a target that has them.",
         )
         parser.add_argument("--grid", type=Path, help="A quantized student whose integers to pack. Default: round.")
         parser.add_argument(
@@ -40,18 +40,16 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         """Export; what a user can mend is one sentence on stderr and exit code 2."""
         from edgekd.errors import EdgekdError
-        from edgekd.spec import TargetSpec
+        from edgekd.spec import of_options
         from edgekd.student import resolve_model
-        from edgekd.targets import export
+        from edgekd.targets import export, load_target
 
         args = self.args
         try:
-            if args.context is not None and args.context < 1:
-                raise EdgekdError(f"--context {args.context}: not a length.", "Give a positive number.")
+            given = {"target": args.target, "recipes": [args.recipe]}
+            own = load_target(args.target).Options
+            spec = of_options(own, **given, context=args.context, providers=args.provider)
             folder = resolve_model(args.model)
-            spec = TargetSpec(
-                target=args.target, recipes=[args.recipe], context=args.context, providers=args.provider or ["cpu"]
-            )
             artifact = export(
                 folder, spec, args.recipe, args.out, name=folder.resolve().name, grid=args.grid, moments=args.moments
             )

@@ -1,4 +1,4 @@
-"""A Core ML decoder: prefill and decode, in Core ML on macOS and in the interpreter of ``.mil`` elsewhere.
+"""A Core ML decoder: prefill and decode, in Core ML on macOS, elsewhere in the interpreter of ``targets.coreml.mil``.
 
 The interpreter runs the saved package, operator by operator, rounding as its types say: what it proves is the program
 and the weights, not Apple's compiler, and its speed says nothing. Shapes: ``T`` tokens, ``V`` vocabulary. Logits are
@@ -84,6 +84,11 @@ class Native:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         return self._model.predict(dict(inputs), state=self._state)["logits"]
+
+
+def stand_in() -> str | None:
+    """What runs artifacts on this machine in place of Core ML, if it is not Core ML itself."""
+    return None if sys.platform == "darwin" else "edgekd.targets.coreml.mil, an interpreter of the package's program"
 
 
 def open_runner(package: Path) -> Runner:

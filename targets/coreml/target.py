@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -17,9 +15,8 @@ from ...errors import Unsupported
 from ...files import file_sha256, write_json
 from ...manifest import Artifact, Contract
 from ...session import Session
-from ...spec import TargetSpec
 from ...student import load_tokenizer
-from ..shared.artifact import Details, build_artifact, check_installed, details_of, main_file
+from ..shared.artifact import Details, build_artifact, check_installed, details_of, installed, main_file
 from ..shared.decoder import (
     MAX_CACHE_BYTES,
     Architecture,
@@ -32,9 +29,11 @@ from ..shared.decoder import (
 from ..shared.proto import messages
 from ..shared.recipes import load_recipe
 from ..shared.session import DecoderSession
+from ..shared.target import TargetOptions
 from ..shared.tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, contract_of
 from . import graph as graph_
-from .session import CoremlEngine
+from .selftest import self_test
+from .session import CoremlEngine, stand_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,8 +41,20 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Recipe
 
+__all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test", "stand_in"]
+
+TITLE, EXTRA = "Core ML", "coreml"
+PACKAGES = ("coremltools",)
 PACKAGE = "model.mlpackage"
 MINIMUM_IOS = 18
+
+
+class Options(TargetOptions):
+    """A Core ML target."""
+
+    minimum_ios: Annotated[int, Field(gt=0, le=99)] = Field(
+        18, description="The oldest iOS to run on; 18 (macOS 15) is the least."
+    )
 
 
 class CoremlDetails(Details):
@@ -55,12 +66,7 @@ class CoremlDetails(Details):
     weight_bytes: int = Field(ge=0)
 
 
-def stand_in() -> str | None:
-    """What runs artifacts on this machine in place of Core ML, if it is not Core ML itself."""
-    return None if sys.platform == "darwin" else "edgekd.targets.coreml.mil, an interpreter of the package's program"
-
-
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
 
     Raises:
@@ -98,7 +104,7 @@ def _check_sizes(arch: Architecture, context_length: int) -> None:
 
 def export(
     student: Path,
-    spec: TargetSpec,
+    spec: Options,
     recipe: str,
     out_dir: Path,
     *,
@@ -125,6 +131,7 @@ def export(
         write,
         name=name,
         target="coreml",
+        target_title=TITLE,
         runtime="Core ML",
         main_file=f"{PACKAGE}/Manifest.json",
     )
@@ -179,7 +186,7 @@ def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:
 
 
 def _write(
-    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, recipe: Recipe, folder: Path, name: str
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, recipe: Recipe, folder: Path, name: str
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
     from .pack import WEIGHT_FILE, write_package
@@ -199,7 +206,7 @@ def _write(
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
-        "versions": {package: version(package) for package in ("edgekd", "coremltools")},
+        "versions": installed("edgekd", *PACKAGES),
         "details": CoremlDetails(
             minimum={"ios": "18", "macos": "15"},
             compute_units={"cpuAndGPU": "not run", "cpuAndNeuralEngine": "not run"},

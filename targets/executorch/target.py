@@ -8,9 +8,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -18,7 +17,7 @@ from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from ...manifest import Artifact, Contract
 from ...session import Session
-from ...spec import TargetSpec
+from ...spec import Name
 from ...student import load_tokenizer
 from ..shared.artifact import (
     Details,
@@ -29,6 +28,7 @@ from ..shared.artifact import (
     check_size,
     cores,
     details_of,
+    installed,
     main_file,
 )
 from ..shared.decoder import (
@@ -42,15 +42,30 @@ from ..shared.decoder import (
 )
 from ..shared.recipes import Real, load_recipe, real_of
 from ..shared.session import DecoderSession
+from ..shared.target import TargetOptions
 from ..shared.tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, compare_tokenizers, contract_of
+from .selftest import self_test
 from .session import CHUNK, ExecutorchEngine, head_sha256, runner_tokenizer
 
 if TYPE_CHECKING:
     from ...quant.folder import Grid
 
+__all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test"]
+
+TITLE, EXTRA = "ExecuTorch", "executorch"
+PACKAGES = ("executorch", "torch", "torchao")
 MAIN_FILE = "model.pte"
 PROVIDERS = {"cpu": "tested", "vulkan": "not run"}
 """``cpu`` is XNNPACK."""
+
+
+class Options(TargetOptions):
+    """An ExecuTorch target."""
+
+    providers: Annotated[list[Name], Field(min_length=1, max_length=16)] = Field(
+        ["cpu"],
+        description="The one to lower the program for: cpu, which is XNNPACK (tested), or vulkan (not run).",
+    )
 
 
 class ExecutorchDetails(Details):
@@ -73,7 +88,7 @@ class ExecutorchDetails(Details):
     head_sha256: str
 
 
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
 
     Raises:
@@ -112,7 +127,7 @@ def _check_cache(arch: Architecture, context_length: int) -> None:
 
 def export(
     student: Path,
-    spec: TargetSpec,
+    spec: Options,
     recipe: str,
     out_dir: Path,
     *,
@@ -136,6 +151,7 @@ def export(
         write,
         name=name,
         target="executorch",
+        target_title=TITLE,
         runtime="executorch",
         main_file=MAIN_FILE,
     )
@@ -166,7 +182,7 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
 
 
 def _write(
-    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, real: Real, folder: Path
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, real: Real, folder: Path
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
     from .lower import lower
@@ -194,7 +210,7 @@ def _write(
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
-        "versions": {package: version(package) for package in ("edgekd", "executorch", "torch", "torchao")},
+        "versions": installed("edgekd", *PACKAGES),
         "details": ExecutorchDetails(
             providers={provider: PROVIDERS[provider]},
             delegates=lowered.delegates,

@@ -53,11 +53,14 @@ def cmake_args(features: set[str], system: str, machine: str) -> list[str]:
     return [*common, "-DGGML_NATIVE=OFF", *(f"-D{option}={'ON' if on else 'OFF'}" for option, on in has.items())]
 
 
+def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The features of the CPU this runs on; none where the system has no such file."""
+    return frozenset(cpu_features(cpuinfo.read_text("utf-8", "replace"))) if cpuinfo.is_file() else frozenset()
+
+
 def host_cmake_args() -> list[str]:
     """Flags for the CPU this runs on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    features = cpu_features(cpuinfo.read_text("utf-8", "replace")) if cpuinfo.is_file() else set()
-    return cmake_args(features, platform.system(), platform.machine())
+    return cmake_args(set(host_features()), platform.system(), platform.machine())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,16 @@ from ...checkpoint import Checkpoint
 from ...errors import EdgekdError, MissingExtra, Unsupported
 from ...manifest import Artifact
 from ...session import Session
-from ...spec import TargetSpec
 from ...student import load_tokenizer
-from ..shared.artifact import build_artifact, cores, main_file
+from ..shared.artifact import build_artifact, cores, installed, main_file
 from ..shared.decoder import check_context
 from ..shared.recipes import load_recipe
 from ..shared.session import DecoderSession
+from ..shared.target import TargetOptions
 from . import names as arch_
 from . import vocab as vocab_
+from .install import explain_crash, install
+from .selftest import self_test
 from .session import GgufEngine, load_model, runtime, said, tokenize
 
 if TYPE_CHECKING:
@@ -31,11 +32,16 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Recipe
 
+__all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "explain_crash", "export", "install", "open", "self_test"]
+
+TITLE, EXTRA = "GGUF", "gguf"
+PACKAGES = ("llama-cpp-python", "gguf")
+Options = TargetOptions
 FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.h: llama_ftype
 MAIN_FILE = "model.gguf"
 
 
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what GGUF cannot hold, from ``config.json`` and ``tokenizer.json`` alone.
 
     Raises:
@@ -68,7 +74,7 @@ def _try_tokenizer(arch: arch_.Architecture, folder: Path) -> None:
 
 def export(
     student: Path,
-    spec: TargetSpec,
+    spec: Options,
     recipe: str,
     out_dir: Path,
     *,
@@ -88,7 +94,16 @@ def export(
         return _write(checkpoint, source, spec, chosen, folder, name, moments)
 
     return build_artifact(
-        out_dir, checkpoint, chosen, grid, write, name=name, target="gguf", runtime="llama.cpp", main_file=MAIN_FILE
+        out_dir,
+        checkpoint,
+        chosen,
+        grid,
+        write,
+        name=name,
+        target="gguf",
+        target_title=TITLE,
+        runtime="llama.cpp",
+        main_file=MAIN_FILE,
     )
 
 
@@ -107,7 +122,7 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
 def _write(
     checkpoint: Checkpoint,
     source: Checkpoint | Grid,
-    spec: TargetSpec,
+    spec: Options,
     recipe: Recipe,
     folder: Path,
     name: str,
@@ -138,7 +153,7 @@ def _write(
     return {
         "bits_per_weight": round(8 * _tensor_bytes(path) / checkpoint.parameters, 4),
         "contract": vocab_.contract(vocabulary, context_length),
-        "versions": {package: version(package) for package in ("edgekd", "llama-cpp-python", "gguf")},
+        "versions": installed("edgekd", *PACKAGES),
     }
 
 

@@ -6,9 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -17,7 +16,7 @@ from ...errors import BadArtifact, SpecError, Unsupported
 from ...files import write_json
 from ...manifest import Artifact, Contract
 from ...session import Session
-from ...spec import TargetSpec
+from ...spec import Name
 from ...student import load_tokenizer
 from ..shared.artifact import (
     Details,
@@ -27,11 +26,13 @@ from ..shared.artifact import (
     check_size,
     cores,
     details_of,
+    installed,
     main_file,
 )
 from ..shared.decoder import Architecture, check_context, check_weights, read_config
 from ..shared.recipes import Real, load_recipe, real_of
 from ..shared.session import DecoderSession
+from ..shared.target import TargetOptions
 from ..shared.tokenizer import (
     CHATS,
     TOKENIZER,
@@ -42,6 +43,7 @@ from ..shared.tokenizer import (
     contract_of,
 )
 from . import graph as graph_
+from .selftest import self_test
 from .session import GENAI, PROVIDERS, OnnxEngine, check_graph, choose_provider, genai_tokenizer, load, runtime
 
 if TYPE_CHECKING:
@@ -51,9 +53,22 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Kind
 
+__all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "inspect", "open", "self_test"]
+
+TITLE, EXTRA = "ONNX", "onnx"
+PACKAGES = ("onnxruntime", "onnxruntime-genai", "onnx")
 MAIN_FILE = "model.onnx"
 TESTED = ("cpu",)
 _WITHOUT_KERNELS = ("coreml", "qnn", "nnapi")
+
+
+class Options(TargetOptions):
+    """An ONNX target."""
+
+    providers: Annotated[list[Name], Field(min_length=1, max_length=16)] = Field(
+        ["cpu"],
+        description="Execution providers, the preferred one first: cpu (tested) cuda dml webgpu (not run).",
+    )
 
 
 class ChatProof(Details):
@@ -77,7 +92,7 @@ class OnnxDetails(Details):
     chat: ChatProof | None
 
 
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
 
     Raises:
@@ -109,7 +124,7 @@ def _check_providers(providers: list[str]) -> None:
 
 def export(
     student: Path,
-    spec: TargetSpec,
+    spec: Options,
     recipe: str,
     out_dir: Path,
     *,
@@ -136,6 +151,7 @@ def export(
         write,
         name=name,
         target="onnx",
+        target_title=TITLE,
         runtime="onnxruntime",
         main_file=MAIN_FILE,
     )
@@ -173,13 +189,9 @@ def inspect(artifact: Artifact) -> None:
 
 
 def _write(
-    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: TargetSpec, plain: Real, folder: Path
+    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, plain: Real, folder: Path
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
-    import onnx
-    import onnxruntime
-    import onnxruntime_genai
-
     from .pack import write_data
 
     arch = read_config(checkpoint.config, "ONNX")
@@ -204,8 +216,7 @@ def _write(
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
         "contract": contract,
-        "versions": {"edgekd": version("edgekd")}
-        | {module.__name__.replace("_", "-"): module.__version__ for module in (onnxruntime, onnxruntime_genai, onnx)},
+        "versions": installed("edgekd", *PACKAGES),
         "details": OnnxDetails(
             providers={name: "tested" if name in TESTED else "not run" for name in spec.providers},
             activations=activations,

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,6 +68,22 @@ def check_installed(extra: str, *packages: str) -> None:
     for package in packages:  # by the module: some packages come in variants of other names
         if find_spec(package.replace("-", "_")) is None:
             raise MissingExtra(package, extra)
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The version of each distribution; those that are not installed are left out.
+
+    A package that comes in variants of other names (``onnxruntime-gpu``) is found by its module, and keeps its name.
+    """
+    return {package: here for package in dict.fromkeys(packages) if (here := _version(package))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        variants = packages_distributions().get(package.replace("-", "_"), [])
+        return next(map(version, variants), None)
 
 
 @contextmanager

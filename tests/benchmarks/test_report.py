@@ -30,6 +30,7 @@ def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[
         "manifest": {
             "name": "quickstart",
             "target": "gguf",
+            "target_title": "GGUF",
             "recipe": recipe,
             "bits_per_weight": size * 8 / 6.03e6,
             "parity": {
@@ -64,7 +65,7 @@ def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[
 
 
 def results() -> dict[str, Any]:
-    """A run as the pipeline reports it."""
+    """A run as ``runs.results`` tells it."""
     steps = range(100, 1300, 100)
     return {
         "name": "quickstart",
@@ -132,7 +133,7 @@ def results() -> dict[str, Any]:
             _artifact("q4_0", 4.62e6, 0.0217, 1012),
         ],
         "stages": [
-            {"name": "data", "seconds": 14.2, "skipped": True},
+            {"name": "data", "seconds": 14.2},
             {"name": "student", "seconds": 244.0},
             {"name": "baseline", "seconds": 181.0},
             {"name": "export gguf-q4_0", "seconds": 0.8},
@@ -241,7 +242,7 @@ def test_what_is_missing_is_not_measured_and_never_zero() -> None:
 def test_what_ran_in_place_of_a_runtime_is_named() -> None:
     given = results()
     for artifact in given["artifacts"][:2]:
-        artifact["manifest"] |= {"target": "coreml", "runtime": "Core ML", "benchmark": None}
+        artifact["manifest"] |= {"target": "coreml", "target_title": "Core ML", "runtime": "Core ML", "benchmark": None}
         artifact["manifest"]["parity"]["stand_in"] = "the.module, an interpreter"
     given["artifacts"][2]["manifest"]["runtime"] = "llama.cpp"
     words = _Page(report.render(given)).words

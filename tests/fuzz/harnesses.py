@@ -181,8 +181,9 @@ def _project(folder: Path) -> Path:
 
 def _plan(spec: Any, base: Path) -> Any:
     """As ``edgekd plan`` does, but for measuring the machine."""
-    from edgekd.pipeline import open_run, stages
     from edgekd.plan import refuse_what_cannot_fit
+    from edgekd.runs.chain import stages
+    from edgekd.runs.preflight import open_run
 
     run = open_run(spec, base=base, out=base / "run")
     refuse_what_cannot_fit({stage.name: stage.cost for stage in stages(run, MACHINE)}, MACHINE, base)
@@ -306,8 +307,8 @@ def model(folder: Path) -> Harness:
         (folder / "teacher" / "config.json").write_bytes(data)
         chosen = _one_of(specs, data)
         run = _plan(chosen, folder)
-        load_model(run.teacher)
-        init_student(chosen.student, run.teacher, 0, folder)
+        load_model(run.teacher.folder)
+        init_student(chosen.student, run.teacher.folder, 0, folder)
 
     return Harness("json", [json.dumps(CONFIG).encode()], check)
 

@@ -514,7 +514,7 @@ def test_tokens_are_the_students(
 
 
 def test_what_stands_in_for_core_ml_is_told_and_not_timed(tmp_path: Path, tiny_student: Path) -> None:
-    from edgekd.pipeline import bench_artifact, verify_artifact
+    from edgekd.runs.verbs import bench_artifact, verify_artifact
     from edgekd.spec import BenchSpec, VerifySpec
 
     artifact = export(tiny_student, "portable-int4", tmp_path / "out", quantized(tiny_student, tmp_path / "grid"))
@@ -529,8 +529,9 @@ def test_what_stands_in_for_core_ml_is_told_and_not_timed(tmp_path: Path, tiny_s
 
 
 def test_a_run_times_no_stand_in(tmp_path: Path, tiny_student: Path) -> None:
-    from edgekd.pipeline import open_run, stages
     from edgekd.plan import measure_machine
+    from edgekd.runs.chain import stages
+    from edgekd.runs.preflight import open_run
     from edgekd.spec import load_spec
 
     text = f"""

@@ -160,7 +160,7 @@ def test_two_runs_in_one_folder_are_refused(project, whole):
     out = project / "locked"
     first = start(project, "--out", out.name)
     deadline = time.monotonic() + 300
-    while not (out / ".edgekd" / "spec.json").exists() and time.monotonic() < deadline:
+    while not (out / ".edgekd" / "data.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     code, _, err = finish(start(project, "--out", out.name))
     os.kill(first.pid, signal.SIGKILL)

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import EdgekdError
-from .files import digest, file_sha256, read_json, read_sealed, write_sealed
-from .manifest import MANIFEST, PROOF
+from ..errors import EdgekdError
+from ..files import digest, file_sha256, read_json, read_sealed, write_sealed
+from ..manifest import MANIFEST, PROOF
 
 SMALL_BYTES = 2**20
 """A file up to this size is always compared with its sha256: it costs nothing."""

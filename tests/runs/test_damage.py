@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_cli import edgekd, refused
 
-from edgekd import records
-from edgekd.records import Record, outputs_of, read_record, write_record
+from edgekd.runs import records
+from edgekd.runs.records import Record, outputs_of, read_record, write_record
 
 pytest.importorskip("llama_cpp")
 

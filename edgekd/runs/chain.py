@@ -1,0 +1,235 @@
+"""A run as a chain of stages.
+
+A stage's key is the hash of what it depends on: the keys of the stages it reads, its section of the spec, the digests
+of the files it reads, and the source of the code that does it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from shutil import which
+from typing import Any, Literal
+
+from .. import benchmarks, plan
+from ..checkpoint import Checkpoint
+from ..files import digest, file_sha256
+from ..plan import Cost, Machine
+from ..spec import Method
+from ..targets import code_of, versions
+from . import work
+from .run import Export, Quantization, Run
+
+_SOURCE = Path(__file__).parent.parent
+_BENCHMARKS = Path(benchmarks.__path__[0])
+_TEXT = ("distill/data.py", "distill/corpus.py", "distill/chat.py", "conversation.py", "template_process.py")
+_LOOP = ("distill/train.py", "distill/losses.py", "distill/signals.py")
+_TRAINING = (*_LOOP, "distill/checkpoint.py", "student.py", "checkpoint.py", "architecture.py")
+_OF_TEACHER = ("loss", "temperature", "jsd_beta")
+_CALIBRATION = ("quant/calibrate.py",)
+_GRID = ("quant/folder.py", "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
+_METHODS: dict[Method, Sequence[str]] = {
+    "rtn": _GRID,
+    "search": (*_GRID, *_CALIBRATION, "quant/search.py"),
+    "gptq": (*_GRID, *_CALIBRATION, "quant/gptq.py"),
+    "qad": (*_GRID, *_CALIBRATION, "quant/gptq.py", "distill/qad.py", *_LOOP, "distill/checkpoint.py"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of the chain."""
+
+    name: str
+    folder: str
+    key: str
+    cost: Cost
+    work: Callable[[Path, work.Tell], dict[str, Any]] = field(repr=False)
+    """Fills an empty folder and returns figures for the record."""
+    reads: Sequence[str] = ()
+    """Folders of the stages whose files it reads."""
+    state: Path | None = None
+    """Where its training keeps checkpoints."""
+    phase: Literal["work", "bench"] = "work"
+    """Benchmarks come last: nothing else should run while they do, and a failed gate stops before them."""
+
+
+def stages(run: Run, machine: Machine) -> list[Stage]:
+    """Every stage of a run in the order of work, but the report."""
+    data = _data(run)
+    by_seed = [stage for seed in run.seeds for stage in _of_seed(run, seed, data, machine)]
+    student = by_seed[0]
+    calibration = _calibration(run, data, student, machine)
+    grids = {wanted: _quantized(run, wanted, data, student, machine) for wanted in run.quantizations}
+    chain = [data, *by_seed, *calibration, *grids.values()]
+    chain.append(_ledger(run, [data, student, *grids.values()], machine))
+    for export in run.exports:
+        made_from = [student, *([grids[export.packs]] if export.packs else [])]
+        moments = calibration if export.recipe.needs_moments else []
+        chain += _artifact(run, export, data, made_from, moments, machine)
+    return sorted(chain, key=lambda stage: stage.phase == "bench")
+
+
+def _key(reads: Iterable[Stage], code: Iterable[str], *facts: object) -> str:
+    """Digest of what a stage depends on.
+
+    Args:
+        code: files of the package, or folders of it, by their POSIX names.
+        facts: whatever JSON holds.
+    """
+    return digest([[stage.key for stage in reads], _source(map(_file, code)), *facts])
+
+
+def _file(part: str) -> Path:
+    """A file of the package, wherever it is installed from."""
+    of_benchmarks = part.removeprefix("benchmarks/")
+    return (_SOURCE if of_benchmarks == part else _BENCHMARKS) / of_benchmarks
+
+
+def _source(roots: Iterable[Path]) -> str:
+    """Digest of source files, and of those below folders."""
+    whole = hashlib.sha256()
+    for root in roots:
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            whole.update(path.read_bytes())
+    return whole.hexdigest()
+
+
+def _data(run: Run) -> Stage:
+    spec = run.spec.data
+    key = _key(
+        [],
+        _TEXT,
+        spec.model_dump(exclude={"allow_skipped"}),
+        [file_sha256(path) for path in spec.files(run.base)],
+        platform.python_version() if spec.source == "stdlib" else None,
+        run.spec.seed,
+        run.teacher.checkpoint.digest,
+    )
+    return Stage("data", "data", key, Cost(2**30, 2**28, 15), partial(work.prepare_data, run))
+
+
+def _of_seed(run: Run, seed: int, data: Stage, machine: Machine) -> list[Stage]:
+    """Training with a seed, the student first, and how good what it gave is."""
+    trained = [_trained(run, seed, name, data, machine) for name in run.trained(seed)]
+    teacher, student = run.teacher.config, run.student_config
+    models = [teacher, *[teacher, student] * len(trained)]
+    cost = plan.inference_cost(models, run.spec.data.max_test_tokens, machine)
+    reads, job = [data, *trained], partial(work.measure_quality, run, seed)
+    name = _of("quality", run, seed)
+    return [*trained, Stage(name, run.of_seed(seed, "quality"), _key(reads, _LOOP), cost, job, _folders(reads))]
+
+
+def _trained(run: Run, seed: int, name: str, data: Stage, machine: Machine) -> Stage:
+    """The student, or the baseline, whose outcome no setting of the teacher's losses touches."""
+    spec, distilled = run.spec, name == "student"
+    settings = spec.distill.model_dump(exclude={"baseline"} if distilled else {"baseline", *_OF_TEACHER})
+    initial = run.student_model and Checkpoint(run.student_model).digest
+    key = _key([data], _TRAINING, spec.student.model_dump(), initial, seed, run.teacher.checkpoint.digest, settings)
+    taught = run.teacher.config if distilled else None
+    cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
+    state = run.state / f"{name}-{key[:12]}"
+    job = partial(work.train_student, run, seed, distilled, state)
+    return Stage(_of(name, run, seed), run.trained(seed)[name], key, cost, job, [data.folder], state)
+
+
+def _of(name: str, run: Run, seed: int) -> str:
+    return name if seed == run.spec.seed else f"{name}, seed {seed}"
+
+
+def _folders(stages: Iterable[Stage]) -> list[str]:
+    return [stage.folder for stage in stages]
+
+
+def _calibration(run: Run, data: Stage, student: Stage, machine: Machine) -> list[Stage]:
+    """The second moments, where a recipe wants them."""
+    if not any(export.recipe.needs_moments for export in run.exports):
+        return []
+    windows, reads = run.spec.quantize.calibration_windows, [data, student]
+    cost = plan.inference_cost([run.student_config], windows * run.spec.data.context, machine)
+    job = partial(work.calibrate, run)
+    return [Stage("calibrate", "calibration", _key(reads, _CALIBRATION, windows), cost, job, _folders(reads))]
+
+
+def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, machine: Machine) -> Stage:
+    settings, config, method = run.spec.quantize, run.student_config, wanted.method
+    reads = [student] if method == "rtn" else [data, student]
+    facts = [
+        wanted.recipe.model_dump(),
+        method,
+        settings.calibration_windows if method != "rtn" else None,
+        [settings.qad.model_dump(), run.spec.seed] if method == "qad" else None,
+    ]
+    key = _key(reads, _METHODS[method], facts)
+    job, state = partial(work.quantize, run, wanted), None
+    if method == "rtn":
+        cost = plan.export_cost(config, 5)
+    elif method == "qad":
+        state = run.state / f"qad-{wanted.recipe.name}-{key[:12]}"
+        job = partial(work.quantize_aware, run, wanted, state)
+        taught = config if settings.qad.teacher == "student" else run.teacher.config
+        cost = plan.training_cost(config, taught, settings.qad, run.spec.data.context, machine)
+    else:
+        cost = plan.calibration_cost(config, settings.calibration_windows * run.spec.data.context, machine)
+    return Stage(f"quantize {wanted.name}", wanted.folder, key, cost, job, _folders(reads), state)
+
+
+def _ledger(run: Run, reads: Sequence[Stage], machine: Machine) -> Stage:
+    spec = run.spec.verify
+    key = _key(reads, ["verify/parity.py"], spec.windows, spec.context)
+    models = [run.teacher.config, *[run.student_config] * (1 + len(run.quantizations))]
+    cost = plan.inference_cost(models, spec.windows * spec.context, machine)
+    return Stage("ledger", "ledger", key, cost, partial(work.measure_hops, run), _folders(reads))
+
+
+def _artifact(
+    run: Run, export: Export, data: Stage, made_from: Sequence[Stage], moments: Sequence[Stage], machine: Machine
+) -> list[Stage]:
+    """The stages of one artifact; nothing is timed where another runtime stands in for its own."""
+    student, label = run.student_config, export.label
+    made = [*made_from, *moments]
+    export_key = _key(
+        made,
+        ["manifest.py", "quant/folder.py"],
+        _source(code_of(export.target.target)),
+        versions([export.target.target]),
+        export.target.model_dump(exclude={"recipes"}),
+        export.recipe.model_dump(),
+    )
+    export_cost = plan.export_cost(student, 16)
+    exported = Stage(
+        f"export {label}", export.folder, export_key, export_cost, partial(work.export, run, export), _folders(made)
+    )
+    verified, audited = _verified(run, export, [data, *made_from, exported], machine), _audited(run, export, exported)
+    if export.stand_in:
+        return [exported, verified, audited]
+    return [exported, verified, audited, _timed(run, export, [made_from[0], exported], machine)]
+
+
+def _verified(run: Run, export: Export, reads: Sequence[Stage], machine: Machine) -> Stage:
+    spec = run.spec.verify
+    key = _key(reads, ["verify"], spec.model_dump(exclude={"thresholds"}))
+    # In memory are the artifact and what it is compared with.
+    cost = plan.inference_cost([run.student_config] * 2, 3 * spec.windows * spec.context, machine)
+    job = partial(work.verify, run, export)
+    return Stage(f"verify {export.label}", f"parity/{export.label}", key, cost, job, _folders(reads))
+
+
+def _audited(run: Run, export: Export, exported: Stage) -> Stage:
+    tools = [which(tool) for tool in ("strace", "unshare")]  # one that was installed since sees more
+    key = _key([exported], ["audit.py", "strace.py", "privacy.py"], platform.node(), tools)
+    cost, job = Cost(exported.cost.ram_bytes, 2**16, 10), partial(work.audit, run, export)
+    return Stage(f"audit {export.label}", f"audit/{export.label}", key, cost, job, [exported.folder])
+
+
+def _timed(run: Run, export: Export, reads: Sequence[Stage], machine: Machine) -> Stage:
+    spec = run.spec.bench
+    key = _key(reads, ["benchmarks/harness.py", "benchmarks/metrics.py"], spec.model_dump(), platform.node())
+    tokens = (sum(spec.prompt_tokens) + spec.decode_tokens) * spec.runs
+    seconds = plan.inference_cost([run.student_config], tokens, machine).seconds + 2 * spec.runs
+    cost, job = Cost(reads[-1].cost.ram_bytes, 2**16, seconds), partial(work.bench, run, export)
+    return Stage(f"bench {export.label}", f"bench/{export.label}", key, cost, job, _folders(reads), phase="bench")

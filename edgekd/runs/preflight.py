@@ -1,0 +1,78 @@
+"""What is refused before any work: in seconds, not after the training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import EdgekdError, SpecError
+from ..spec import Spec
+from ..student import check_model
+from ..targets import check
+from .run import Run, resolve
+
+
+def open_run(
+    spec: Spec, *, base: Path, out: Path | None = None, words: Sequence[str] = (), more_seeds: Sequence[int] = ()
+) -> Run:
+    """Resolve what a spec names, choose the run's folder (default ``runs/NAME``), and refuse what cannot be done.
+
+    Args:
+        words: the command that asked for it, but for the folder, for the report.
+        more_seeds: to train student and baseline with, beside the spec's.
+
+    Raises:
+        EdgekdError: the folder exists and is not a run, a model is missing, or a target refuses the student.
+    """
+    folder = out or Path("runs") / spec.name
+    _check_folder(folder)
+    words = words or ["edgekd", "run", spec.name]
+    run = resolve(spec, base=base, folder=folder, words=words, more_seeds=more_seeds)
+    run.teacher.check()
+    _check_student(run)
+    _check_lengths(run)
+    _check_thresholds(run)
+    spec.data.files(base)
+    for target in spec.targets:
+        check(run.student_config, run.teacher.folder, target)
+    return run
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise EdgekdError(f"{folder} exists and is a file.", "Choose another with --out.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / ".edgekd").is_dir():
+        raise EdgekdError(f"{folder} exists and is not a run of edgekd.", "Choose another with --out.")
+
+
+def _check_student(run: Run) -> None:
+    """Refuse a student checkpoint whose tokenizer is not the teacher's."""
+    if folder := run.student_model:
+        from ..distill.signals import check_same_tokenizer
+
+        check_model(folder)
+        check_same_tokenizer(run.teacher.folder, folder, trust_remote_code=run.teacher.trust_remote_code)
+
+
+def _check_lengths(run: Run) -> None:
+    """Refuse lengths that the student, or an artifact's context, cannot hold."""
+    spec, most = run.spec, run.student_config.get("max_position_embeddings")
+    wanted = {"data.context": spec.data.context}
+    for target in spec.targets:
+        most = min(filter(None, (most, target.context)), default=None)
+    wanted["verify.context"] = spec.verify.context
+    wanted["verify.greedy_tokens"] = spec.verify.greedy_tokens + 1
+    wanted["bench.prompt_tokens"] = max(spec.bench.prompt_tokens) + spec.bench.decode_tokens
+    for key, tokens in wanted.items():
+        if most and tokens > most:
+            raise SpecError(f"key '{key}': {tokens} tokens are more than the context of {most}.", "Lower it.")
+
+
+def _check_thresholds(run: Run) -> None:
+    """Refuse thresholds of recipes that are not exported."""
+    recipes = {export.recipe.name for export in run.exports}
+    for recipe in run.spec.verify.thresholds.keys() - recipes - {"default"}:
+        raise SpecError(
+            f"key 'verify.thresholds.{recipe}': no target has that recipe; there are: {', '.join(sorted(recipes))}.",
+            "Correct it, or use the key default.",
+        )

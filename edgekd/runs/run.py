@@ -1,0 +1,162 @@
+"""A run: a spec, the folder it works in, and everything that the two resolve to, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import Checkpoint
+from ..spec import Method, Spec, TargetSpec
+from ..student import check_model, load_model, load_tokenizer, resolve_model, student_config
+from ..targets import label, load_recipe, section, stand_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from ..quant.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher's folder, and whether the user trusts the code in it: nothing else opens it."""
+
+    checkpoint: Checkpoint
+    trust_remote_code: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.checkpoint.folder
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its ``config.json``."""
+        return self.checkpoint.config
+
+    def check(self) -> None:
+        """Refuse what cannot be read, without its weights in memory.
+
+        Raises:
+            EdgekdError: as ``student.load_tokenizer`` and ``student.check_model``.
+        """
+        self.tokenizer()
+        check_model(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its tokenizer, which is the student's too."""
+        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def model(self) -> PreTrainedModel:
+        """The model in float32."""
+        return load_model(self.folder, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantized student to make: a recipe, and the method that chooses its integers."""
+
+    recipe: Recipe
+    method: Method
+
+    @property
+    def name(self) -> str:
+        """For people: ``portable-int4 gptq``."""
+        return f"{self.recipe.name} {self.method}"
+
+    @property
+    def folder(self) -> str:
+        """Where it lies in the run."""
+        return f"quantized/{self.recipe.name}-{self.method}"
+
+
+@dataclass(frozen=True)
+class Export:
+    """An artifact to make."""
+
+    target: TargetSpec
+    recipe: Recipe
+    label: str
+    packs: Quantization | None
+    """The quantized student whose integers it packs; None for a recipe that is not on the grid."""
+    stand_in: str | None
+    """What opens it on this machine in place of its own runtime."""
+
+    @property
+    def folder(self) -> str:
+        """Where it lies in the run."""
+        return f"artifacts/{self.label}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A spec, its folder, and what was resolved from it. Folders of stages are relative POSIX names."""
+
+    spec: Spec
+    folder: Path
+    base: Path
+    """What relative paths of the spec start from."""
+    words: Sequence[str]
+    """The command that began it, but for the folder."""
+    seeds: Sequence[int]
+    """The spec's own first: its student is quantized and exported, the others' tell how much the seed moves."""
+    teacher: Teacher
+    student_config: Mapping[str, Any]
+    """``config.json`` of the student that will be."""
+    quantizations: Sequence[Quantization]
+    """Of a recipe, the exported one comes last."""
+    exports: Sequence[Export]
+
+    def path(self, stage_folder: str) -> Path:
+        """Where a stage's result lies."""
+        return self.folder / stage_folder
+
+    @property
+    def state(self) -> Path:
+        """Where records, the lock and the state of trainings lie."""
+        return self.folder / ".edgekd"
+
+    def trained(self, seed: int) -> dict[str, str]:
+        """Folders of what is trained with a seed: the student and, if wanted, the baseline on labels alone."""
+        names = ("student", "baseline") if self.spec.distill.baseline else ("student",)
+        return {name: self.of_seed(seed, name) for name in names}
+
+    def of_seed(self, seed: int, name: str) -> str:
+        """Folder of a stage that every seed has."""
+        return name if seed == self.spec.seed else f"seeds/{seed}/{name}"
+
+    @property
+    def student_model(self) -> Path | None:
+        """Folder of the checkpoint that the student starts from."""
+        student = self.spec.student
+        return resolve_model(student.model, self.base) if student.init == "checkpoint" else None
+
+
+def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_seeds: Sequence[int]) -> Run:
+    """Everything that a spec names, found and read.
+
+    Raises:
+        EdgekdError: a model, target or recipe is missing, or the student cannot be built.
+    """
+    teacher = Teacher(Checkpoint(resolve_model(spec.teacher.model, base)), spec.teacher.trust_remote_code)
+    instead = {target.target: stand_in(target.target) for target in spec.targets}
+    pairs = [(section(target), load_recipe(name, target.target)) for target in spec.targets for name in target.recipes]
+    quantizations = _quantizations(spec, [recipe for _, recipe in pairs])
+    packed = {quantization.recipe.name: quantization for quantization in quantizations}
+    exports = [
+        Export(target, recipe, label(target.target, recipe.name), packed.get(recipe.name), instead[target.target])
+        for target, recipe in pairs
+    ]
+    student = student_config(spec.student, teacher.config, base)
+    return Run(spec, folder, base, words, [spec.seed, *more_seeds], teacher, student, quantizations, exports)
+
+
+def _quantizations(spec: Spec, recipes: Sequence[Recipe]) -> list[Quantization]:
+    """Every quantized student to make, the exported one of a recipe last."""
+    rounded: list[Method] = ["rtn"]
+    return [
+        Quantization(recipe, method)
+        for recipe in {recipe.name: recipe for recipe in recipes if recipe.on_grid}.values()
+        for method in (spec.quantize.methods if recipe.has_int4 else rounded)
+    ]

@@ -1,0 +1,219 @@
+"""What the command line does with one model or one artifact, outside a run. They are here, and not with their owners,
+because each needs rooms that must not know each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import EdgekdError, SpecError
+from ..manifest import Artifact
+from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
+from ..student import load_model, load_tokenizer, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..quant.recipe import Recipe
+
+
+def quantize_model(
+    student: Path,
+    out: Path,
+    recipe: Recipe,
+    method: str,
+    ids: np.ndarray | None,
+    qad: QadSpec,
+    calibration_windows: int,
+    seed: int,
+    tell: Callable[[float, str], None],
+) -> dict[str, Any]:
+    """Quantize one model folder, outside a run.
+
+    Args:
+        ids: training text ``(N, T)``; None for ``rtn``. Quantization-aware distillation takes one window in twenty for
+            validation, and keeps its checkpoints in ``OUT.training``.
+
+    Raises:
+        EdgekdError: as ``quant.quantize.quantize`` and ``distill.qad.quantize_aware_distill``.
+    """
+    import torch
+
+    from ..quant.quantize import quantize
+
+    calibration = None if ids is None else torch.from_numpy(ids)
+    if method != "qad":
+        return quantize(student, out, recipe, method=method, ids=calibration, on_progress=tell)
+    assert calibration is not None
+    from ..distill.checkpoint import drop_checkpoints
+    from ..distill.data import Windows
+    from ..distill.qad import quantize_aware_distill
+    from ..distill.signals import OnlineTeacher
+
+    held = torch.arange(len(calibration)) % 20 == 19
+    train, validation = (
+        Windows(part, torch.ones_like(part, dtype=torch.uint8)) for part in (calibration[~held], calibration[held])
+    )
+    if not len(validation):
+        raise EdgekdError(f"quantize: qad needs 20 windows of text, there are {len(calibration)}.", "Give more text.")
+    signal = OnlineTeacher(load_model(student), vocabulary_size(load_tokenizer(student)))
+    state = out.with_name(out.name + ".training")
+    figures = quantize_aware_distill(
+        student,
+        out,
+        recipe,
+        train,
+        validation,
+        qad,
+        calibration_windows=calibration_windows,
+        signal=signal,
+        seed=seed,
+        work_dir=state,
+        on_event=telling(tell),
+    )
+    drop_checkpoints(state)
+    return figures
+
+
+def export_model(
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
+    out: Path,
+    *,
+    grid: Path | None,
+    moments: Path | None,
+    ids: np.ndarray | None,
+) -> Artifact:
+    """Export one model folder, outside a run.
+
+    Args:
+        ids: calibration text ``(N, T)``, read when the recipe wants moments and none are given.
+    """
+    from ..targets import export
+
+    name = student.resolve().name
+    if ids is None:
+        return export(student, spec, recipe, out, name=name, grid=grid, moments=moments)
+    import torch
+    from safetensors.torch import save_file
+
+    from ..quant.calibrate import second_moments
+
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / "moments.safetensors"
+        save_file(second_moments(student, torch.from_numpy(ids)), made)
+        return export(student, spec, recipe, out, name=name, grid=grid, moments=made)
+
+
+def verify_artifact(
+    artifact: Artifact,
+    reference: Path,
+    windows: np.ndarray,
+    spec: VerifySpec,
+    tell: Callable[[float, str], None],
+    grid: Path | None = None,
+) -> dict[str, Any]:
+    """Compare an artifact, run by its own runtime, with the Hugging Face model it was made from, in fp32.
+
+    Args:
+        reference: the model folder.
+        windows: held-out ids ``(N, T)``.
+        grid: the quantized student that was packed, to tell what the runtime alone costs.
+
+    Returns:
+        The figures of ``verify.parity.measure``; under ``tokens``, of ``verify.tokens.check_tokens``; and, with a grid,
+        under ``runtime``, those of ``verify.parity.compare`` against the dequantized grid; under ``stand_in``, what ran
+        the artifact where its own runtime cannot.
+    """
+    from ..quant.folder import load_dequantized, open_grid
+    from ..targets import open_artifact, stand_in
+    from ..verify.parity import compare, measure, session_logits
+    from ..verify.tokens import check_tokens
+
+    tokenizer = load_tokenizer(reference)
+    session = open_artifact(artifact)
+    try:
+        tell(0.1, "tokens")
+        figures: dict[str, Any] = {
+            "stand_in": stand_in(artifact.manifest.target),
+            "tokens": check_tokens(session, tokenizer, artifact.manifest.contract),
+        }
+        tell(0.3, "logits")
+        # One model after the other: beside the artifact, memory holds one of them.
+        figures |= measure(session, logits_of(load_model(reference)), windows, greedy_tokens=spec.greedy_tokens)
+        if grid is not None:
+            tell(0.8, "against the grid")
+            dequantized = logits_of(load_dequantized(open_grid(grid)))
+            figures["runtime"] = compare(dequantized, session_logits(session), windows)
+    finally:
+        session.close()
+    return figures
+
+
+def bench_artifact(
+    artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None], config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Time an artifact in fresh processes.
+
+    Args:
+        config: the student's ``config.json``; with it the roofline counts the key-value cache too.
+
+    Raises:
+        EdgekdError: the artifact's own runtime does not run here.
+    """
+    from ..benchmarks.harness import bench
+    from ..benchmarks.metrics import Traffic, kv_bytes_per_position
+    from ..targets import open_artifact, stand_in, try_artifact
+
+    manifest = artifact.manifest
+    if instead := stand_in(manifest.target):
+        raise EdgekdError(
+            f"{manifest.runtime} does not run on this machine; {instead}, does, and its speed says nothing.",
+            "Benchmark the artifact on a machine that has its runtime.",
+        )
+    weight_bytes = round(manifest.parameters * manifest.bits_per_weight / 8)
+    traffic = Traffic(weight_bytes, kv_bytes_per_position(config)) if config else None
+
+    def on_event(event: dict[str, Any]) -> None:
+        tell(event["run"] / event["runs"], f"run {event['run']} of {event['runs']}")
+
+    try_artifact(artifact)  # here, not in the processes that are timed
+    return bench(open_artifact, artifact, spec, traffic=traffic, on_event=on_event)
+
+
+def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
+    """``count`` windows ``(count, context)`` spread evenly over packed ``(N, T)``; fewer where the text is short."""
+    flat = np.ascontiguousarray(ids).reshape(-1)
+    whole = flat[: len(flat) // context * context].reshape(-1, context)
+    if not len(whole):
+        raise SpecError(f"the text has {len(flat)} tokens, a window needs {context}.", "Give more text.")
+    return whole[np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)]
+
+
+def logits_of(
+    model: PreTrainedModel, vocab_size: int | None = None
+) -> Callable[[Sequence[int] | np.ndarray], np.ndarray]:
+    """Ids ``(T,)`` to logits float32 ``(T, V)``, rows of the vocabulary's padding cut off."""
+    import torch
+
+    def logits(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            found = model(torch.as_tensor(np.asarray(ids), dtype=torch.long)[None], use_cache=False).logits
+        return found[0, :, :vocab_size].numpy()
+
+    return logits
+
+
+def telling(tell: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
+    """Progress from a training loop's events."""
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            tell(event["step"] / event["steps"], f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s")
+
+    return on_event

@@ -1,0 +1,208 @@
+"""The work of each stage: it fills an empty folder, tells how far it is, and returns figures for the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import Checkpoint
+from ..files import write_json
+from ..manifest import load_artifact
+from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
+from . import verbs
+from .run import Export, Quantization, Run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+MOMENTS = "moments.safetensors"
+Tell = Callable[[float, str], None]
+"""Takes the share of the work that is done, and a note."""
+
+
+def prepare_data(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+    """Read, split and pack the text."""
+    from ..distill.data import prepare
+
+    spec = run.spec
+    return prepare(
+        spec.data,
+        run.teacher.tokenizer(),
+        out,
+        seed=spec.seed,
+        base=run.base,
+        on_progress=lambda count: tell(0, f"{count} documents"),
+    )
+
+
+def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, tell: Tell) -> dict[str, Any]:
+    """Train the student; on labels alone where it is not distilled."""
+    from ..distill.checkpoint import validation_curve
+    from ..distill.data import load_windows
+    from ..distill.signals import OnlineTeacher
+    from ..distill.train import train
+
+    spec, data = run.spec, run.path("data")
+    tokenizer = run.teacher.tokenizer()
+    trusted = run.teacher.trust_remote_code
+    model = init_student(spec.student, run.teacher.folder, seed, run.base, trust_remote_code=trusted)
+    generation = generation_config(spec.student, run.teacher.folder, run.base)
+    figures = train(
+        model,
+        load_windows(data, "train"),
+        load_windows(data, "validation"),
+        spec.distill,
+        signal=OnlineTeacher(run.teacher.model(), vocabulary_size(tokenizer)) if distilled else None,
+        seed=seed,
+        work_dir=state,
+        on_event=verbs.telling(tell),
+    )
+    save_model(model, tokenizer, out, generation)
+    return figures | {"curve": validation_curve(state / "log.jsonl")}
+
+
+def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> dict[str, Any]:
+    """Perplexity, accuracy and distance from the teacher, on the test split, of what was trained with a seed; with the
+    spec's own seed, of the teacher too."""
+    from ..distill.data import load_windows
+    from ..distill.signals import OnlineTeacher
+    from ..distill.train import evaluate, evenly_spaced
+
+    spec = run.spec.data
+    windows = evenly_spaced(load_windows(run.path("data"), "test"), max(1, spec.max_test_tokens // spec.context))
+    teacher = run.teacher.model()
+    signal = OnlineTeacher(teacher, vocabulary_size(run.teacher.tokenizer()))
+    quality: dict[str, Any] = {"baseline": None}
+    if seed == run.spec.seed:
+        tell(0, "teacher")
+        quality["teacher"] = {"parameters": teacher.num_parameters()} | evaluate(teacher, windows)
+    for i, (name, folder) in enumerate(run.trained(seed).items(), 1):
+        tell(i / 3, name)
+        model = load_model(run.path(folder))
+        quality[name] = {"parameters": model.num_parameters()} | evaluate(model, windows, teacher=signal)
+    write_json(out / "quality.json", quality)
+    return quality
+
+
+def _calibration_ids(run: Run) -> torch.Tensor:
+    """Windows of training text ``(N, T)``, evenly spaced."""
+    from ..distill.data import load_windows
+    from ..distill.train import evenly_spaced
+
+    return evenly_spaced(load_windows(run.path("data"), "train"), run.spec.quantize.calibration_windows).ids
+
+
+def calibrate(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+    """Measure the second moments of the activations."""
+    from safetensors.torch import save_file
+
+    from ..quant.calibrate import second_moments
+
+    moments = second_moments(run.path("student"), _calibration_ids(run), lambda done, total: tell(done / total, ""))
+    save_file(moments, out / MOMENTS)
+    return {}
+
+
+def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> dict[str, Any]:
+    """Choose a grid's integers without training."""
+    from ..quant.quantize import quantize as quantize_folder
+
+    out.rmdir()
+    method = quantization.method
+    ids = None if method == "rtn" else _calibration_ids(run)
+    return quantize_folder(run.path("student"), out, quantization.recipe, method=method, ids=ids, on_progress=tell)
+
+
+def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path, tell: Tell) -> dict[str, Any]:
+    """Choose a grid's integers by training."""
+    from ..distill.data import load_windows
+    from ..distill.qad import quantize_aware_distill
+    from ..distill.signals import OnlineTeacher
+
+    out.rmdir()
+    spec, data = run.spec, run.path("data")
+    imitated = run.teacher.model() if spec.quantize.qad.teacher == "teacher" else load_model(run.path("student"))
+    return quantize_aware_distill(
+        run.path("student"),
+        out,
+        quantization.recipe,
+        load_windows(data, "train"),
+        load_windows(data, "validation"),
+        spec.quantize.qad,
+        calibration_windows=spec.quantize.calibration_windows,
+        signal=OnlineTeacher(imitated, vocabulary_size(run.teacher.tokenizer())),
+        seed=spec.seed,
+        work_dir=state,
+        on_event=verbs.telling(tell),
+    )
+
+
+def _verify_windows(run: Run) -> np.ndarray:
+    from ..distill.data import load_windows
+
+    spec = run.spec.verify
+    return verbs.held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
+
+
+def measure_hops(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+    """The hops that no runtime takes part in, in fp32: from the teacher to the student, and on to each grid."""
+    from ..quant.folder import load_dequantized, open_grid
+    from ..verify.parity import compare
+
+    shared = vocabulary_size(run.teacher.tokenizer())
+    student, windows = load_model(run.path("student")), _verify_windows(run)
+    tell(0, "student")
+    taught = compare(verbs.logits_of(run.teacher.model(), shared), verbs.logits_of(student, shared), windows)
+    write_json(out / "student.json", taught)
+    for number, quantization in enumerate(run.quantizations, 1):
+        tell(number / (1 + len(run.quantizations)), quantization.name)
+        grid = open_grid(run.path(quantization.folder))
+        figures = compare(verbs.logits_of(student), verbs.logits_of(load_dequantized(grid)), windows)
+        recipe, method = quantization.recipe.name, quantization.method
+        told = {"recipe": recipe, "method": method, "bits_per_weight": grid.bits_per_weight}
+        write_json(out / f"{recipe}-{method}.json", told | figures)
+    return {}
+
+
+def export(run: Run, wanted: Export, out: Path, tell: Tell) -> dict[str, Any]:
+    """Write an artifact."""
+    from ..targets import export as export_artifact
+
+    out.rmdir()
+    artifact = export_artifact(
+        run.path("student"),
+        wanted.target,
+        wanted.recipe.name,
+        out,
+        name=run.spec.name,
+        grid=run.path(wanted.packs.folder) if wanted.packs else None,
+        moments=run.path("calibration") / MOMENTS if wanted.recipe.needs_moments else None,
+    )
+    return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
+
+
+def verify(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+    """Compare an artifact with the student."""
+    artifact = load_artifact(run.path(exported.folder))
+    grid = run.path(exported.packs.folder) if exported.packs else None
+    figures = verbs.verify_artifact(artifact, run.path("student"), _verify_windows(run), run.spec.verify, tell, grid)
+    write_json(out / "parity.json", figures)
+    return {}
+
+
+def audit(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+    """Watch what an artifact does to the machine."""
+    from ..audit import audit as watch
+
+    write_json(out / "audit.json", watch(load_artifact(run.path(exported.folder))).model_dump())
+    return {}
+
+
+def bench(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+    """Time an artifact."""
+    artifact = load_artifact(run.path(exported.folder))
+    figures = verbs.bench_artifact(artifact, run.spec.bench, tell, Checkpoint(run.path("student")).config)
+    write_json(out / "bench.json", figures)
+    return {}

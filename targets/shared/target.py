@@ -1,0 +1,76 @@
+"""What a target is: a module of these names, in a package of its own with all that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ConfigDict
+
+from ...manifest import Artifact
+from ...session import Session
+from ...spec import TargetSpec
+
+
+class TargetOptions(TargetSpec):
+    """The target's section of the spec; a target with keys of its own adds them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Target(Protocol):
+    """A target's module. It imports its runtime in the functions that need it, and nothing else that is heavy.
+
+    Four more functions are optional:
+
+    - ``inspect(artifact)``: what an artifact is refused for before its runtime sees it; raises ``BadArtifact``.
+    - ``stand_in() -> str | None``: what opens artifacts on this machine in place of their own runtime, which is bound
+      to another system. What such a session computes is the artifact's; how long it takes says nothing of the runtime,
+      so it is never timed.
+    - ``install(again: bool) -> str``: the command that installs its packages here, or replaces them, where
+      ``pip install`` alone does not do.
+    - ``explain_crash(signal: str) -> tuple[str, str] | None``: why its runtime died, and the remedy.
+    """
+
+    TITLE: str
+    """As its makers write it."""
+    EXTRA: str
+    """Of the distribution that brings the target; empty for one that needs none."""
+    PACKAGES: tuple[str, ...]
+    """The distributions it needs, whose versions decide what it makes."""
+    Options: type[TargetOptions]
+    """Its section of the spec."""
+
+    def check(self, config: Mapping[str, Any], tokenizer_folder: Path, spec: Any) -> None:
+        """As ``targets.check``; ``spec`` is of ``Options``."""
+
+    def export(
+        self,
+        student: Path,
+        spec: Any,
+        recipe: str,
+        out_dir: Path,
+        *,
+        name: str,
+        grid: Path | None = None,
+        moments: Path | None = None,
+    ) -> Artifact:
+        """As ``targets.export``; ``spec`` is of ``Options``."""
+        ...
+
+    def open(self, artifact: Artifact, *, threads: int | None = None) -> Session:
+        """The artifact in its runtime."""
+        ...
+
+    def self_test(self) -> str:
+        """Prove that the runtime works here, and say what was tried.
+
+        Raises:
+            Exception: of any kind, with what is wrong.
+        """
+        ...
+
+
+OFFERED = ("TITLE", "EXTRA", "PACKAGES", "Options", "check", "export", "open", "self_test")
+"""What no target is without."""
