@@ -23,11 +23,10 @@ import numpy as np
 import psutil
 
 from ..errors import EdgekdError
-from ..manifest import Artifact
+from ..manifest import Artifact, Traffic
 from ..session import Session, sample
 from ..spec import BenchSpec
 from .metrics import (
-    Traffic,
     bandwidth_buffer_bytes,
     bandwidth_samples,
     decode_roofline_fraction,
@@ -53,7 +52,6 @@ def bench(
     artifact: Artifact,
     spec: BenchSpec,
     *,
-    traffic: Traffic | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure load time, time to first token, prefill and decode speed, and memory.
@@ -62,8 +60,6 @@ def bench(
         open_session: opens the artifact in each child process.
         artifact: what to measure.
         spec: prompt lengths, tokens to decode, repetitions, threads.
-        traffic: bytes that decoding reads; without it they are computed from the manifest, which counts every weight
-            and no key-value cache.
         on_event: told ``{"run", "runs"}`` after each repetition.
 
     Returns:
@@ -89,10 +85,9 @@ def bench(
         runs.append(_in_child(what, _measure_run, open_session, artifact, spec, threads))
         if on_event:
             on_event({"run": number, "runs": spec.runs})
-    source = "computed:tensor-sizes" if traffic else "computed:manifest"
     # Last: giving a gigabyte back slowed the prefill of a run right behind it by 8 %.
     bandwidth = _in_child("the bandwidth measurement", bandwidth_samples, threads, buffer_bytes)
-    traffic = traffic or _traffic_of(artifact)
+    traffic = _traffic_of(artifact)
     settings = {
         "threads": threads,
         "prompt_tokens": sorted(set(spec.prompt_tokens)),
@@ -103,12 +98,10 @@ def bench(
         "bandwidth_buffer_bytes": buffer_bytes,
         "torch_in_process": any(run["torch_in_process"] for run in runs),
     }
-    return {"settings": settings, "machine": machine} | _figures(runs, spec, traffic, source, bandwidth)
+    return {"settings": settings, "machine": machine} | _figures(runs, spec, traffic, bandwidth)
 
 
-def _figures(
-    runs: list[dict[str, Any]], spec: BenchSpec, traffic: Traffic, traffic_source: str, bandwidth: list[float]
-) -> dict[str, Any]:
+def _figures(runs: list[dict[str, Any]], spec: BenchSpec, traffic: Traffic, bandwidth: list[float]) -> dict[str, Any]:
     """Medians over the runs, each with its samples."""
 
     def of_runs(key: str, source: str = _CLOCK) -> dict[str, Any] | None:
@@ -145,16 +138,17 @@ def _figures(
         "peak_rss_bytes": of_runs("peak_rss_bytes", memory),
         "rss_before_load_bytes": of_runs("rss_before_load_bytes", "measured:psutil"),
         "bandwidth_bytes_per_s": figure(max(bandwidth), "measured:numpy-read", bandwidth),
-        "bytes_per_token": figure(read, traffic_source),
+        "bytes_per_token": figure(read, "computed:manifest"),
         "decode_roofline_fraction": figure(median(roofline), _CLOCK, roofline),
         "energy_j_per_token": None,
     }
 
 
 def _traffic_of(artifact: Artifact) -> Traffic:
-    """All weights and no cache: what the manifest alone can say."""
+    """What the exporter said; where it said nothing, all weights and no cache."""
     manifest = artifact.manifest
-    return Traffic(round(manifest.parameters * manifest.bits_per_weight / 8), 0)
+    weight_bytes = round(manifest.parameters * manifest.bits_per_weight / 8)
+    return manifest.traffic or Traffic(weight_bytes=weight_bytes, kv_bytes_per_position=0)
 
 
 def describe_machine() -> dict[str, Any]:

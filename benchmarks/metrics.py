@@ -8,41 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..architecture import read_decoder
-
 _BANDWIDTH_REPEATS = 7
 _MIN_BUFFER_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that decoding one token must read.
-
-    Attributes:
-        weight_bytes: every tensor that decode reads whole: all of them but an embedding table that is not also the
-            head, of which one row is read.
-        kv_bytes_per_position: keys and values of one position, over all layers.
-    """
-
-    weight_bytes: int
-    kv_bytes_per_position: int
-
-    def bytes_per_token(self, position: float) -> float:
-        """Bytes read to decode with ``position`` tokens in the cache."""
-        return self.weight_bytes + self.kv_bytes_per_position * position
-
-
-def kv_bytes_per_position(config: Mapping[str, Any], bytes_per_value: int = 2) -> int:
-    """Key-value bytes of one position from a model's ``config.json``; fp16 unless told otherwise."""
-    decoder = read_decoder(config)
-    return 2 * decoder.size("num_hidden_layers") * decoder.kv_heads * decoder.head_size * bytes_per_value
 
 
 def figure(value: float | None, source: str, samples: Sequence[float] = ()) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architecture import Decoder, read_config, read_decoder
+from .architecture import EMBEDDING, HEAD, Architecture, Decoder, read_architecture, read_config, read_decoder
 from .errors import EdgekdError
 from .files import file_sha256, inside, read_json
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_FILE = "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LOG = logging.getLogger(__name__)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMPILED = "_orig_mod."
@@ -75,6 +74,15 @@ class Checkpoint:
     def decoder(self) -> Decoder:
         """The configuration as ``config.json`` states it, whatever the weights are."""
         return read_decoder(self._config, str(self.folder / "config.json"))
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What the model is made of.
+
+        Raises:
+            EdgekdError: a number is missing that is needed to say so.
+        """
+        return read_architecture(self.config, str(self.folder / "config.json"))
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:

@@ -68,6 +68,21 @@ class Audit(BaseModel):
     sockets: list[str]
 
 
+class Traffic(BaseModel):
+    """What decoding one token reads from memory, by the sizes of the artifact's own tensors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    weight_bytes: int = Field(ge=0)
+    """Of an embedding that is not the head too, one row."""
+    kv_bytes_per_position: int = Field(ge=0)
+    """Keys and values over all layers, in the type that the runtime keeps them in."""
+
+    def bytes_per_token(self, position: float) -> float:
+        """Bytes read to decode with ``position`` tokens in the cache."""
+        return self.weight_bytes + self.kv_bytes_per_position * position
+
+
 class Manifest(BaseModel):
     """``manifest.json``."""
 
@@ -91,6 +106,8 @@ class Manifest(BaseModel):
     """int8 matrices of the grid whose input width is not divisible by 32."""
     parameters: int = Field(ge=1, le=10**15)
     bits_per_weight: float = Field(gt=0, le=128, allow_inf_nan=False)
+    traffic: Traffic | None = None
+    """None: the exporter did not say."""
     contract: Contract
     versions: dict[str, str] = Field(max_length=64)
     details: dict[str, Any] | None = None

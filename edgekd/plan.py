@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from .architecture import Decoder, read_decoder
+from .architecture import read_architecture
 from .errors import DoesNotFit
 from .spec import TrainingSpec
 
@@ -68,63 +68,46 @@ def _flops_per_s(dtype: str) -> float:
     return 2 * size**3 / min(samples)
 
 
-def parameter_count(config: Mapping[str, Any]) -> int:
-    """Weights of a Llama-like model from its ``config.json``; the tied head counts once."""
-    decoder = read_decoder(config)
-    embeddings = decoder.size("vocab_size") * decoder.size("hidden_size") * (1 if decoder.tie_word_embeddings else 2)
-    return decoder.size("num_hidden_layers") * _layer_parameters(decoder) + embeddings
-
-
-def _layer_parameters(decoder: Decoder) -> int:
-    hidden, heads = decoder.size("hidden_size"), decoder.size("num_attention_heads")
-    return hidden * (decoder.head_size * (2 * heads + 2 * decoder.kv_heads) + 3 * _mlp_width(decoder))
-
-
-def _mlp_width(decoder: Decoder) -> int:
-    """Units of the MLP; of families that name none, what most of them take."""
-    width = decoder.intermediate_size
-    return width if isinstance(width, int) else max(width or [4 * decoder.size("hidden_size")])
-
-
 def training_cost(
     student: Mapping[str, Any], teacher: Mapping[str, Any] | None, spec: TrainingSpec, context: int, machine: Machine
 ) -> Cost:
     """Cost of training: weights, gradients and two Adam moments in fp32, activations, logits, and the teacher."""
-    decoder, weights = read_decoder(student), parameter_count(student)
-    taught = parameter_count(teacher) if teacher else 0
+    arch, weights = read_architecture(student), read_architecture(student).parameters()
+    taught = read_architecture(teacher) if teacher else None
     tokens = spec.batch_size * context
-    width = 12 * decoder.size("hidden_size") + 4 * _mlp_width(decoder)
-    activations = tokens * decoder.size("num_hidden_layers") * width
-    logits = tokens * decoder.size("vocab_size") * (3 if teacher else 2)
-    operations = spec.steps * spec.gradient_accumulation * tokens * (6 * weights + 2 * taught)
+    activations = tokens * arch.layers * (12 * arch.hidden + 4 * arch.intermediate)
+    logits = tokens * arch.vocab_size * (3 if taught else 2)
+    # Backward costs twice forward; a token attends to half the window on average.
+    operations = 3 * arch.flops_per_token(context // 2) + (taught.flops_per_token(context // 2) if taught else 0)
+    steps = spec.steps * spec.gradient_accumulation
     return Cost(
-        ram_bytes=_PROCESS_RAM + 4 * (4 * weights + taught + activations + logits),
+        ram_bytes=_PROCESS_RAM + 4 * (4 * weights + (taught.parameters() if taught else 0) + activations + logits),
         disk_bytes=4 * 5 * weights,
-        seconds=5 + operations / (machine.training_flops_per_s * _TRAINING_SHARE),
+        seconds=5 + steps * tokens * operations / (machine.training_flops_per_s * _TRAINING_SHARE),
     )
 
 
 def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: Machine) -> Cost:
-    """Cost of running models in fp32 over ``tokens`` tokens each."""
-    weights = sum(map(parameter_count, configs))
-    most_ids = max(read_decoder(config).size("vocab_size") for config in configs)
+    """Cost of running models in fp32 over ``tokens`` tokens each, in windows too short for attention to count."""
+    archs = [read_architecture(config) for config in configs]
+    logits = 2 * 2048 * max(arch.vocab_size for arch in archs)
+    operations = tokens * sum(arch.flops_per_token(0) for arch in archs)
     return Cost(
-        ram_bytes=_PROCESS_RAM + 4 * (weights + 2 * 2048 * most_ids),
+        ram_bytes=_PROCESS_RAM + 4 * (sum(arch.parameters() for arch in archs) + logits),
         disk_bytes=2**16,
-        seconds=3 + 2 * weights * tokens / (machine.flops_per_s * _INFERENCE_SHARE),
+        seconds=3 + operations / (machine.flops_per_s * _INFERENCE_SHARE),
     )
 
 
 def calibration_cost(config: Mapping[str, Any], tokens: int, machine: Machine) -> Cost:
     """Cost of walking a model over calibration text one decoder layer at a time, some six passes over each, and of
     GPTQ's Hessians: the widest is square in the MLP's width."""
-    decoder = read_decoder(config)
-    hidden, width = decoder.size("hidden_size"), _mlp_width(decoder)
-    hessians = 4 * width**2 + 3 * hidden**2
+    arch = read_architecture(config)
+    hessians = 4 * arch.intermediate**2 + 3 * arch.hidden**2
     passes = inference_cost([config], 6 * tokens, machine)
-    products = 2 * decoder.size("num_hidden_layers") * width**2 * (tokens + hidden)
+    products = 2 * arch.layers * arch.intermediate**2 * (tokens + arch.hidden)
     return Cost(
-        ram_bytes=_PROCESS_RAM + 4 * (_layer_parameters(decoder) + 2 * tokens * hidden + hessians),
+        ram_bytes=_PROCESS_RAM + 4 * (arch.layer_parameters() + 2 * tokens * arch.hidden + hessians),
         disk_bytes=export_cost(config, 5).disk_bytes,
         seconds=passes.seconds + products / (machine.flops_per_s * _INFERENCE_SHARE),
     )
@@ -132,10 +115,9 @@ def calibration_cost(config: Mapping[str, Any], tokens: int, machine: Machine) -
 
 def export_cost(config: Mapping[str, Any], bits_per_weight: float) -> Cost:
     """Cost of packing, one tensor in memory at a time; the largest is the embedding."""
-    decoder = read_decoder(config)
-    largest = decoder.size("vocab_size") * decoder.size("hidden_size")
-    size = int(parameter_count(config) * bits_per_weight / 8)
-    return Cost(_PROCESS_RAM + 4 * 4 * largest, 2 * size + 2**22, 2 + size / 100e6)
+    arch = read_architecture(config)
+    size = int(arch.parameters() * bits_per_weight / 8)
+    return Cost(_PROCESS_RAM + 4 * 4 * arch.vocab_size * arch.hidden, 2 * size + 2**22, 2 + size / 100e6)
 
 
 def refuse_what_cannot_fit(costs: Mapping[str, Cost], machine: Machine, folder: Path) -> None:

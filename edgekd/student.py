@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architecture import read_decoder
+from .architecture import FAMILIES, head_size, read_decoder
 from .checkpoint import EMBEDDING, Checkpoint
 from .errors import EdgekdError, SpecError
 from .files import read_json
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 _GENERATION = "generation_config.json"
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -412,13 +411,13 @@ def _fresh_config(spec: ConfigStudent, teacher: Mapping[str, Any]) -> dict[str, 
         "pad_token_id": decoder.pad_token_id,
         **context,
         "model_type": spec.architecture,
-        "architectures": [_CLASSES[spec.architecture]],
+        "architectures": [FAMILIES[spec.architecture].class_name],
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
         "num_hidden_layers": spec.layers,
         "num_attention_heads": spec.heads,
         "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_dim or spec.hidden_size // spec.heads,
+        "head_dim": head_size(spec.head_dim, spec.hidden_size, spec.heads),
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": (rope.rope_theta if rope else None) or decoder.rope_theta or 10000.0,
@@ -438,7 +437,7 @@ def _check_heads(spec: ConfigStudent) -> None:
         raise SpecError(
             f"student.kv_heads: {spec.kv_heads} do not divide the {spec.heads} of student.heads.", "Change one of them."
         )
-    head_dim = spec.head_dim or spec.hidden_size // spec.heads
+    head_dim = head_size(spec.head_dim, spec.hidden_size, spec.heads)
     if head_dim % 2:
         raise SpecError(
             f"student.head_dim: {head_dim} is odd, and rotary embeddings turn pairs.", "Choose an even head_dim."

@@ -11,12 +11,13 @@ from pydantic import TypeAdapter
 from transformers import AutoConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MixtralConfig, OPTConfig
 
 from edgekd import plan
-from edgekd.architecture import Decoder, read_config, read_decoder
+from edgekd.architecture import Decoder, read_architecture, read_config, read_decoder
 from edgekd.distill.signals import check_same_tokenizer
 from edgekd.errors import EdgekdError
 from edgekd.spec import StudentSpec, TrainingSpec
 from edgekd.student import load_tokenizer, student_config, vocabulary_size
-from edgekd.targets.shared.decoder import read_config as read_architecture
+from edgekd.targets.onnx.target import FEATURES
+from edgekd.targets.shared.decoder import check_features
 
 BAD = [
     None,
@@ -64,7 +65,7 @@ def test_any_value_of_any_key_has_an_answer(key: str, tiny_teacher: Path) -> Non
     fresh, cut = spec_of(**FRESH, heads=2, kv_heads=1), spec_of(init="cut", layers=2, hidden_size=32)
     readers = [
         read_decoder,
-        lambda config: read_architecture(config, "GGUF"),
+        lambda config: check_features(read_architecture(config), FEATURES, "ONNX", 64),
         lambda config: plan.inference_cost([config], 100, MACHINE),
         lambda config: plan.calibration_cost(config, 100, MACHINE),
         lambda config: plan.training_cost(config, config, TrainingSpec(), 64, MACHINE),
@@ -129,8 +130,10 @@ def test_a_nested_language_model_is_read() -> None:
     inner = {"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     outer = {"model_type": "llava", "text_config": inner, "hidden_size": 7}
     assert read_decoder(outer).size("hidden_size") == 48
-    with pytest.raises(EdgekdError, match="no GGUF export"):
-        read_architecture(outer, "GGUF")
+    sizes = {"vocab_size": 99, "intermediate_size": 64, "max_position_embeddings": 64}
+    arch = read_architecture({**outer, "text_config": inner | sizes})
+    with pytest.raises(EdgekdError, match=r"ONNX cannot hold: an architecture that edgekd does not know \(llama"):
+        check_features(arch, FEATURES, "ONNX", 64)
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

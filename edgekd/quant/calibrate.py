@@ -240,7 +240,7 @@ def _calls(checkpoint: Checkpoint, base: Any, context: int) -> list[_Call]:
     layers, norm = base.layers, base.norm
     catchers = [_Catcher() for _ in layers]
     base.layers, base.norm = nn.ModuleList(catchers), nn.Identity()
-    ones = torch.ones((1, context, checkpoint.decoder.size("hidden_size")))
+    ones = torch.ones((1, context, checkpoint.architecture.hidden))
     try:
         with torch.no_grad():
             out = base(inputs_embeds=ones, use_cache=False).last_hidden_state

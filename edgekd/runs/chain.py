@@ -207,7 +207,7 @@ def _artifact(
     verified, audited = _verified(run, export, [data, *made_from, exported], machine), _audited(run, export, exported)
     if export.stand_in:
         return [exported, verified, audited]
-    return [exported, verified, audited, _timed(run, export, [made_from[0], exported], machine)]
+    return [exported, verified, audited, _timed(run, export, [exported], machine)]
 
 
 def _verified(run: Run, export: Export, reads: Sequence[Stage], machine: Machine) -> Stage:

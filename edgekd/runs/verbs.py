@@ -3,7 +3,7 @@ because each needs rooms that must not know each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -155,19 +155,13 @@ def verify_artifact(
     return figures
 
 
-def bench_artifact(
-    artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None], config: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None]) -> dict[str, Any]:
     """Time an artifact in fresh processes.
-
-    Args:
-        config: the student's ``config.json``; with it the roofline counts the key-value cache too.
 
     Raises:
         EdgekdError: the artifact's own runtime does not run here.
     """
     from ..benchmarks.harness import bench
-    from ..benchmarks.metrics import Traffic, kv_bytes_per_position
     from ..targets import open_artifact, stand_in, try_artifact
 
     manifest = artifact.manifest
@@ -176,14 +170,12 @@ def bench_artifact(
             f"{manifest.runtime} does not run on this machine; {instead}, does, and its speed says nothing.",
             "Benchmark the artifact on a machine that has its runtime.",
         )
-    weight_bytes = round(manifest.parameters * manifest.bits_per_weight / 8)
-    traffic = Traffic(weight_bytes, kv_bytes_per_position(config)) if config else None
 
     def on_event(event: dict[str, Any]) -> None:
         tell(event["run"] / event["runs"], f"run {event['run']} of {event['runs']}")
 
     try_artifact(artifact)  # here, not in the processes that are timed
-    return bench(open_artifact, artifact, spec, traffic=traffic, on_event=on_event)
+    return bench(open_artifact, artifact, spec, on_event=on_event)
 
 
 def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:

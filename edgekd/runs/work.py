@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import Checkpoint
 from ..files import write_json
 from ..manifest import load_artifact
 from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
@@ -203,6 +202,6 @@ def audit(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
 def bench(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
     """Time an artifact."""
     artifact = load_artifact(run.path(exported.folder))
-    figures = verbs.bench_artifact(artifact, run.spec.bench, tell, Checkpoint(run.path("student")).config)
+    figures = verbs.bench_artifact(artifact, run.spec.bench, tell)
     write_json(out / "bench.json", figures)
     return {}

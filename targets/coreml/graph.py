@@ -152,7 +152,7 @@ def _norm(w: _Writer, x: Any, name: str, size: int) -> Any:
     float16 ends at 65504, and an activation of 256 has a larger square: so ``x`` is divided by its largest magnitude
     first, and epsilon by its square. The floor keeps that quotient in range too; a row so small is all epsilon.
     """
-    mb, root = w.mb, math.sqrt(w.arch.rms_eps)
+    mb, root = w.mb, math.sqrt(w.arch.norm_eps)
     half = np.float16
     largest = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
     largest = mb.maximum(x=largest, y=half(root / 128))
@@ -231,10 +231,10 @@ def _attention(w: _Writer, x: Any, layer: int, caches: tuple[Any, Any], step: _S
     mb, arch, at = w.mb, w.arch, f"model.layers.{layer}.self_attn."
 
     def heads(part: str, count: int) -> Any:
-        bias = f"{at}{part}_proj.bias" if arch.name == "qwen2" else ""
+        bias = f"{at}{part}_proj.bias" if arch.qkv_bias else ""
         y = _linear(w, x, f"{at}{part}_proj.weight", (count * arch.head_dim, arch.hidden), bias)
         y = mb.reshape(x=y, shape=[1, -1, count, arch.head_dim])
-        if arch.name == "qwen3" and part != "v":
+        if arch.qk_norm == "head" and part != "v":
             y = _norm(w, y, f"{at}{part}_norm.weight", arch.head_dim)
         y = mb.transpose(x=y, perm=[0, 2, 1, 3])
         return y if part == "v" else _rotate(w, y, step.rotary)

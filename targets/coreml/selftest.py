@@ -6,7 +6,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from ..shared.decoder import read_config
+from ...architecture import read_architecture
 from ..shared.selftest import check_agreement, quantized_llama
 
 _PROMPT = 48
@@ -36,7 +36,7 @@ def self_test() -> str:
             max_position_embeddings=_PROMPT,
             initializer_range=0.2,
         )
-        arch = read_config(grid.config, "Core ML")
+        arch = read_architecture(grid.config)
         settings = graph_.Settings(dict(grid.kinds), grid.tied, _PROMPT)
         graph = graph_.build(arch, settings)
         write_package(package, graph, graph_.describe(arch, settings, {}), grid, arch)

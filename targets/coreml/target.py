@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from ...architecture import Architecture, Feature, read_architecture
 from ...checkpoint import Checkpoint
 from ...errors import Unsupported
 from ...files import file_sha256, write_json
@@ -18,13 +19,13 @@ from ...session import Session
 from ...student import load_tokenizer
 from ..shared.artifact import Details, build_artifact, check_installed, details_of, installed, main_file
 from ..shared.decoder import (
+    EMBEDDING,
     MAX_CACHE_BYTES,
-    Architecture,
-    cache_bytes,
     check_context,
+    check_features,
     check_head_dim,
     check_weights,
-    read_config,
+    traffic,
 )
 from ..shared.proto import messages
 from ..shared.recipes import load_recipe
@@ -46,7 +47,10 @@ __all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "open", "
 TITLE, EXTRA = "Core ML", "coreml"
 PACKAGES = ("coremltools",)
 PACKAGE = "model.mlpackage"
+FEATURES = frozenset({Feature.FREE_HEADS, Feature.HEAD_NORM, Feature.LLAMA3_ROPE, Feature.QKV_BIAS})
+"""What the program has a place for."""
 MINIMUM_IOS = 18
+_CACHE_BYTES = 2  # float16
 
 
 class Options(TargetOptions):
@@ -83,8 +87,9 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> N
             f"targets: minimum_ios {spec.minimum_ios}: {' and '.join(needs)} came with iOS 18 and macOS 15.",
             "Set minimum_ios: 18.",
         )
-    arch = read_config(config, "Core ML")
+    arch = read_architecture(config)
     check_context(spec, arch)
+    check_features(arch, FEATURES, "Core ML", spec.context or arch.context_length)
     _check_sizes(arch, spec.context or arch.context_length)
     check_has_tokenizer(tokenizer_folder)
     check_installed("coreml", "coremltools", "tokenizers")
@@ -92,9 +97,9 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> N
 
 def _check_sizes(arch: Architecture, context_length: int) -> None:
     check_head_dim(arch)
-    size = cache_bytes(arch, context_length, 2)
+    size = arch.kv_bytes(context_length, _CACHE_BYTES)
     if size > MAX_CACHE_BYTES:
-        most = MAX_CACHE_BYTES // cache_bytes(arch, 1, 2) // 256 * 256
+        most = MAX_CACHE_BYTES // arch.kv_bytes(1, _CACHE_BYTES) // 256 * 256
         raise Unsupported(
             f"targets: a context of {context_length} makes a key-value cache of {size / 1e9:.1f} GB; the most for a "
             f"phone is {MAX_CACHE_BYTES / 1e9:.1f} GB.",
@@ -191,7 +196,7 @@ def _write(
     """Write everything but the manifest, and return the manifest's fields."""
     from .pack import WEIGHT_FILE, write_package
 
-    arch = read_config(checkpoint.config, "Core ML")
+    arch = checkpoint.architecture
     check_weights(arch, source, "Core ML")
     settings = graph_.Settings(_forms(recipe, source), source.tied, spec.context or arch.context_length)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -203,8 +208,10 @@ def _write(
     description = graph_.describe(arch, settings, _metadata(contract, name, recipe.name, folder))
     write_package(folder / PACKAGE, graph, description, source, arch)
     weight_bytes = sum(stored.size_bytes for stored in graph.stored.values() if stored.source)
+    table = () if arch.tied else (stored for stored in graph.stored.values() if stored.source == EMBEDDING)
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "traffic": traffic(arch, weight_bytes, sum(stored.size_bytes for stored in table), _CACHE_BYTES),
         "contract": contract,
         "versions": installed("edgekd", *PACKAGES),
         "details": CoremlDetails(

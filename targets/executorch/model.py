@@ -120,6 +120,15 @@ def embedding_stand_in(weights: Weights) -> torch.Tensor:
     return stand_in(weights.number(EMBEDDING), (rows, width // 2 if kind == "int4" else width), dtype)
 
 
+def table_bytes(weights: Weights) -> int:
+    """Bytes of the embedding and its scales where the head does not read them too."""
+    kind, (rows, width) = weights.kind(EMBEDDING), weights.source.shape(EMBEDDING)
+    if weights.stand_ins and weights.source.tied and kind != "int4":  # int4 lies there in the head's order as well
+        return 0
+    scales = {"int4": width // GROUP, "int8": 1, "plain": 0}[kind]
+    return embedding_stand_in(weights).nbytes + 2 * rows * scales
+
+
 class Linear(nn.Module):
     """``x W^T + b``; of a quantized ``W``, with activations rounded to int8, token by token."""
 
@@ -234,14 +243,14 @@ class Layer(nn.Module):
         super().__init__()
         at = f"model.layers.{number}."
         self.arch = arch
-        self.input_norm = Norm(weights, f"{at}input_layernorm.weight", arch.hidden, arch.rms_eps)
-        self.mlp_norm = Norm(weights, f"{at}post_attention_layernorm.weight", arch.hidden, arch.rms_eps)
-        bias = arch.name == "qwen2"
+        self.input_norm = Norm(weights, f"{at}input_layernorm.weight", arch.hidden, arch.norm_eps)
+        self.mlp_norm = Norm(weights, f"{at}post_attention_layernorm.weight", arch.hidden, arch.norm_eps)
+        bias = arch.qkv_bias
         for p in "qkv":
             name = f"{at}self_attn.{p}_proj"
             setattr(self, p, Linear(weights, f"{name}.weight", f"{name}.bias" if bias else None))
-        for p in ("q", "k") if arch.name == "qwen3" else ():
-            setattr(self, f"{p}_norm", Norm(weights, f"{at}self_attn.{p}_norm.weight", arch.head_dim, arch.rms_eps))
+        for p in ("q", "k") if arch.qk_norm == "head" else ():
+            setattr(self, f"{p}_norm", Norm(weights, f"{at}self_attn.{p}_norm.weight", arch.head_dim, arch.norm_eps))
         self.o = Linear(weights, f"{at}self_attn.o_proj.weight")
         for p in ("gate", "up", "down"):
             setattr(self, p, Linear(weights, f"{at}mlp.{p}_proj.weight"))
@@ -254,7 +263,7 @@ class Layer(nn.Module):
         heads = self.arch.heads, self.arch.kv_heads, self.arch.kv_heads
         products = project(self.input_norm(x), self.q, self.k, self.v)
         q, k, v = (y.view(1, -1, n, self.arch.head_dim) for y, n in zip(products, heads, strict=True))
-        if self.arch.name == "qwen3":
+        if self.arch.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
         ops = torch.ops.llama
@@ -305,7 +314,7 @@ class Decoder(nn.Module):
         self.context_length = context_length
         self.embedding = Embedding(weights)
         self.layers = nn.ModuleList(Layer(weights, arch, n, context_length) for n in range(arch.layers))
-        self.norm = Norm(weights, "model.norm.weight", arch.hidden, arch.rms_eps)
+        self.norm = Norm(weights, "model.norm.weight", arch.hidden, arch.norm_eps)
         self.head = Linear(weights, EMBEDDING if weights.source.tied else HEAD)
         for name, half in zip(("cos", "sin"), rotary_tables(arch, context_length), strict=True):
             self.register_buffer(name, torch.from_numpy(np.concatenate([half, half], -1)).unsqueeze(1))

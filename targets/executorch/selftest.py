@@ -6,7 +6,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from ..shared.decoder import read_config
+from ...architecture import read_architecture
 from ..shared.selftest import check_agreement, quantized_llama
 
 _HIDDEN, _MLP, _VOCAB, _HEADS, _PROMPT = 256, 512, 512, 4, 48
@@ -38,7 +38,7 @@ def self_test() -> str:
             initializer_range=0.1,
         )
         weights = Weights(opened, "float16", stand_ins=True)
-        arch = read_config(opened.config, "ExecuTorch")
+        arch = read_architecture(opened.config)
         lowered = lower(Decoder(weights, arch, arch.context_length).eval(), "cpu", {})
         write_program(folder / "model.pte", lowered.manager, weights)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from ...architecture import Architecture, Feature, read_architecture
 from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from ...manifest import Artifact, Contract
@@ -33,12 +34,11 @@ from ..shared.artifact import (
 )
 from ..shared.decoder import (
     MAX_CACHE_BYTES,
-    Architecture,
-    cache_bytes,
     check_context,
+    check_features,
     check_head_dim,
     check_weights,
-    read_config,
+    traffic,
 )
 from ..shared.recipes import Real, load_recipe, real_of
 from ..shared.session import DecoderSession
@@ -55,6 +55,9 @@ __all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "open", "
 TITLE, EXTRA = "ExecuTorch", "executorch"
 PACKAGES = ("executorch", "torch", "torchao")
 MAIN_FILE = "model.pte"
+_CACHE_BYTES = 4  # float32
+FEATURES = frozenset({Feature.FREE_HEADS, Feature.HEAD_NORM, Feature.LLAMA3_ROPE, Feature.QKV_BIAS})
+"""What the module has a place for."""
 PROVIDERS = {"cpu": "tested", "vulkan": "not run"}
 """``cpu`` is XNNPACK."""
 
@@ -107,8 +110,9 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> N
         )
     if spec.providers == ["vulkan"] and "fp16" in spec.recipes:
         raise SpecError("targets: recipe 'fp16' for vulkan is not written yet; take executorch-fp32.")
-    arch = read_config(config, "ExecuTorch")
+    arch = read_architecture(config)
     check_context(spec, arch)
+    check_features(arch, FEATURES, "ExecuTorch", spec.context or arch.context_length)
     check_head_dim(arch)
     _check_cache(arch, spec.context or arch.context_length)
     check_has_tokenizer(tokenizer_folder)
@@ -116,7 +120,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> N
 
 
 def _check_cache(arch: Architecture, context_length: int) -> None:
-    size = cache_bytes(arch, context_length, 4)
+    size = arch.kv_bytes(context_length, _CACHE_BYTES)
     if size > MAX_CACHE_BYTES:
         raise Unsupported(
             f"targets: the cache of {context_length} tokens takes {size / 2**30:.1f} GiB, which ExecuTorch allocates "
@@ -186,10 +190,10 @@ def _write(
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return the manifest's fields."""
     from .lower import lower
-    from .model import Decoder, Weights
+    from .model import Decoder, Weights, table_bytes
     from .pack import write_program
 
-    arch = read_config(checkpoint.config, "ExecuTorch")
+    arch = checkpoint.architecture
     check_weights(arch, source, "ExecuTorch")
     context, (provider,) = spec.context or arch.context_length, spec.providers
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -209,6 +213,7 @@ def _write(
     weight_bytes = written.tensor_bytes - 2 * 4 * context * arch.head_dim  # without cosines and sines, float32
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "traffic": traffic(arch, weight_bytes, table_bytes(weights), _CACHE_BYTES),
         "contract": contract,
         "versions": installed("edgekd", *PACKAGES),
         "details": ExecutorchDetails(
@@ -218,7 +223,7 @@ def _write(
             undelegated=lowered.undelegated,
             undelegated_heavy=lowered.heavy,
             chunk_tokens=CHUNK,
-            cache_bytes=cache_bytes(arch, context, 4),
+            cache_bytes=arch.kv_bytes(context, _CACHE_BYTES),
             tokenizer=told,
             file_bytes=(folder / MAIN_FILE).stat().st_size,
             head_bytes=written.head_bytes,

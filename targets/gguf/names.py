@@ -5,14 +5,12 @@ Shapes follow ``torch.nn.Linear``: weights are ``(out, in)``; GGUF stores the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ...architecture import Architecture, Feature
 from ...checkpoint import Checkpoint
-from ...errors import Unsupported
 from ..shared import decoder as _decoder
-from ..shared.decoder import Architecture
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -31,20 +29,43 @@ class Weight:
     """Heads whose rows are reordered from transformers' half-split rotary layout to llama.cpp's pairs; 0: none."""
 
 
-def read_config(config: Mapping[str, Any]) -> Architecture:
-    """Check a ``config.json`` and read it.
+@dataclass(frozen=True)
+class Runtime:
+    """A decoder as llama.cpp knows it, by a name of its own."""
+
+    needs: frozenset[Feature]
+    """Features that it always has."""
+    may: frozenset[Feature]
+    """Features that it has where the file says so."""
+    pairs: bool = False
+    """Whether it rotates neighbouring channels, where transformers rotates halves of a head."""
+
+
+RUNTIMES = {
+    "qwen3": Runtime(frozenset({Feature.HEAD_NORM}), frozenset({Feature.FREE_HEADS})),
+    "qwen2": Runtime(frozenset({Feature.QKV_BIAS}), frozenset()),
+    "llama": Runtime(frozenset(), frozenset({Feature.FREE_HEADS, Feature.LLAMA3_ROPE}), pairs=True),
+}
+"""Those that need most come first."""
+FEATURES = frozenset[Feature]().union(*(runtime.needs | runtime.may for runtime in RUNTIMES.values()))
+
+
+def runtime_of(arch: Architecture) -> str:
+    """llama.cpp's name for an architecture: the first whose needs are met."""
+    has = arch.features(arch.context_length)
+    return next(name for name, runtime in RUNTIMES.items() if runtime.needs <= has)
+
+
+def check(arch: Architecture, context_length: int) -> None:
+    """Refuse what llama.cpp does not know, or not of this decoder.
 
     Raises:
-        Unsupported: an architecture or a setting that the exporter does not write.
+        Unsupported: names the features.
     """
-    arch = _decoder.read_config(config, "GGUF")
-    if arch.name == "qwen2" and arch.heads * arch.head_dim != arch.hidden:
-        raise Unsupported(
-            f"config.json: head_dim {arch.head_dim} of {arch.heads} heads is not hidden_size {arch.hidden}, and "
-            "llama.cpp's Qwen2 knows no other.",
-            "Leave student.hidden_size out, or use a Llama or Qwen3 student.",
-        )
-    return arch
+    _decoder.check_features(arch, FEATURES, "GGUF", context_length)
+    name = runtime_of(arch)
+    held = RUNTIMES[name].needs | RUNTIMES[name].may
+    _decoder.check_features(arch, held, f"GGUF's {name}", context_length)
 
 
 def add_hyperparameters(writer: GGUFWriter, arch: Architecture, context_length: int) -> None:
@@ -58,9 +79,9 @@ def add_hyperparameters(writer: GGUFWriter, arch: Architecture, context_length: 
     writer.add_head_count_kv(arch.kv_heads)
     writer.add_key_length(arch.head_dim)
     writer.add_value_length(arch.head_dim)
-    writer.add_rope_dimension_count(arch.head_dim)
-    writer.add_rope_freq_base(arch.rope_theta)
-    writer.add_layer_norm_rms_eps(arch.rms_eps)
+    writer.add_rope_dimension_count(arch.rotary.dim)
+    writer.add_rope_freq_base(arch.rotary.theta)
+    writer.add_layer_norm_rms_eps(arch.norm_eps)
 
 
 def weights(arch: Architecture, checkpoint: Checkpoint | Grid) -> list[Weight]:
@@ -73,16 +94,12 @@ def weights(arch: Architecture, checkpoint: Checkpoint | Grid) -> list[Weight]:
     import gguf
 
     _decoder.check_weights(arch, checkpoint, "GGUF")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.name.upper()], arch.layers)
+    runtime = runtime_of(arch)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[runtime.upper()], arch.layers)
+    reordered = {"q": arch.heads, "k": arch.kv_heads} if RUNTIMES[runtime].pairs else {}
     found = []
-    for source, shape in _decoder.weight_shapes(arch, checkpoint.tied).items():
+    for source, weight in arch.weights().items():
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         assert name is not None, source
-        found.append(Weight(source, name, shape, _heads_to_reorder(arch, source)))
+        found.append(Weight(source, name, weight.shape, reordered.get(weight.role, 0)))
     return found
-
-
-def _heads_to_reorder(arch: Architecture, source: str) -> int:
-    if arch.name != "llama":
-        return 0
-    return {"q_proj": arch.heads, "k_proj": arch.kv_heads}.get(source.split(".")[-2], 0)

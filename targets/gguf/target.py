@@ -9,13 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ...architecture import Architecture, read_architecture
 from ...checkpoint import Checkpoint
 from ...errors import EdgekdError, MissingExtra, Unsupported
 from ...manifest import Artifact
 from ...session import Session
 from ...student import load_tokenizer
 from ..shared.artifact import build_artifact, cores, installed, main_file
-from ..shared.decoder import check_context
+from ..shared.decoder import check_context, traffic
 from ..shared.recipes import load_recipe
 from ..shared.session import DecoderSession
 from ..shared.target import TargetOptions
@@ -39,6 +40,8 @@ PACKAGES = ("llama-cpp-python", "gguf")
 Options = TargetOptions
 FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.h: llama_ftype
 MAIN_FILE = "model.gguf"
+FEATURES = arch_.FEATURES
+_CACHE_BYTES = 2  # llama.cpp's cache is float16 unless told otherwise
 
 
 def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
@@ -51,8 +54,9 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> N
     """
     for recipe in spec.recipes:
         load_recipe(recipe, "gguf")
-    arch = arch_.read_config(config)
+    arch = read_architecture(config)
     check_context(spec, arch)
+    arch_.check(arch, spec.context or arch.context_length)
     vocab_.check_tokenizer(tokenizer_folder)
     try:
         import gguf  # noqa: F401
@@ -63,7 +67,7 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> N
         _try_tokenizer(arch, tokenizer_folder)
 
 
-def _try_tokenizer(arch: arch_.Architecture, folder: Path) -> None:
+def _try_tokenizer(arch: Architecture, folder: Path) -> None:
     """Whether llama.cpp gives the ids of a tokenizer that transformers makes of ``tokenizer.model`` shows in use."""
     tokenizer = load_tokenizer(folder)
     vocabulary = vocab_.read_tokenizer(tokenizer, folder, arch.vocab_size)
@@ -131,7 +135,7 @@ def _write(
     """Write everything but the manifest, and return the manifest's fields."""
     from .pack import write_file
 
-    arch = arch_.read_config(checkpoint.config)
+    arch = checkpoint.architecture
     plan = arch_.weights(arch, source)
     tokenizer = load_tokenizer(checkpoint.folder)
     vocabulary = vocab_.read_tokenizer(tokenizer, checkpoint.folder, arch.vocab_size)
@@ -144,21 +148,24 @@ def _write(
     path = folder / MAIN_FILE
     packed = folder / "f16.gguf" if recipe.native else path
     file_type = "q4_0" if recipe.has_int4 else "q8_0" if recipe.on_grid else "f16"
-    write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, source, rope_factors=arch.rope_factors)
+    write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, source, rope_factors=arch.rotary.factors)
     if recipe.native:
         importance = _importance(plan, checkpoint, moments) if recipe.needs_moments else {}
         _quantize(packed, path, FILE_TYPES[recipe.native.type], importance)
         packed.unlink()
     tokenizer.save_pretrained(folder)
+    sizes = _tensor_bytes(path)
+    weight_bytes = sum(sizes.values())
     return {
-        "bits_per_weight": round(8 * _tensor_bytes(path) / checkpoint.parameters, 4),
+        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "traffic": traffic(arch, weight_bytes, 0 if arch.tied else sizes["token_embd.weight"], _CACHE_BYTES),
         "contract": vocab_.contract(vocabulary, context_length),
         "versions": installed("edgekd", *PACKAGES),
     }
 
 
 def _writer(
-    arch: arch_.Architecture,
+    arch: Architecture,
     context_length: int,
     vocabulary: vocab_.Vocabulary,
     pre: str,
@@ -168,7 +175,7 @@ def _writer(
     """A writer with all keys set; ``file_type`` None: of a file without weights."""
     import gguf
 
-    writer = gguf.GGUFWriter(None, arch.name)
+    writer = gguf.GGUFWriter(None, arch_.runtime_of(arch))
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     arch_.add_hyperparameters(writer, arch, context_length)
@@ -245,7 +252,8 @@ def _quantize(source: Path, target: Path, file_type: int, importance: Mapping[st
         raise Unsupported(f"llama.cpp cannot quantize this student: {said()}.", "Use portable-int4 or int8.")
 
 
-def _tensor_bytes(path: Path) -> int:
+def _tensor_bytes(path: Path) -> dict[str, int]:
+    """Size of every tensor."""
     import gguf
 
-    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+    return {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}

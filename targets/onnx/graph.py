@@ -198,7 +198,7 @@ def _head(graph: _Graph, hidden: str) -> None:
 
 
 def _norm(graph: _Graph, x: str, weight: str, size: int) -> str:
-    return graph.node("RMSNormalization", [x, graph.vector(weight, size)], axis=-1, epsilon=graph.arch.rms_eps)
+    return graph.node("RMSNormalization", [x, graph.vector(weight, size)], axis=-1, epsilon=graph.arch.norm_eps)
 
 
 def _add_norm(graph: _Graph, x: str, skip: str, weight: str) -> tuple[str, str]:
@@ -206,7 +206,7 @@ def _add_norm(graph: _Graph, x: str, skip: str, weight: str) -> tuple[str, str]:
     outputs = [f"{weight}.norm", "", "", f"{weight}.sum"]
     gamma = graph.vector(weight, graph.arch.hidden)
     normed = graph.node(
-        "SkipSimplifiedLayerNormalization", [x, skip, gamma], outputs, domain=MS, epsilon=graph.arch.rms_eps
+        "SkipSimplifiedLayerNormalization", [x, skip, gamma], outputs, domain=MS, epsilon=graph.arch.norm_eps
     )
     return normed, outputs[3]
 
@@ -216,9 +216,9 @@ def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str], rota
     arch, at = graph.arch, f"model.layers.{layer}.self_attn."
     query, key = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     sizes = {"q": query, "k": key, "v": key}
-    biases = {p: f"{at}{p}_proj.bias" for p in sizes} if arch.name == "qwen2" else {}
+    biases = {p: f"{at}{p}_proj.bias" for p in sizes} if arch.qkv_bias else {}
     kinds = {graph.settings.kinds[f"{at}{p}_proj.weight"] for p in sizes}
-    norms = arch.name == "qwen3"
+    norms = arch.qk_norm == "head"
     if len(kinds) == 1:
         bias = graph.vector(f"{at}qkv_proj.bias", query + 2 * key, tuple(biases.values())) if biases else ""
         sources = tuple(f"{at}{p}_proj.weight" for p in sizes)
@@ -343,6 +343,13 @@ def offsets(stored: list[Stored]) -> dict[str, int]:
             end = seen[key] + item.size_bytes
         found[item.name] = seen[key]
     return found
+
+
+def only_looked_up(stored: list[Stored], tied: bool) -> set[int]:
+    """Places of an embedding that no matrix product reads: of a tied one, rows that lie apart from the head's."""
+    places = offsets(stored)
+    rows = {f"{EMBEDDING}.rows"} if tied else {item.name for item in stored if item.sources == (EMBEDDING,)}
+    return {places[item.name] for item in stored if item.name in rows} - {places.get(f"{EMBEDDING}.q")}
 
 
 def _decoder_model(graph: _Graph) -> ModelProto:

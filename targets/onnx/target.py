@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from ...architecture import Architecture, Feature, read_architecture
 from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, SpecError, Unsupported
 from ...files import write_json
@@ -29,7 +30,7 @@ from ..shared.artifact import (
     installed,
     main_file,
 )
-from ..shared.decoder import Architecture, check_context, check_weights, read_config
+from ..shared.decoder import check_context, check_features, check_weights, traffic
 from ..shared.recipes import Real, load_recipe, real_of
 from ..shared.session import DecoderSession
 from ..shared.target import TargetOptions
@@ -58,6 +59,8 @@ __all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "inspect"
 TITLE, EXTRA = "ONNX", "onnx"
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "onnx")
 MAIN_FILE = "model.onnx"
+FEATURES = frozenset({Feature.FREE_HEADS, Feature.HEAD_NORM, Feature.LLAMA3_ROPE, Feature.QKV_BIAS})
+"""What the graph has a place for."""
 TESTED = ("cpu",)
 _WITHOUT_KERNELS = ("coreml", "qnn", "nnapi")
 
@@ -104,7 +107,9 @@ def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> N
     for recipe in spec.recipes:
         load_recipe(recipe, "onnx")
     _check_providers(spec.providers)
-    check_context(spec, read_config(config, "ONNX"))
+    arch = read_architecture(config)
+    check_context(spec, arch)
+    check_features(arch, FEATURES, "ONNX", spec.context or arch.context_length)
     check_has_tokenizer(tokenizer_folder)
     check_installed("onnx", "onnx", GENAI, "tokenizers")
     runtime()
@@ -194,7 +199,7 @@ def _write(
     """Write everything but the manifest, and return the manifest's fields."""
     from .pack import write_data
 
-    arch = read_config(checkpoint.config, "ONNX")
+    arch = checkpoint.architecture
     check_weights(arch, source, "ONNX")
     kinds: dict[str, Kind] = dict.fromkeys(source, "plain") if isinstance(source, Checkpoint) else source.kinds
     activations: Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
@@ -212,9 +217,12 @@ def _write(
     write_data(folder / graph_.DATA_FILE, models.stored, source, arch, context)
     _prove(folder)
     places = graph_.offsets(models.stored)
-    weight_bytes = sum({places[item.name]: item.size_bytes for item in models.stored if item.sources}.values())
+    sizes = {places[item.name]: item.size_bytes for item in models.stored if item.sources}
+    weight_bytes = sum(sizes.values())
+    table_bytes = sum(sizes[place] for place in graph_.only_looked_up(models.stored, source.tied))
     return {
         "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
+        "traffic": traffic(arch, weight_bytes, table_bytes, 2 if activations == "float16" else 4),
         "contract": contract,
         "versions": installed("edgekd", *PACKAGES),
         "details": OnnxDetails(
@@ -236,7 +244,7 @@ def genai_config(
     past, present = "past_key_values.%d.", "present.%d."
     return {
         "model": {
-            "type": arch.name,
+            "type": arch.model_type,
             "bos_token_id": contract.eos_ids[0] if contract.bos_id is None else contract.bos_id,
             "eos_token_id": contract.eos_ids,
             "pad_token_id": contract.eos_ids[0] if pad_id is None else pad_id,

@@ -9,15 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from edgekd.benchmarks.harness import bench, describe_machine
-from edgekd.benchmarks.metrics import Traffic
 from edgekd.errors import EdgekdError
-from edgekd.manifest import Contract, write_artifact
+from edgekd.manifest import Contract, Traffic, write_artifact
 from edgekd.spec import BenchSpec
 
 HERE = Path(__file__).parent
@@ -58,7 +58,9 @@ def small_bandwidth_buffer(monkeypatch):
 
 def test_times_of_a_runtime_of_known_speed(runtime, artifact):
     events = []
-    result = bench(runtime.open_slow, artifact, SPEC, traffic=Traffic(4000, 100), on_event=events.append)
+    traffic = Traffic(weight_bytes=4000, kv_bytes_per_position=100)
+    artifact = replace(artifact, manifest=artifact.manifest.model_copy(update={"traffic": traffic}))
+    result = bench(runtime.open_slow, artifact, SPEC, on_event=events.append)
     json.dumps(result, allow_nan=False)
     assert events == [{"run": 1, "runs": 2}, {"run": 2, "runs": 2}]
     # Sleeping is exact from below; above, a busy machine may add a good deal.
@@ -73,7 +75,7 @@ def test_times_of_a_runtime_of_known_speed(runtime, artifact):
         assert len(result[key]["samples"]) == 2
     grown = result["peak_rss_bytes"]["value"] - result["rss_before_load_bytes"]["value"]
     assert 64 * 2**20 <= grown < 128 * 2**20
-    assert result["bytes_per_token"]["value"] == 4000 + 100 * (20 + 6)
+    assert result["bytes_per_token"] == {"value": 4000 + 100 * (20 + 6), "source": "computed:manifest", "samples": []}
     expected = result["decode_tokens_per_s"]["value"] * 4000 / result["bandwidth_bytes_per_s"]["value"]
     assert result["decode_roofline_fraction"]["value"] == pytest.approx(expected * 6600 / 4000)
     assert result["energy_j_per_token"] is None
@@ -195,4 +197,5 @@ def test_a_real_gguf(tmp_path):
     assert result["decode_tokens_per_s"]["value"] > 10
     assert result["peak_rss_bytes"]["value"] > result["rss_before_load_bytes"]["value"]
     weights = artifact.manifest.parameters * artifact.manifest.bits_per_weight / 8
-    assert result["bytes_per_token"]["value"] == pytest.approx(weights, abs=1)
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (20 + 12 / 2)
+    assert result["bytes_per_token"]["value"] == pytest.approx(weights + cache, abs=1)

@@ -10,16 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekd.benchmarks.metrics import (
-    Traffic,
     bandwidth_buffer_bytes,
     bandwidth_samples,
     decode_roofline_fraction,
     figure,
-    kv_bytes_per_position,
     median,
     percentile,
     tokens_per_s,
 )
+from edgekd.manifest import Traffic
 
 seconds = st.floats(1e-6, 1e3)
 
@@ -59,38 +58,6 @@ def test_roofline_by_hand():
     traffic = Traffic(weight_bytes=199_000_000, kv_bytes_per_position=10_000)
     assert traffic.bytes_per_token(100) == 200_000_000
     assert decode_roofline_fraction(100, traffic.bytes_per_token(100), 40e9) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        # Qwen3-0.6B: 28 layers, 8 key-value heads of 128, fp16: 112 KiB a position
-        ({"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}, 114_688),
-        # GPT-2 small without grouped heads
-        ({"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768}, 36_864),
-        ({"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "head_dim": None}, 36_864),
-    ],
-)
-def test_kv_bytes(config, expected):
-    assert kv_bytes_per_position(config) == expected
-    assert kv_bytes_per_position(config, 1) == expected // 2
-
-
-def test_kv_bytes_is_what_a_real_cache_holds():
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    cache = transformers.DynamicCache()
-    transformers.LlamaForCausalLM(config)(torch.arange(5)[None], past_key_values=cache)
-    held = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert kv_bytes_per_position(config.to_dict(), 1) * 5 == held
 
 
 def test_bandwidth_is_that_of_a_memory():

@@ -30,6 +30,7 @@ from cases import (
     spec_of,
 )
 from edgekd import targets
+from edgekd.architecture import read_architecture
 from edgekd.checkpoint import Checkpoint
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.files import file_sha256
@@ -265,12 +266,15 @@ def test_a_damaged_file_is_refused(tmp_path: Path, tiny_student: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "head_dim": 8}, "head_dim 8 of"),
+        (
+            {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "head_dim": 8},
+            "GGUF's qwen2 cannot hold: heads .* head_dim",
+        ),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -287,18 +291,16 @@ def test_what_gguf_cannot_hold_is_refused(change: dict[str, Any], cause: str, ti
 
 
 def test_llama3_rope_is_read_from_either_generation_of_config(tiny_student: Path) -> None:
-    from edgekd.targets.gguf.names import read_config
-
     config = Checkpoint(tiny_student).config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     old = {key: value for key, value in config.items() if key != "rope_parameters"} | {
         "rope_theta": 10000.0,
         "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"},
     }
-    factors = read_config(old).rope_factors
-    assert factors == read_config(config | {"rope_parameters": LLAMA3_ROPE}).rope_factors
+    factors = read_architecture(old).rotary.factors
+    assert factors == read_architecture(config | {"rope_parameters": LLAMA3_ROPE}).rotary.factors
     assert len(factors) == 16 and factors[0] == 1.0 and factors[-1] == 8.0 and list(factors) == sorted(factors)
-    with pytest.raises(Unsupported, match="qwen3"):
-        read_config(Checkpoint(tiny_student).config | {"rope_parameters": LLAMA3_ROPE})
+    with pytest.raises(Unsupported, match=r"GGUF's qwen3 cannot hold: .* rope_parameters"):
+        targets.check(Checkpoint(tiny_student).config | {"rope_parameters": LLAMA3_ROPE}, tiny_student, spec())
 
 
 def test_wrong_specs_are_refused(tiny_student: Path) -> None:
