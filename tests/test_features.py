@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from edgekd.architecture import FAMILIES, Architecture, Attention, Feature, Rotary, read_architecture
 from edgekd.errors import EdgekdError, Unsupported
-from edgekd.targets import target_modules
+from edgekd.targets import TARGETS, load_target
 from edgekd.targets.shared.decoder import check_features
 
 SIZES: dict[str, Any] = {
@@ -199,6 +199,7 @@ def test_a_family_that_is_not_known_is_estimated() -> None:
     arch = read_architecture({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
     real = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"]())
     assert arch.parameters() == pytest.approx(real.num_parameters(), rel=0.25)
-    for name in target_modules():
-        with pytest.raises(Unsupported, match=f"{name}|GPT2LMHeadModel"):
-            check_features(arch, frozenset(Feature) - {Feature.UNKNOWN}, name, 128)
+    for name in TARGETS:
+        target: Any = load_target(name)
+        with pytest.raises(Unsupported, match=rf"{target.TITLE} cannot hold: an architecture .* \(GPT2LMHeadModel"):
+            check_features(arch, target.FEATURES, target.TITLE, 128)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Recipe
 
-__all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test", "stand_in"]
+__all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test", "stand_in"]
 
 TITLE, EXTRA = "Core ML", "coreml"
 PACKAGES = ("coremltools",)

@@ -50,7 +50,7 @@ from .session import CHUNK, ExecutorchEngine, head_sha256, runner_tokenizer
 if TYPE_CHECKING:
     from ...quant.folder import Grid
 
-__all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test"]
+__all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test"]
 
 TITLE, EXTRA = "ExecuTorch", "executorch"
 PACKAGES = ("executorch", "torch", "torchao")

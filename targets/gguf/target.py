@@ -33,7 +33,19 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Recipe
 
-__all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "explain_crash", "export", "install", "open", "self_test"]
+__all__ = [
+    "EXTRA",
+    "FEATURES",
+    "PACKAGES",
+    "TITLE",
+    "Options",
+    "check",
+    "explain_crash",
+    "export",
+    "install",
+    "open",
+    "self_test",
+]
 
 TITLE, EXTRA = "GGUF", "gguf"
 PACKAGES = ("llama-cpp-python", "gguf")

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from ...quant.folder import Grid
     from ...quant.recipe import Kind
 
-__all__ = ["EXTRA", "PACKAGES", "TITLE", "Options", "check", "export", "inspect", "open", "self_test"]
+__all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "inspect", "open", "self_test"]
 
 TITLE, EXTRA = "ONNX", "onnx"
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "onnx")
