@@ -1,20 +1,17 @@
-"""What the tests of every target share: models to export, the reference, and calls that every session refuses."""
+"""What the tests of every target share: models to export, and the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from edgekd import targets
 from edgekd.manifest import Artifact
 from edgekd.quant.folder import load_dequantized, open_grid
 from edgekd.quant.quantize import quantize
-from edgekd.session import Session
 from edgekd.spec import TargetSpec
 from edgekd.student import load_model
 from edgekd.targets import load_recipe
@@ -85,57 +82,3 @@ def mean_kl(p: np.ndarray, q: np.ndarray) -> float:
     """KL(p || q) of two arrays of logits ``(T, V)``, nats per token."""
     log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (p, q))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-
-
-def check_interrupted_generators(session: Session) -> None:
-    """A generation that another call has come between does not go on; one that none has, does."""
-    whole = list(session.generate(IDS[:9], 6))
-    assert len(whole) == 6
-    calls: list[Callable[[], object]] = [
-        session.reset,
-        lambda: session.prefill(IDS[:9]),
-        lambda: session.decode(IDS[0]),
-        lambda: next(session.generate(IDS[:9], 6)),
-    ]
-    for call in calls:
-        first = session.generate(IDS[:9], 6)
-        assert [next(first), next(first)] == whole[:2]
-        call()
-        with pytest.raises(ValueError, match="used by another call"):
-            next(first)
-    first, second = session.generate(IDS[:9], 6), session.generate(IDS[:9], 6)
-    next(first)
-    assert list(second) == whole
-    with pytest.raises(ValueError, match="used by another call"):
-        next(first)
-    last = session.generate(IDS[:9], 1)
-    assert next(last) == whole[0]
-    session.reset()
-    assert list(last) == []  # it was at its end
-    tokens = session.generate(IDS[:9], 6)
-    assert [next(tokens), session.tokenize("a") and next(tokens), *tokens] == whole
-    session.reset()
-
-
-def check_wrong_calls(session: Session, context_length: int) -> None:
-    """A session of 700 tokens refuses what it cannot do, and everything once closed."""
-    too_many = [3] * (context_length + 1)
-    for ids, cause in (([], "no ids"), ([700], "outside"), ([-1], "outside"), (too_many, "exceed")):
-        with pytest.raises(ValueError, match=cause):
-            session.prefill(ids)
-    for call in (session.decode, session.token_bytes):
-        with pytest.raises(ValueError, match="outside the vocabulary"):
-            call(700)
-    session.prefill([3] * context_length)
-    with pytest.raises(ValueError, match=f"exceed the context of {context_length}"):
-        session.decode(3)
-    session.close()
-    session.close()
-    for closed in (
-        lambda: session.tokenize("a"),
-        lambda: session.token_bytes(3),
-        session.reset,
-        lambda: session.decode(3),
-    ):
-        with pytest.raises(ValueError, match="closed"):
-            closed()

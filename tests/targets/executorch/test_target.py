@@ -25,8 +25,6 @@ from artifacts import forge
 from cases import (
     IDS,
     LLAMA3_ROPE,
-    check_interrupted_generators,
-    check_wrong_calls,
     export_to,
     mean_kl,
     reference,
@@ -38,7 +36,7 @@ from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.manifest import Artifact, load_artifact
 from edgekd.quant.folder import open_grid
 from edgekd.quant.quantize import quantize
-from edgekd.session import Session, stream_text
+from edgekd.session import Session
 from edgekd.student import load_model
 from edgekd.targets import load_recipe
 from edgekd.targets.executorch import lower as _executorch_lower
@@ -315,15 +313,6 @@ def test_the_runner_of_apps_gives_the_same_tokens(tmp_path: Path, student_factor
     assert count == 25 * 12 and session_.CHUNK < lengths[-1] < 1000  # the last is fed in chunks
 
 
-@pytest.mark.parametrize("size", [1, 7, 32])
-def test_chunked_prefill(session: Session, size: int) -> None:
-    whole = session.prefill(IDS, all_logits=True)
-    session.reset()
-    for i in range(0, len(IDS), size):
-        last = session.prefill(IDS[i : i + size])
-    assert last.shape == (700,) and last.dtype == np.float32 and np.abs(last - whole[-1]).max() < 1e-4
-
-
 def test_decode_equals_prefill(session: Session) -> None:
     whole = session.prefill(IDS, all_logits=True)
     session.reset()
@@ -389,34 +378,12 @@ def test_both_methods_share_one_cache(session: Session) -> None:
     assert np.abs(again - whole[151:]).max() < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
-def test_ids_of_any_integer_type(dtype: Any, session: Session) -> None:
-    expected = session.prefill(IDS[:20]).copy()
-    session.reset()
-    assert np.array_equal(session.prefill(np.asarray(IDS[:20], dtype)), expected)
-
-
 def test_a_heavy_operator_left_behind_is_told(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """XNNPACK runs all that is heavy in these models, so one that it does not run is taken for heavy."""
     monkeypatch.setattr(_executorch_lower, "_HEAVY", {"embedding", "linear"})
     with pytest.warns(UserWarning, match=r"cpu does not run aten\.embedding of this model: generation will be slow"):
         artifact = export(made["llama tied"][1], "fp16", tmp_path / "out")
     assert artifact.manifest.details["undelegated_heavy"] == ["aten.embedding"]
-
-
-def test_generate_streams_whole_characters(session: Session) -> None:
-    text = "naïve ᚠ 𝄞 漢"
-    ids = session.tokenize(text)
-    assert any(session.token_bytes(token).decode("utf-8", "ignore") == "" for token in ids)
-    assert "".join(stream_text(session, ids)) == text
-    drawn = [list(session.generate(IDS[:50], 40, temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len(list(session.generate(IDS + IDS[:51], 40, temperature=1.0, seed=3))) <= 6
-
-
-def test_wrong_calls_are_refused(session: Session) -> None:
-    check_interrupted_generators(session)
-    check_wrong_calls(session, 256)
 
 
 def test_two_exports_are_the_same_bytes(made: Any, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from cases import (
     ARCHITECTURES,
     IDS,
     LLAMA3_ROPE,
-    check_interrupted_generators,
-    check_wrong_calls,
     export_to,
     logits,
     mean_kl,
@@ -39,7 +36,6 @@ from edgekd.quant.calibrate import second_moments
 from edgekd.quant.folder import open_grid
 from edgekd.quant.grid import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8_rows
 from edgekd.quant.quantize import quantize
-from edgekd.session import Session
 from edgekd.spec import TargetSpec
 from edgekd.targets import load_recipe
 
@@ -180,48 +176,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, student_factory: Any) -> 
     return export(student_factory(folder / "student", max_position_embeddings=1100), "fp16", folder / "out")
 
 
-@pytest.fixture
-def session(artifact: Artifact) -> Iterator[Session]:
-    session = targets.open_artifact(artifact, threads=1)
-    yield session
-    session.close()
-
-
-@pytest.mark.parametrize("size", [1, 7, 32])
-def test_chunked_prefill(session: Session, size: int) -> None:
-    whole = session.prefill(IDS, all_logits=True)
-    session.reset()
-    chunks = [session.prefill(IDS[i : i + size], all_logits=True) for i in range(0, len(IDS), size)]
-    assert np.abs(np.concatenate(chunks) - whole).max() < TOLERANCE
-    session.reset()
-    for i in range(0, len(IDS), size):
-        last = session.prefill(IDS[i : i + size])
-    assert last.shape == (700,) and last.dtype == np.float32 and np.abs(last - whole[-1]).max() < TOLERANCE
-
-
-def test_more_than_one_batch_equals_token_by_token(session: Session) -> None:
-    ids = (IDS * 6)[:1100]
-    whole = session.prefill(ids, all_logits=True)
-    assert whole.shape == (1100, 700)
-    session.reset()
-    assert np.abs(session.prefill(ids) - whole[-1]).max() < TOLERANCE
-    session.reset()
-    session.prefill(ids[:900])
-    for position in range(900, 1100):
-        assert np.abs(session.decode(ids[position]) - whole[position]).max() < TOLERANCE
-
-
-def test_generate(session: Session, artifact: Artifact) -> None:
-    greedy = list(session.generate(IDS[:50], 40))
-    assert len(greedy) == 40
-    expected = reference(artifact.folder.parent / "student", IDS[:50] + greedy)[49:-1]
-    chosen = expected[range(40), greedy]
-    assert (expected.max(-1) - chosen < TOLERANCE).all()
-    drawn = [list(session.generate(IDS[:50], 40, temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len(list(session.generate((IDS * 6)[:1095], 40, temperature=1.0, seed=3))) <= 6
-
-
 def test_a_stream_ends_before_the_end_token(tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "llama", tie_word_embeddings=False)
     weights = load_file(student / "model.safetensors")
@@ -231,11 +185,6 @@ def test_a_stream_ends_before_the_end_token(tmp_path: Path, student_factory: Any
     session = targets.open_artifact(export(student, "fp16", tmp_path / "out"), threads=1)
     assert list(session.generate([5, 6], 10)) == []
     session.close()
-
-
-def test_wrong_calls_are_refused(session: Session) -> None:
-    check_interrupted_generators(session)
-    check_wrong_calls(session, 1100)
 
 
 def test_opening_loads_neither_torch_nor_transformers(artifact: Artifact) -> None:
@@ -350,19 +299,6 @@ def test_the_grid_of_another_student_is_refused(tmp_path: Path, tiny_student: Pa
     with pytest.raises(EdgekdError, match="second moments"):
         export(tiny_student, "gguf-q4_k_m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_installed_plug_in_is_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "plug-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[edgekd.targets]\nplugged = plugged_target\n")
-    (tmp_path / "plugged_target.py").write_text(
-        "def check(config, tokenizer_folder, spec): raise KeyError(spec.target)\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(KeyError, match="plugged"):
-        targets.check({}, tmp_path, TargetSpec(target="plugged", recipes=["x"]))
 
 
 def test_keys_of_the_file(tmp_path: Path, tiny_student: Path) -> None:

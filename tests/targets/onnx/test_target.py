@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,6 @@ from cases import (  # noqa: E402
     IDS,
     ODD_WIDTH,
     UNTIED,
-    check_interrupted_generators,
-    check_wrong_calls,
     export_to,
     logits,
     mean_kl,
@@ -41,7 +38,6 @@ from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported  # no
 from edgekd.manifest import Artifact, load_artifact  # noqa: E402
 from edgekd.quant.folder import Grid, new_grid, open_grid  # noqa: E402
 from edgekd.quant.grid import quantize_int4, quantize_int8_rows  # noqa: E402
-from edgekd.session import Session  # noqa: E402
 from edgekd.spec import TargetSpec  # noqa: E402
 from edgekd.student import Checkpoint  # noqa: E402
 from edgekd.targets import load_recipe  # noqa: E402
@@ -343,52 +339,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, student_factory: Any) -> 
     folder = tmp_path_factory.mktemp("long")
     student = student_factory(folder / "student", max_position_embeddings=1100)
     return export(student, "fp16", folder / "out")
-
-
-@pytest.fixture
-def session(artifact: Artifact) -> Iterator[Session]:
-    session = targets.open_artifact(artifact, threads=1)
-    yield session
-    session.close()
-
-
-@pytest.mark.parametrize("size", [1, 7, 32])
-def test_chunked_prefill(session: Session, size: int) -> None:
-    whole = session.prefill(IDS, all_logits=True)
-    session.reset()
-    chunks = [session.prefill(IDS[i : i + size], all_logits=True) for i in range(0, len(IDS), size)]
-    assert np.abs(np.concatenate(chunks) - whole).max() < 2e-4
-    session.reset()
-    for i in range(0, len(IDS), size):
-        last = session.prefill(IDS[i : i + size])
-    assert last.shape == (700,) and last.dtype == np.float32 and np.abs(last - whole[-1]).max() < 2e-4
-
-
-def test_more_than_one_batch_equals_token_by_token(session: Session) -> None:
-    ids = (IDS * 6)[:1100]
-    whole = session.prefill(ids, all_logits=True)
-    assert whole.shape == (1100, 700)
-    session.reset()
-    assert np.abs(session.prefill(ids) - whole[-1]).max() < 2e-4
-    session.reset()
-    session.prefill(ids[:900])
-    for position in range(900, 1100):
-        assert np.abs(session.decode(ids[position]) - whole[position]).max() < 2e-4
-
-
-def test_generate(session: Session, artifact: Artifact) -> None:
-    greedy = list(session.generate(IDS[:50], 40))
-    assert len(greedy) == 40
-    expected = reference(artifact.folder.parent / "student", IDS[:50] + greedy)[49:-1]
-    assert (expected.max(-1) - expected[range(40), greedy] < 2e-4).all()
-    drawn = [list(session.generate(IDS[:50], 40, temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len(list(session.generate((IDS * 6)[:1095], 40, temperature=1.0, seed=3))) <= 6
-
-
-def test_wrong_calls_are_refused(session: Session) -> None:
-    check_interrupted_generators(session)
-    check_wrong_calls(session, 1100)
 
 
 def test_opening_loads_neither_torch_nor_transformers(artifact: Artifact) -> None:
