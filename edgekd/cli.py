@@ -62,9 +62,11 @@ def _open(
     from .spec import builtin_spec, load_spec
     from .targets import spec_model
 
-    if seeds is not None and seed is not None:
-        raise SpecError("--seed and --seeds are both given.", "Give --seeds alone: its first counts as --seed.")
-    first, *more = [seed] if seeds is None else _numbers(seeds)
+    first, more = seed, list[int]()
+    if seeds is not None:
+        if seed is not None:
+            raise SpecError("--seed and --seeds are both given.", "Give --seeds alone: its first counts as --seed.")
+        first, *more = _numbers(seeds)
     loaded = load_spec(spec, seed=first, model=spec_model())
     if allow_skipped:
         loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
