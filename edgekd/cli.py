@@ -364,8 +364,8 @@ def _windows(model: Path, documents: list[str], windows: int | None, context: in
     """Evenly spaced windows ``(N, T)`` of documents; all of them for ``windows`` None."""
     import numpy as np
 
-    from .runs.verbs import held_out_windows
     from .student import load_tokenizer
+    from .verify.reference import held_out_windows
 
     tokenizer = load_tokenizer(model)
     ids = [token for document in documents for token in tokenizer(document, verbose=False)["input_ids"]]

@@ -180,7 +180,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
 
 def _ledger(run: Run, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.verify
-    key = _key(reads, ["verify/parity.py"], spec.windows, spec.context)
+    key = _key(reads, ["verify/parity.py", "verify/reference.py"], spec.windows, spec.context)
     models = [run.teacher.config, *[run.student_config] * (1 + len(run.quantizations))]
     cost = plan.inference_cost(models, spec.windows * spec.context, machine)
     return Stage("ledger", "ledger", key, cost, partial(work.measure_hops, run), _folders(reads))

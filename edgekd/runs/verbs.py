@@ -3,21 +3,19 @@ because each needs rooms that must not know each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import EdgekdError, SpecError
+from ..errors import EdgekdError
 from ..manifest import Artifact
 from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
 from ..student import load_model, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..quant.recipe import Recipe
 
 
@@ -133,6 +131,7 @@ def verify_artifact(
     from ..quant.folder import load_dequantized, open_grid
     from ..targets import open_artifact, stand_in
     from ..verify.parity import compare, measure, session_logits
+    from ..verify.reference import logits_of
     from ..verify.tokens import check_tokens
 
     tokenizer = load_tokenizer(reference)
@@ -184,29 +183,6 @@ def bench_artifact(
 
     try_artifact(artifact)  # here, not in the processes that are timed
     return bench(open_artifact, artifact, spec, traffic=traffic, on_event=on_event)
-
-
-def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
-    """``count`` windows ``(count, context)`` spread evenly over packed ``(N, T)``; fewer where the text is short."""
-    flat = np.ascontiguousarray(ids).reshape(-1)
-    whole = flat[: len(flat) // context * context].reshape(-1, context)
-    if not len(whole):
-        raise SpecError(f"the text has {len(flat)} tokens, a window needs {context}.", "Give more text.")
-    return whole[np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)]
-
-
-def logits_of(
-    model: PreTrainedModel, vocab_size: int | None = None
-) -> Callable[[Sequence[int] | np.ndarray], np.ndarray]:
-    """Ids ``(T,)`` to logits float32 ``(T, V)``, rows of the vocabulary's padding cut off."""
-    import torch
-
-    def logits(ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            found = model(torch.as_tensor(np.asarray(ids), dtype=torch.long)[None], use_cache=False).logits
-        return found[0, :, :vocab_size].numpy()
-
-    return logits
 
 
 def telling(tell: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:

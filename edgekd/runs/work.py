@@ -141,25 +141,27 @@ def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path,
 
 def _verify_windows(run: Run) -> np.ndarray:
     from ..distill.data import load_windows
+    from ..verify.reference import held_out_windows
 
     spec = run.spec.verify
-    return verbs.held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
+    return held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
 
 
 def measure_hops(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
     """The hops that no runtime takes part in, in fp32: from the teacher to the student, and on to each grid."""
     from ..quant.folder import load_dequantized, open_grid
     from ..verify.parity import compare
+    from ..verify.reference import logits_of
 
     shared = vocabulary_size(run.teacher.tokenizer())
     student, windows = load_model(run.path("student")), _verify_windows(run)
     tell(0, "student")
-    taught = compare(verbs.logits_of(run.teacher.model(), shared), verbs.logits_of(student, shared), windows)
+    taught = compare(logits_of(run.teacher.model(), shared), logits_of(student, shared), windows)
     write_json(out / "student.json", taught)
     for number, quantization in enumerate(run.quantizations, 1):
         tell(number / (1 + len(run.quantizations)), quantization.name)
         grid = open_grid(run.path(quantization.folder))
-        figures = compare(verbs.logits_of(student), verbs.logits_of(load_dequantized(grid)), windows)
+        figures = compare(logits_of(student), logits_of(load_dequantized(grid)), windows)
         recipe, method = quantization.recipe.name, quantization.method
         told = {"recipe": recipe, "method": method, "bits_per_weight": grid.bits_per_weight}
         write_json(out / f"{recipe}-{method}.json", told | figures)
