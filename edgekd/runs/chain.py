@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from shutil import which
-from typing import Any, Literal
+from typing import Literal
 
 from .. import benchmarks, plan
 from ..checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from ..plan import Cost, Machine
 from ..spec import Method
 from ..targets import code_of, versions
 from . import work
+from .records import Figures
 from .run import Export, Quantization, Run
 
 _SOURCE = Path(__file__).parent.parent
@@ -48,7 +49,7 @@ class Stage:
     folder: str
     key: str
     cost: Cost
-    work: Callable[[Path, work.Tell], dict[str, Any]] = field(repr=False)
+    work: Callable[[Path, work.Tell], Figures] = field(repr=False)
     """Fills an empty folder and returns figures for the record."""
     reads: Sequence[str] = ()
     """Folders of the stages whose files it reads."""

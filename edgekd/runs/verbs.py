@@ -14,6 +14,7 @@ from ..errors import EdgekdError
 from ..manifest import Artifact
 from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
 from ..student import load_model, load_tokenizer, vocabulary_size
+from .records import Figures
 
 if TYPE_CHECKING:
     from ..quant.recipe import Recipe
@@ -29,7 +30,7 @@ def quantize_model(
     calibration_windows: int,
     seed: int,
     tell: Callable[[float, str], None],
-) -> dict[str, Any]:
+) -> Figures:
     """Quantize one model folder, outside a run.
 
     Args:
@@ -115,7 +116,7 @@ def verify_artifact(
     spec: VerifySpec,
     tell: Callable[[float, str], None],
     grid: Path | None = None,
-) -> dict[str, Any]:
+) -> Figures:
     """Compare an artifact, run by its own runtime, with the Hugging Face model it was made from, in fp32.
 
     Args:
@@ -138,7 +139,7 @@ def verify_artifact(
     session = open_artifact(artifact)
     try:
         tell(0.1, "tokens")
-        figures: dict[str, Any] = {
+        figures: Figures = {
             "stand_in": stand_in(artifact.manifest.target),
             "tokens": check_tokens(session, tokenizer, artifact.manifest.contract),
         }
@@ -156,7 +157,7 @@ def verify_artifact(
 
 def bench_artifact(
     artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None], config: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+) -> Figures:
     """Time an artifact in fresh processes.
 
     Args:
@@ -178,17 +179,17 @@ def bench_artifact(
     weight_bytes = round(manifest.parameters * manifest.bits_per_weight / 8)
     traffic = Traffic(weight_bytes, kv_bytes_per_position(config)) if config else None
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Figures) -> None:
         tell(event["run"] / event["runs"], f"run {event['run']} of {event['runs']}")
 
     try_artifact(artifact)  # here, not in the processes that are timed
     return bench(open_artifact, artifact, spec, traffic=traffic, on_event=on_event)
 
 
-def telling(tell: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
+def telling(tell: Callable[[float, str], None]) -> Callable[[Figures], None]:
     """Progress from a training loop's events."""
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Figures) -> None:
         if event["event"] == "step":
             tell(event["step"] / event["steps"], f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoint import Checkpoint
 from ..files import write_json
 from ..manifest import load_artifact
 from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
 from . import verbs
+from .records import Figures
 from .run import Export, Quantization, Run
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Tell = Callable[[float, str], None]
 """Takes the share of the work that is done, and a note."""
 
 
-def prepare_data(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+def prepare_data(run: Run, out: Path, tell: Tell) -> Figures:
     """Read, split and pack the text."""
     from ..distill.data import prepare
 
@@ -37,7 +38,7 @@ def prepare_data(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
     )
 
 
-def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, tell: Tell) -> dict[str, Any]:
+def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, tell: Tell) -> Figures:
     """Train the student; on labels alone where it is not distilled."""
     from ..distill.checkpoint import validation_curve
     from ..distill.data import load_windows
@@ -63,7 +64,7 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
     return figures | {"curve": validation_curve(state / "log.jsonl")}
 
 
-def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> dict[str, Any]:
+def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
     """Perplexity, accuracy and distance from the teacher, on the test split, of what was trained with a seed; with the
     spec's own seed, of the teacher too."""
     from ..distill.data import load_windows
@@ -74,7 +75,7 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> dict[str, Any
     windows = evenly_spaced(load_windows(run.path("data"), "test"), max(1, spec.max_test_tokens // spec.context))
     teacher = run.teacher.model()
     signal = OnlineTeacher(teacher, vocabulary_size(run.teacher.tokenizer()))
-    quality: dict[str, Any] = {"baseline": None}
+    quality: Figures = {"baseline": None}
     if seed == run.spec.seed:
         tell(0, "teacher")
         quality["teacher"] = {"parameters": teacher.num_parameters()} | evaluate(teacher, windows)
@@ -94,7 +95,7 @@ def _calibration_ids(run: Run) -> torch.Tensor:
     return evenly_spaced(load_windows(run.path("data"), "train"), run.spec.quantize.calibration_windows).ids
 
 
-def calibrate(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+def calibrate(run: Run, out: Path, tell: Tell) -> Figures:
     """Measure the second moments of the activations."""
     from safetensors.torch import save_file
 
@@ -105,7 +106,7 @@ def calibrate(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
     return {}
 
 
-def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> dict[str, Any]:
+def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> Figures:
     """Choose a grid's integers without training."""
     from ..quant.quantize import quantize as quantize_folder
 
@@ -115,7 +116,7 @@ def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> dic
     return quantize_folder(run.path("student"), out, quantization.recipe, method=method, ids=ids, on_progress=tell)
 
 
-def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path, tell: Tell) -> dict[str, Any]:
+def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path, tell: Tell) -> Figures:
     """Choose a grid's integers by training."""
     from ..distill.data import load_windows
     from ..distill.qad import quantize_aware_distill
@@ -147,7 +148,7 @@ def _verify_windows(run: Run) -> np.ndarray:
     return held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
 
 
-def measure_hops(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
     """The hops that no runtime takes part in, in fp32: from the teacher to the student, and on to each grid."""
     from ..quant.folder import load_dequantized, open_grid
     from ..verify.parity import compare
@@ -168,7 +169,7 @@ def measure_hops(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
     return {}
 
 
-def export(run: Run, wanted: Export, out: Path, tell: Tell) -> dict[str, Any]:
+def export(run: Run, wanted: Export, out: Path, tell: Tell) -> Figures:
     """Write an artifact."""
     from ..targets import export as export_artifact
 
@@ -185,7 +186,7 @@ def export(run: Run, wanted: Export, out: Path, tell: Tell) -> dict[str, Any]:
     return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
 
 
-def verify(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+def verify(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Compare an artifact with the student."""
     artifact = load_artifact(run.path(exported.folder))
     grid = run.path(exported.packs.folder) if exported.packs else None
@@ -194,7 +195,7 @@ def verify(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
     return {}
 
 
-def audit(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+def audit(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Watch what an artifact does to the machine."""
     from ..audit import audit as watch
 
@@ -202,7 +203,7 @@ def audit(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
     return {}
 
 
-def bench(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+def bench(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Time an artifact."""
     artifact = load_artifact(run.path(exported.folder))
     figures = verbs.bench_artifact(artifact, run.spec.bench, tell, Checkpoint(run.path("student")).config)
