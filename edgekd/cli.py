@@ -62,9 +62,11 @@ def _open(
     from .spec import builtin_spec, load_spec
     from .targets import spec_model
 
-    if seeds is not None and seed is not None:
-        raise SpecError("--seed and --seeds are both given.", "Give --seeds alone: its first counts as --seed.")
-    first, *more = [seed] if seeds is None else _numbers(seeds)
+    first, more = seed, list[int]()
+    if seeds is not None:
+        if seed is not None:
+            raise SpecError("--seed and --seeds are both given.", "Give --seeds alone: its first counts as --seed.")
+        first, *more = _numbers(seeds)
     loaded = load_spec(spec, seed=first, model=spec_model())
     if allow_skipped:
         loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
@@ -362,8 +364,8 @@ def _windows(model: Path, documents: list[str], windows: int | None, context: in
     """Evenly spaced windows ``(N, T)`` of documents; all of them for ``windows`` None."""
     import numpy as np
 
-    from .runs.verbs import held_out_windows
     from .student import load_tokenizer
+    from .verify.reference import held_out_windows
 
     tokenizer = load_tokenizer(model)
     ids = [token for document in documents for token in tokenizer(document, verbose=False)["input_ids"]]

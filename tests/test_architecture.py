@@ -24,6 +24,8 @@ LAYERS = [
 ]
 # Modules of one layer that may know each other; distill, targets, verify and benchmarks never do.
 SIBLINGS = {2, 4}
+# A run reads from the first to the last; each knows those before it alone.
+RUNS = ["records", "run", "preflight", "verbs", "work", "chain", "runner", "results"]
 HEAVY = ["torch", "transformers", "datasets", "llama_cpp", "gguf", "plotly", "jinja2", "onnx", "coremltools"]
 
 
@@ -78,6 +80,17 @@ def test_imports_run_one_way(module: str) -> None:
             continue
         down = layer(other) < layer(mine) or (layer(other) == layer(mine) and layer(mine) in SIBLINGS)
         assert down, f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("place", range(len(RUNS)))
+def test_the_flow_of_a_run_goes_down(place: int) -> None:
+    module = f"edgekd.runs.{RUNS[place]}"
+    later = {"edgekd.runs", *(f"edgekd.runs.{name}" for name in RUNS[place:])}
+    assert not imports(module, MODULES[module]) & later
+
+
+def test_every_module_of_a_run_has_its_place() -> None:
+    assert {name for name in MODULES if unit(name) == "runs"} == {"edgekd.runs", *(f"edgekd.runs.{n}" for n in RUNS)}
 
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if unit(name) in ("targets", "benchmarks")))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,16 @@ _CHUNK_ELEMENTS = 1 << 18
 """Logits judged at a time, so that their float32 copies stay in the cache."""
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How weights follow their gradients."""
+
+    optimizer: torch.optim.Optimizer
+    """Of all parameters; its groups' rates are set before each step."""
+    rate: Callable[[int], float]
+    """The learning rate of a step, from 0."""
+
+
 def train(
     model: torch.nn.Module,
     windows: Windows,
@@ -52,10 +62,11 @@ def train(
     seed: int,
     work_dir: Path,
     on_event: Callable[[dict[str, Any]], None],
+    method: Descent | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place, going on from the newest checkpoint in ``work_dir``.
 
-    AdamW, linear warm-up and cosine to zero. Which windows a step reads follows from ``seed`` and the step alone,
+    Which windows a step reads follows from ``seed`` and the step alone,
     so student and baseline read the same, and a run that was killed ends with the same weights, bit for bit, as one
     that was not (same machine, same number of threads). Ctrl-C finishes the step, writes a checkpoint, and raises.
 
@@ -65,6 +76,7 @@ def train(
         on_event: gets each step's ``{"event": "step", "step", "steps", "loss", "learning_rate", "tokens_per_s", ...}``
             and each validation's ``{"event": "validation", "step", "steps", "loss", "perplexity",
             "next_token_accuracy"}``. Losses are in nats per token; the validation loss is the cross-entropy.
+        method: default: AdamW, linear warm-up and cosine to zero.
 
     Returns:
         ``steps`` taken, ``best_step``, ``stopped_early``, ``tokens`` read, ``train_s``, ``tokens_per_s``, ``device``,
@@ -85,8 +97,9 @@ def train(
         raise SpecError(f"data.context: {context} is longer than the student's {longest} positions.", "Lower it.")
     work_dir.mkdir(parents=True, exist_ok=True)
     key = _run_key(model, windows, spec, weights, signal.vocab_size if signal else None, seed)
-    model, optimizer = accelerator.prepare(model, _adamw(model, spec))
-    run = _Run(accelerator, model, optimizer, windows, spec, weights, signal, seed)
+    method = method or Descent(_adamw(model, spec), partial(learning_rate, spec))
+    model, optimizer = accelerator.prepare(model, method.optimizer)
+    run = _Run(accelerator, model, optimizer, method.rate, windows, spec, weights, signal, seed)
     validation = evenly_spaced(validation, max(1, VALIDATION_TOKENS // context))
     progress, best = load_checkpoint(work_dir, model, optimizer.optimizer, key)
     log = RunLog(work_dir, progress.step)
@@ -204,6 +217,7 @@ class _Run:
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: AcceleratedOptimizer
+    rate: Callable[[int], float]
     windows: Windows
     spec: TrainingSpec
     weights: dict[str, float]
@@ -226,7 +240,7 @@ def _step(run: _Run, progress: Progress) -> dict[str, Any]:
     # Dropout, where a model has it, must not depend on how often the run was resumed.
     torch.manual_seed(int(np.random.SeedSequence([run.seed, step]).generate_state(1)[0]))
     run.model.train()
-    rate = learning_rate(spec, step)
+    rate = run.rate(step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     index = batch_indices(run.seed, step, len(run.windows), spec.batch_size * spec.gradient_accumulation)

@@ -7,11 +7,10 @@ single steps, for models and artifacts outside a run.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..errors import GateFailed
 from ..plan import measure_machine, refuse_what_cannot_fit
 from .chain import stages
+from .records import Figures
 from .results import failures, results, write_results
 from .run import Run
 from .runner import Watcher, do_stages, held, to_do
@@ -19,7 +18,7 @@ from .runner import Watcher, do_stages, held, to_do
 
 def do_run(
     run: Run, watcher: Watcher, *, until: str | None = None, report_only: bool = False, check: bool = False
-) -> dict[str, Any]:
+) -> Figures:
     """Do every stage that is not done, then write ``results.json`` and ``report.html``.
 
     Args:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from shutil import which
-from typing import Any, Literal
+from typing import Literal
 
 from .. import benchmarks, plan
 from ..checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from ..plan import Cost, Machine
 from ..spec import Method
 from ..targets import code_of, versions
 from . import work
+from .records import Figures
 from .run import Export, Quantization, Run
 
 _SOURCE = Path(__file__).parent.parent
@@ -48,7 +49,7 @@ class Stage:
     folder: str
     key: str
     cost: Cost
-    work: Callable[[Path, work.Tell], dict[str, Any]] = field(repr=False)
+    work: Callable[[Path, work.Tell], Figures] = field(repr=False)
     """Fills an empty folder and returns figures for the record."""
     reads: Sequence[str] = ()
     """Folders of the stages whose files it reads."""
@@ -180,7 +181,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
 
 def _ledger(run: Run, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.verify
-    key = _key(reads, ["verify/parity.py"], spec.windows, spec.context)
+    key = _key(reads, ["verify/parity.py", "verify/reference.py"], spec.windows, spec.context)
     models = [run.teacher.config, *[run.student_config] * (1 + len(run.quantizations))]
     cost = plan.inference_cost(models, spec.windows * spec.context, machine)
     return Stage("ledger", "ledger", key, cost, partial(work.measure_hops, run), _folders(reads))

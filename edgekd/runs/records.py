@@ -12,6 +12,8 @@ from ..errors import EdgekdError
 from ..files import digest, file_sha256, read_json, read_sealed, write_sealed
 from ..manifest import MANIFEST, PROOF
 
+Figures = dict[str, Any]
+"""What a stage, or a run, tells of itself, as JSON."""
 SMALL_BYTES = 2**20
 """A file up to this size is always compared with its sha256: it costs nothing."""
 
@@ -35,7 +37,7 @@ class Record(BaseModel):
     key: str
     name: str
     seconds: float
-    figures: dict[str, Any]
+    figures: Figures
     inputs: dict[str, str]
     """``digest`` of the records of the stages it read, by their folder."""
     outputs: dict[str, Output]

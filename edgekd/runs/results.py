@@ -7,12 +7,11 @@ import platform
 import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 from ..files import read_json, write_sealed
 from ..manifest import Audit, add_proof, load_artifact
 from ..targets import versions
-from .records import Record
+from .records import Figures, Record
 from .run import Run
 from .work import MOMENTS
 
@@ -28,7 +27,7 @@ def failures(run: Run, records: Mapping[str, Record]) -> list[str]:
     return [f"{label}: {text}" for label, parity in _parities(run, records).items() for text in parity["failures"]]
 
 
-def write_results(run: Run, records: Mapping[str, Record]) -> dict[str, Any]:
+def write_results(run: Run, records: Mapping[str, Record]) -> Figures:
     """Write the proofs into the manifests, then ``results.json`` and ``report.html``; see ``results``."""
     from ..benchmarks.report import build
 
@@ -43,12 +42,12 @@ def write_results(run: Run, records: Mapping[str, Record]) -> dict[str, Any]:
     return found
 
 
-def _measured(run: Run, records: Mapping[str, Record], stage_folder: str, name: str) -> dict[str, Any] | None:
+def _measured(run: Run, records: Mapping[str, Record], stage_folder: str, name: str) -> Figures | None:
     """The figures in a file of a stage; None where the stage is not done."""
     return read_json(run.path(stage_folder) / name) if stage_folder in records else None
 
 
-def _parities(run: Run, records: Mapping[str, Record]) -> dict[str, dict[str, Any]]:
+def _parities(run: Run, records: Mapping[str, Record]) -> dict[str, Figures]:
     """Every artifact's parity, judged, by its label."""
     from ..verify.parity import judge
 
@@ -61,7 +60,7 @@ def _parities(run: Run, records: Mapping[str, Record]) -> dict[str, dict[str, An
     return found
 
 
-def results(run: Run, records: Mapping[str, Record]) -> dict[str, Any]:
+def results(run: Run, records: Mapping[str, Record]) -> Figures:
     """Everything that was measured, in the form the report reads.
 
     Args:

@@ -3,21 +3,20 @@ because each needs rooms that must not know each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import EdgekdError, SpecError
+from ..errors import EdgekdError
 from ..manifest import Artifact
 from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
 from ..student import load_model, load_tokenizer, vocabulary_size
+from .records import Figures
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..quant.recipe import Recipe
 
 
@@ -31,7 +30,7 @@ def quantize_model(
     calibration_windows: int,
     seed: int,
     tell: Callable[[float, str], None],
-) -> dict[str, Any]:
+) -> Figures:
     """Quantize one model folder, outside a run.
 
     Args:
@@ -117,7 +116,7 @@ def verify_artifact(
     spec: VerifySpec,
     tell: Callable[[float, str], None],
     grid: Path | None = None,
-) -> dict[str, Any]:
+) -> Figures:
     """Compare an artifact, run by its own runtime, with the Hugging Face model it was made from, in fp32.
 
     Args:
@@ -133,13 +132,14 @@ def verify_artifact(
     from ..quant.folder import load_dequantized, open_grid
     from ..targets import open_artifact, stand_in
     from ..verify.parity import compare, measure, session_logits
+    from ..verify.reference import logits_of
     from ..verify.tokens import check_tokens
 
     tokenizer = load_tokenizer(reference)
     session = open_artifact(artifact)
     try:
         tell(0.1, "tokens")
-        figures: dict[str, Any] = {
+        figures: Figures = {
             "stand_in": stand_in(artifact.manifest.target),
             "tokens": check_tokens(session, tokenizer, artifact.manifest.contract),
         }
@@ -155,7 +155,7 @@ def verify_artifact(
     return figures
 
 
-def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None]) -> dict[str, Any]:
+def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None]) -> Figures:
     """Time an artifact in fresh processes.
 
     Raises:
@@ -171,40 +171,17 @@ def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, s
             "Benchmark the artifact on a machine that has its runtime.",
         )
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Figures) -> None:
         tell(event["run"] / event["runs"], f"run {event['run']} of {event['runs']}")
 
     try_artifact(artifact)  # here, not in the processes that are timed
     return bench(open_artifact, artifact, spec, on_event=on_event)
 
 
-def held_out_windows(ids: np.ndarray, count: int, context: int) -> np.ndarray:
-    """``count`` windows ``(count, context)`` spread evenly over packed ``(N, T)``; fewer where the text is short."""
-    flat = np.ascontiguousarray(ids).reshape(-1)
-    whole = flat[: len(flat) // context * context].reshape(-1, context)
-    if not len(whole):
-        raise SpecError(f"the text has {len(flat)} tokens, a window needs {context}.", "Give more text.")
-    return whole[np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)]
-
-
-def logits_of(
-    model: PreTrainedModel, vocab_size: int | None = None
-) -> Callable[[Sequence[int] | np.ndarray], np.ndarray]:
-    """Ids ``(T,)`` to logits float32 ``(T, V)``, rows of the vocabulary's padding cut off."""
-    import torch
-
-    def logits(ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            found = model(torch.as_tensor(np.asarray(ids), dtype=torch.long)[None], use_cache=False).logits
-        return found[0, :, :vocab_size].numpy()
-
-    return logits
-
-
-def telling(tell: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
+def telling(tell: Callable[[float, str], None]) -> Callable[[Figures], None]:
     """Progress from a training loop's events."""
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Figures) -> None:
         if event["event"] == "step":
             tell(event["step"] / event["steps"], f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..files import write_json
 from ..manifest import load_artifact
 from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
 from . import verbs
+from .records import Figures
 from .run import Export, Quantization, Run
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ Tell = Callable[[float, str], None]
 """Takes the share of the work that is done, and a note."""
 
 
-def prepare_data(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+def prepare_data(run: Run, out: Path, tell: Tell) -> Figures:
     """Read, split and pack the text."""
     from ..distill.data import prepare
 
@@ -36,7 +37,7 @@ def prepare_data(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
     )
 
 
-def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, tell: Tell) -> dict[str, Any]:
+def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, tell: Tell) -> Figures:
     """Train the student; on labels alone where it is not distilled."""
     from ..distill.checkpoint import validation_curve
     from ..distill.data import load_windows
@@ -62,7 +63,7 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
     return figures | {"curve": validation_curve(state / "log.jsonl")}
 
 
-def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> dict[str, Any]:
+def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
     """Perplexity, accuracy and distance from the teacher, on the test split, of what was trained with a seed; with the
     spec's own seed, of the teacher too."""
     from ..distill.data import load_windows
@@ -73,7 +74,7 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> dict[str, Any
     windows = evenly_spaced(load_windows(run.path("data"), "test"), max(1, spec.max_test_tokens // spec.context))
     teacher = run.teacher.model()
     signal = OnlineTeacher(teacher, vocabulary_size(run.teacher.tokenizer()))
-    quality: dict[str, Any] = {"baseline": None}
+    quality: Figures = {"baseline": None}
     if seed == run.spec.seed:
         tell(0, "teacher")
         quality["teacher"] = {"parameters": teacher.num_parameters()} | evaluate(teacher, windows)
@@ -93,7 +94,7 @@ def _calibration_ids(run: Run) -> torch.Tensor:
     return evenly_spaced(load_windows(run.path("data"), "train"), run.spec.quantize.calibration_windows).ids
 
 
-def calibrate(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+def calibrate(run: Run, out: Path, tell: Tell) -> Figures:
     """Measure the second moments of the activations."""
     from safetensors.torch import save_file
 
@@ -104,7 +105,7 @@ def calibrate(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
     return {}
 
 
-def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> dict[str, Any]:
+def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> Figures:
     """Choose a grid's integers without training."""
     from ..quant.quantize import quantize as quantize_folder
 
@@ -114,7 +115,7 @@ def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> dic
     return quantize_folder(run.path("student"), out, quantization.recipe, method=method, ids=ids, on_progress=tell)
 
 
-def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path, tell: Tell) -> dict[str, Any]:
+def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path, tell: Tell) -> Figures:
     """Choose a grid's integers by training."""
     from ..distill.data import load_windows
     from ..distill.qad import quantize_aware_distill
@@ -140,32 +141,34 @@ def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path,
 
 def _verify_windows(run: Run) -> np.ndarray:
     from ..distill.data import load_windows
+    from ..verify.reference import held_out_windows
 
     spec = run.spec.verify
-    return verbs.held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
+    return held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
 
 
-def measure_hops(run: Run, out: Path, tell: Tell) -> dict[str, Any]:
+def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
     """The hops that no runtime takes part in, in fp32: from the teacher to the student, and on to each grid."""
     from ..quant.folder import load_dequantized, open_grid
     from ..verify.parity import compare
+    from ..verify.reference import logits_of
 
     shared = vocabulary_size(run.teacher.tokenizer())
     student, windows = load_model(run.path("student")), _verify_windows(run)
     tell(0, "student")
-    taught = compare(verbs.logits_of(run.teacher.model(), shared), verbs.logits_of(student, shared), windows)
+    taught = compare(logits_of(run.teacher.model(), shared), logits_of(student, shared), windows)
     write_json(out / "student.json", taught)
     for number, quantization in enumerate(run.quantizations, 1):
         tell(number / (1 + len(run.quantizations)), quantization.name)
         grid = open_grid(run.path(quantization.folder))
-        figures = compare(verbs.logits_of(student), verbs.logits_of(load_dequantized(grid)), windows)
+        figures = compare(logits_of(student), logits_of(load_dequantized(grid)), windows)
         recipe, method = quantization.recipe.name, quantization.method
         told = {"recipe": recipe, "method": method, "bits_per_weight": grid.bits_per_weight}
         write_json(out / f"{recipe}-{method}.json", told | figures)
     return {}
 
 
-def export(run: Run, wanted: Export, out: Path, tell: Tell) -> dict[str, Any]:
+def export(run: Run, wanted: Export, out: Path, tell: Tell) -> Figures:
     """Write an artifact."""
     from ..targets import export as export_artifact
 
@@ -182,7 +185,7 @@ def export(run: Run, wanted: Export, out: Path, tell: Tell) -> dict[str, Any]:
     return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
 
 
-def verify(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+def verify(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Compare an artifact with the student."""
     artifact = load_artifact(run.path(exported.folder))
     grid = run.path(exported.packs.folder) if exported.packs else None
@@ -191,7 +194,7 @@ def verify(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
     return {}
 
 
-def audit(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+def audit(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Watch what an artifact does to the machine."""
     from ..audit import audit as watch
 
@@ -199,7 +202,7 @@ def audit(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
     return {}
 
 
-def bench(run: Run, exported: Export, out: Path, tell: Tell) -> dict[str, Any]:
+def bench(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Time an artifact."""
     artifact = load_artifact(run.path(exported.folder))
     figures = verbs.bench_artifact(artifact, run.spec.bench, tell)

@@ -2,27 +2,29 @@
 
     python -m edgekd.teachers.train_pycode OUT_FOLDER [--steps N]
 
-Qwen3 shape, 15.9M parameters, byte-level BPE of 8,192. Muon (Jordan et al. 2024) on the matrices, AdamW on the rest,
-warm-up, a constant rate, and a linear decay over the last 30 % of the steps. Stopping and starting again with the
-same folder goes on from the last checkpoint, the optimizer's moments begun anew. The final model alone is fp16.
+Qwen3 shape, 15.9M parameters, byte-level BPE of 8,192. Muon on the matrices, AdamW on the rest, warm-up, a constant
+rate, and a linear decay over the last 30 % of the steps. Stopping and starting again with the same folder goes on from
+the last checkpoint. The final model alone is fp16.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ..distill.corpus import stdlib_corpus
+from ..distill.data import Windows
+from ..distill.train import Descent, evaluate, train
+from ..files import write_json
+from ..spec import TrainingSpec
+from ..student import save_model
 
 CONTEXT = 1024
 BATCH = 8
@@ -70,35 +72,40 @@ def train_tokenizer(documents: list[str], vocab_size: int = VOCAB, context: int 
     return wrapped
 
 
-def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Documents joined by the end-of-text id, cut to windows. Returns int64 ``(windows, CONTEXT)``."""
+def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> Windows:
+    """Documents joined by the end-of-text id, cut to windows of ``CONTEXT`` tokens."""
     flat: list[int] = []
     for ids in tokenizer(documents)["input_ids"]:
         flat += [*ids, tokenizer.eos_token_id]
-    windows = len(flat) // CONTEXT
-    return torch.tensor(flat[: windows * CONTEXT]).view(windows, CONTEXT)
+    count = len(flat) // CONTEXT
+    ids = torch.tensor(flat[: count * CONTEXT], dtype=torch.int32).view(count, CONTEXT)
+    return Windows(ids, torch.ones_like(ids, dtype=torch.uint8))
 
 
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, windows: torch.Tensor) -> dict[str, float]:
-    """Perplexity and next-token accuracy over ``(windows, CONTEXT)`` ids."""
-    model.eval()
-    nll, right, count = 0.0, 0, 0
-    for chunk in windows.split(4):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=chunk, use_cache=False).logits[:, :-1].float()
-        labels = chunk[:, 1:]
-        nll += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        right += (logits.argmax(-1) == labels).sum().item()
-        count += labels.numel()
-    model.train()
-    return {"perplexity": math.exp(nll / count), "next_token_accuracy": right / count, "tokens": count}
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on a model's matrices, AdamW on its embedding and norms."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+        others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+        self._parts = [
+            torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=PEAK_LR, weight_decay=0.0, betas=(0.9, 0.95)),
+        ]
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of each; groups and moments are this object's, which a checkpoint may have renewed."""
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+            part.step()
 
 
-def rate(step: int, steps: int) -> float:
-    """The learning rate's factor at a step: warm-up, constant, linear decay."""
-    decay = int(steps * DECAY_SHARE)
-    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, (steps - step) / decay))
+def rate(steps: int, step: int) -> float:
+    """The learning rate of a step, from 0: warm-up, constant, linear decay."""
+    decay = max(1, int(steps * DECAY_SHARE))
+    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / decay)
 
 
 def main(
@@ -110,15 +117,39 @@ def main(
     console = Console()
     torch.manual_seed(seed)
     corpus, library = stdlib_corpus(include_tests=True), stdlib_corpus()
-    state_dir = out.with_name(out.name + ".training")
-    state_dir.mkdir(parents=True, exist_ok=True)
-    if not (state_dir / "tokenizer.json").exists():
-        train_tokenizer(corpus.train).save_pretrained(state_dir)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(state_dir)
-    train, validation = pack(corpus.train, tokenizer), pack(library.validation, tokenizer)
-    console.print(f"{train.numel():,} tokens of training text, {steps * BATCH * CONTEXT:,} to be seen")
+    state = out.with_name(out.name + ".training")
+    if not (state / "tokenizer.json").exists():
+        train_tokenizer(corpus.train).save_pretrained(state)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(state)
+    windows, validation = pack(corpus.train, tokenizer), pack(library.validation, tokenizer)
+    console.print(f"{windows.ids.numel():,} tokens of training text, {steps * BATCH * CONTEXT:,} to be seen")
 
-    model = Qwen3ForCausalLM(
+    model = new_model(tokenizer)
+    model.compile()
+    spec = TrainingSpec(
+        loss={"cross_entropy": 1.0}, steps=steps, batch_size=BATCH, validate_every=200, checkpoint_every=200
+    )
+    train(
+        model,
+        windows,
+        validation,
+        spec,
+        signal=None,
+        seed=seed,
+        work_dir=state,
+        on_event=console.print,
+        method=Descent(MuonAdamW(model), partial(rate, steps)),
+    )
+    save_model(model.half(), tokenizer, out)
+    test = evaluate(model.float(), pack(library.test, tokenizer))  # what was written, rounded to fp16
+    card = {"steps": steps, "tokens_seen": steps * BATCH * CONTEXT} | test
+    write_json(out / "figures.json", card)
+    console.print(card)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """The teacher before training."""
+    return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCAB,
             hidden_size=256,
@@ -134,53 +165,6 @@ def main(
             pad_token_id=tokenizer.eos_token_id,
         )
     )
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=PEAK_LR, weight_decay=0.0, betas=(0.9, 0.95)),
-    ]
-    step = 0
-    if (state_dir / "step.json").exists():
-        step = json.loads((state_dir / "step.json").read_text())["step"]
-        model.load_state_dict(load_file(state_dir / f"model-{step}.safetensors"), strict=False)
-    compiled = torch.compile(model)
-    log = (state_dir / "log.jsonl").open("a")
-    began = time.time()
-    while step < steps:
-        epoch, offset = divmod(step * BATCH, len(train) - BATCH + 1)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + epoch))
-        batch = train[order[offset : offset + BATCH]]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = PEAK_LR * rate(step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = compiled(input_ids=batch, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        if step % 10 == 0:
-            figures: dict[str, float] = {"step": step, "loss": loss.item(), "seconds": time.time() - began}
-            if step % 200 == 0 or step == steps:
-                figures |= evaluate(model, validation)
-                state = {name: p.detach() for name, p in model.named_parameters()}
-                save_file(state, state_dir / f"model-{step}.safetensors")
-                (state_dir / "step.json").write_text(json.dumps({"step": step}))
-            console.print(figures)
-            log.write(json.dumps(figures) + "\n")
-            log.flush()
-
-    model.half().save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)
-    tokenizer.save_pretrained(out)
-    model.float()
-    card = {"steps": steps, "tokens_seen": steps * BATCH * CONTEXT} | evaluate(model, pack(library.test, tokenizer))
-    (out / "figures.json").write_text(json.dumps(card, indent=2) + "\n")
-    console.print(card)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from edgekd import targets
 from edgekd.errors import BadArtifact, EdgekdError
 from edgekd.manifest import load_artifact
 from edgekd.spec import TargetSpec
-from edgekd.targets._proto import messages
 from edgekd.targets.coreml.mil.package import proto as package_proto
+from edgekd.targets.shared.proto import messages
 
 NAMES = ("gguf", "onnx", "coreml", "executorch")
 MUTANTS = {"gguf": 100, "onnx": 60, "coreml": 40, "executorch": 20}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,18 @@ def test_the_commands_it_tells_make_its_artifacts(project, whole):
         for key in ("target", "recipe", "contract", "grid_digest", "student_digest", "bits_per_weight"):
             assert made[key] == told["manifest"][key]
         assert made["contract"]["context_length"] == 96
+
+
+def test_bench_prints_its_table_alone_or_one_line_of_json(whole, tmp_path):
+    shutil.copytree(whole[0] / "artifacts" / "gguf-fp16", tmp_path / "model")
+    command = [sys.executable, "-m", "edgekd.cli", "bench", "model", "--prompt-tokens", "8", "--decode-tokens", "2"]
+    command += ["--runs", "1"]
+    table, line = (
+        subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for more in ([], ["--json"])
+    )
+    assert "decode" in table and "{" not in table and len(table) < 2000
+    assert line.count("\n") == 1 and json.loads(line)["decode_tokens_per_s"]["value"] > 0
 
 
 def test_a_second_run_skips_everything(project, whole):
