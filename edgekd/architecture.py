@@ -437,7 +437,10 @@ def read_architecture(config: Mapping[str, Any], subject: str = "config.json") -
 
 
 def _llama(decoder: Decoder) -> Architecture:
-    """Llama (Touvron et al. 2023). Windows are none of its own; a file that asks for them is taken at its word."""
+    """Llama (Touvron et al. 2023). It has no windows; a file that asks for them is taken at its word."""
+    kinds = _kinds(decoder)
+    if decoder.use_sliding_window:
+        kinds = ["sliding_attention"] * len(kinds)
     if decoder.rms_norm_eps is None:
         raise EdgekdError("config.json: key 'rms_norm_eps' is missing.", "Save the model again.")
     return Architecture(
@@ -451,7 +454,7 @@ def _llama(decoder: Decoder) -> Architecture:
         head_dim=decoder.head_size,
         context_length=decoder.size("max_position_embeddings"),
         norm_eps=decoder.rms_norm_eps,
-        attention=_attention(decoder, _kinds(decoder, 0)),
+        attention=_attention(decoder, kinds),
         tied=bool(decoder.tie_word_embeddings),
         quantized=bool(decoder.quantization_config),
         qkv_bias=bool(decoder.attention_bias),
@@ -469,14 +472,20 @@ def _mistral(decoder: Decoder) -> Architecture:
 
 def _qwen2(decoder: Decoder) -> Architecture:
     """Qwen2 (Yang et al. 2024): biases of query, key and value, and windows from some layer on."""
-    attention = _attention(decoder, _kinds(decoder, decoder.max_window_layers or 0))
-    return replace(_llama(decoder), attention=attention, qkv_bias=True, out_bias=False)
+    return replace(_llama(decoder), attention=_qwen_attention(decoder), qkv_bias=True, out_bias=False)
 
 
 def _qwen3(decoder: Decoder) -> Architecture:
     """Qwen3 (Yang et al. 2025): norms of each head's query and key."""
-    attention = _attention(decoder, _kinds(decoder, decoder.max_window_layers or 0))
-    return replace(_llama(decoder), attention=attention, qk_norm="head")
+    return replace(_llama(decoder), attention=_qwen_attention(decoder), qk_norm="head")
+
+
+def _qwen_attention(decoder: Decoder) -> tuple[Attention | None, ...]:
+    kinds = _kinds(decoder)
+    if decoder.layer_types is None and decoder.use_sliding_window:
+        full = kinds[: decoder.max_window_layers or 0]
+        kinds = full + ["sliding_attention"] * (len(kinds) - len(full))
+    return _attention(decoder, kinds)
 
 
 def _estimate(decoder: Decoder) -> Architecture:
@@ -508,18 +517,15 @@ FAMILIES = {
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
-def _kinds(decoder: Decoder, first: int) -> list[str]:
-    """Every layer's kind: ``layer_types``, else windows from layer ``first`` on where ``use_sliding_window``."""
+def _kinds(decoder: Decoder) -> list[str]:
+    """Every layer's kind by ``layer_types``; full attention where the file has none."""
     layers = decoder.size("num_hidden_layers")
-    if decoder.layer_types is None:
-        full = min(first, layers) if decoder.use_sliding_window else layers
-        return ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    if len(decoder.layer_types) != layers:
+    kinds = ["full_attention"] * layers if decoder.layer_types is None else decoder.layer_types
+    if len(kinds) != layers:
         raise EdgekdError(
-            f"config.json: key 'layer_types' names {len(decoder.layer_types)} of {layers} layers.",
-            "Save the model again.",
+            f"config.json: key 'layer_types' names {len(kinds)} of {layers} layers.", "Save the model again."
         )
-    return decoder.layer_types
+    return kinds
 
 
 def _attention(decoder: Decoder, kinds: Sequence[str]) -> tuple[Attention | None, ...]:
