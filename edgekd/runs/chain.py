@@ -16,7 +16,6 @@ from shutil import which
 from typing import Literal
 
 from .. import benchmarks, plan
-from ..checkpoint import Checkpoint
 from ..files import digest, file_sha256
 from ..plan import Cost, Machine
 from ..spec import Method
@@ -32,7 +31,8 @@ _LOOP = ("distill/train.py", "distill/losses.py", "distill/signals.py")
 _TRAINING = (*_LOOP, "distill/checkpoint.py", "student.py", "checkpoint.py", "architecture.py")
 _OF_TEACHER = ("loss", "temperature", "jsd_beta")
 _CALIBRATION = ("quant/calibrate.py",)
-_GRID = ("quant/folder.py", "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
+_STORE = ("quant/folder.py",)
+_GRID = (*_STORE, "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
 _METHODS: dict[Method, Sequence[str]] = {
     "rtn": _GRID,
     "search": (*_GRID, *_CALIBRATION, "quant/search.py"),
@@ -129,7 +129,7 @@ def _trained(run: Run, seed: int, name: str, data: Stage, machine: Machine) -> S
     """The student, or the baseline, whose outcome no setting of the teacher's losses touches."""
     spec, distilled = run.spec, name == "student"
     settings = spec.distill.model_dump(exclude={"baseline"} if distilled else {"baseline", *_OF_TEACHER})
-    initial = run.student_model and Checkpoint(run.student_model).digest
+    initial = run.initial and run.initial.digest
     key = _key([data], _TRAINING, spec.student.model_dump(), initial, seed, run.teacher.checkpoint.digest, settings)
     taught = run.teacher.config if distilled else None
     cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
@@ -195,7 +195,7 @@ def _artifact(
     made = [*made_from, *moments]
     export_key = _key(
         made,
-        ["manifest.py", "quant/folder.py"],
+        ["manifest.py", *_STORE],
         _source(code_of(export.target.target)),
         versions([export.target.target]),
         export.target.model_dump(exclude={"recipes"}),

@@ -47,11 +47,11 @@ def _check_folder(folder: Path) -> None:
 
 def _check_student(run: Run) -> None:
     """Refuse a student checkpoint whose tokenizer is not the teacher's."""
-    if folder := run.student_model:
+    if run.initial:
         from ..distill.signals import check_same_tokenizer
 
-        check_model(folder)
-        check_same_tokenizer(run.teacher.folder, folder, trust_remote_code=run.teacher.trust_remote_code)
+        check_model(run.initial.folder)
+        check_same_tokenizer(run.teacher.folder, run.initial.folder, trust_remote_code=run.teacher.trust_remote_code)
 
 
 def _check_lengths(run: Run) -> None:

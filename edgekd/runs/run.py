@@ -102,6 +102,8 @@ class Run:
     seeds: Sequence[int]
     """The spec's own first: its student is quantized and exported, the others' tell how much the seed moves."""
     teacher: Teacher
+    initial: Checkpoint | None
+    """The checkpoint that the student starts from, if there is one."""
     student_config: Mapping[str, Any]
     """``config.json`` of the student that will be."""
     quantizations: Sequence[Quantization]
@@ -126,12 +128,6 @@ class Run:
         """Folder of a stage that every seed has."""
         return name if seed == self.spec.seed else f"seeds/{seed}/{name}"
 
-    @property
-    def student_model(self) -> Path | None:
-        """Folder of the checkpoint that the student starts from."""
-        student = self.spec.student
-        return resolve_model(student.model, self.base) if student.init == "checkpoint" else None
-
 
 def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_seeds: Sequence[int]) -> Run:
     """Everything that a spec names, found and read.
@@ -148,8 +144,9 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
         Export(target, recipe, label(target.target, recipe.name), packed.get(recipe.name), instead[target.target])
         for target, recipe in pairs
     ]
-    student = student_config(spec.student, teacher.config, base)
-    return Run(spec, folder, base, words, [spec.seed, *more_seeds], teacher, student, quantizations, exports)
+    initial = Checkpoint(resolve_model(spec.student.model, base)) if spec.student.init == "checkpoint" else None
+    student = initial.config if initial else student_config(spec.student, teacher.config, base)
+    return Run(spec, folder, base, words, [spec.seed, *more_seeds], teacher, initial, student, quantizations, exports)
 
 
 def _quantizations(spec: Spec, recipes: Sequence[Recipe]) -> list[Quantization]:
