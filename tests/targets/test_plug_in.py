@@ -55,6 +55,7 @@ def edgekd(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_toy(toy: Path, tmp_path: Path, tiny_teacher: Path) -> None:
     (tmp_path / "text").mkdir()
     for i in range(40):
