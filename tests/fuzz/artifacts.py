@@ -26,7 +26,7 @@ from typing import Any
 from edgekd import trial
 from edgekd.errors import EdgekdError
 from edgekd.manifest import MANIFEST, load_artifact
-from edgekd.targets import _module, run_trial
+from edgekd.targets import load_target, run_trial
 
 Mutate = Callable[[bytes, random.Random], bytes]
 INTERESTING = [0, 1, 2, 3, 7, 8, 31, 32, 127, 255, 256, 65535, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63]
@@ -247,13 +247,13 @@ def preload(target: str) -> None:
         import_module(f"edgekd.targets.{target}.session").runtime()
     if target == "onnx":
         import onnx  # noqa: F401
-    _module(target)
+    load_target(target)
 
 
 def as_caller(folder: Path) -> None:
     """What a program does with an artifact that has passed."""
     artifact = load_artifact(folder)
-    session = _module(artifact.manifest.target).open(artifact, threads=1)
+    session = load_target(artifact.manifest.target).open(artifact, threads=1)
     session.tokenize("def f(x):\n    return x")
     list(session.generate([1, 2, 3], 4))
     session.close()
