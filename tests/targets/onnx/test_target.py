@@ -55,10 +55,10 @@ def initialisers(artifact: Artifact, file: str = "model.onnx") -> dict[str, np.n
 @pytest.fixture
 def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """MatMulNBits that does not round activations."""
-    from edgekd.targets import _onnx_graph
+    from edgekd.targets.onnx import graph
 
-    build = _onnx_graph.build
-    monkeypatch.setattr(_onnx_graph, "build", lambda arch, settings: build(arch, replace(settings, accuracy_level=0)))
+    build = graph.build
+    monkeypatch.setattr(graph, "build", lambda arch, settings: build(arch, replace(settings, accuracy_level=0)))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -138,9 +138,7 @@ def test_the_graph_for_gpus_runs_on_the_cpu_too(providers: list[str], tmp_path: 
 
 
 def test_the_cache_grows_as_it_fills(tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekd.targets import _onnx_session
-
-    monkeypatch.setattr(_onnx_session, "_LEAST_CAPACITY", 16)
+    monkeypatch.setattr("edgekd.targets.onnx.session._LEAST_CAPACITY", 16)
     expected = reference(tiny_student, IDS)
     session = targets.open_artifact(export(tiny_student, "fp16", tmp_path / "out", context=150), threads=1)
     for _ in range(2):  # into a small cache, then into one that has grown
