@@ -93,8 +93,3 @@ def bandwidth_samples(threads: int, buffer_bytes: int) -> list[float]:
             worker.join()
         samples.append(buffer_bytes / (time.perf_counter() - start))
     return samples[1:]
-
-
-def measure_bandwidth(threads: int) -> float:
-    """Read bandwidth of main memory in bytes per second: the best of several passes, as STREAM takes it."""
-    return max(bandwidth_samples(threads, bandwidth_buffer_bytes()))

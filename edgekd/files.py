@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -228,7 +229,7 @@ def read_json(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = 
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise error(f"{path}: {path.stat().st_size:,} bytes are too many for such a file.", remedy)
-        value = json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
+        value = json.loads(path.read_text("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     except OSError as reason:
         raise error(f"{path}: cannot be read: {reason.strerror}.", remedy) from reason
     except (ValueError, RecursionError) as reason:  # ValueError: also not UTF-8, and an integer of 5,000 digits
@@ -252,6 +253,12 @@ def read_sealed(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text:.40} is too large a number")
+    return number
 
 
 def _short(reason: Exception) -> str:
