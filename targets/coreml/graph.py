@@ -1,7 +1,7 @@
 """The decoder as a MIL program, Core ML's own graph, written operator by operator; and the model description around it.
 
 Nothing is traced and nothing here reads a weight: matrices stand in the program as constants without storage, which
-``_coreml_pack`` fills in while the file is written. So the integers of the grid arrive in the file as they are, and
+``pack`` fills in while the file is written. So the integers of the grid arrive in the file as they are, and
 full-precision weights never exist.
 
 The program keeps the cache as state (iOS 18, macOS 15) in two tensors, and computes in float16. Its inputs:
