@@ -407,7 +407,7 @@ def _explain(raw: dict[str, Any], error: ValidationError, model: type[BaseModel]
 
 
 def _nearest(word: str, valid: Sequence[str], title: str) -> str:
-    near = difflib.get_close_matches(word[:_MAX_SHOWN], valid, 1, cutoff=0.5)
+    near = difflib.get_close_matches(word[:_MAX_SHOWN], valid, 1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"{title}: {', '.join(valid)}."
 
 

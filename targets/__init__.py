@@ -90,7 +90,7 @@ def load_target(name: str) -> Target:
 def _module_name(name: str) -> str:
     modules = TARGETS | {plug_in: point.module for plug_in, point in _plug_ins().items()}
     if name not in modules:
-        near = difflib.get_close_matches(name, modules, 1, cutoff=0.3)
+        near = difflib.get_close_matches(name, modules, 1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names())}."
         raise SpecError(f"targets: unknown target {name!r}; {hint}")
     return modules[name]
