@@ -272,7 +272,7 @@ def _watch(run: Path, kind: Kind | None, at: int | None) -> list[int]:
 def resize(disk: Path, size_bytes: int | None) -> None:
     """Give a tmpfs another size; None leaves it none but what it holds."""
     stat = os.statvfs(disk)
-    used = (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+    used = max(1, stat.f_blocks - stat.f_bfree) * stat.f_frsize  # size=0 means without end
     options = f"size={size_bytes or used}".encode()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"edgekd", str(disk).encode(), b"tmpfs", MS_REMOUNT, options):
