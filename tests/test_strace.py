@@ -10,7 +10,7 @@ import pytest
 
 from edgekd.strace import OPTIONS, Event, read_log
 
-CWD = "/work/here"
+CWD = "/home/here"
 
 
 def seen(*lines: str) -> list[tuple[str, str]]:
@@ -20,8 +20,8 @@ def seen(*lines: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('openat(AT_FDCWD</work/here>, "a", O_RDONLY|O_CLOEXEC) = 3</work/here/a>', ("read", "/work/here/a")),
-        ('openat(AT_FDCWD, "a.txt", O_RDONLY) = 3</work/here/a.txt>', ("read", "/work/here/a.txt")),
+        ('openat(AT_FDCWD</home/here>, "a", O_RDONLY|O_CLOEXEC) = 3</home/here/a>', ("read", "/home/here/a")),
+        ('openat(AT_FDCWD, "a.txt", O_RDONLY) = 3</home/here/a.txt>', ("read", "/home/here/a.txt")),
         ('open("a.txt", O_RDONLY) = 3</real/place>', ("read", "/real/place")),
         ('openat(5</etc>, "../root/x", O_RDONLY) = 6</root/x>', ("read", "/root/x")),
         ('openat(5</etc>, "../root/x", O_WRONLY) = -1 EACCES (Permission denied)', ("write", "/root/x")),
@@ -29,16 +29,16 @@ def seen(*lines: str) -> list[tuple[str, str]]:
         ('openat(AT_FDCWD</w>, "/tmp", O_RDWR|O_TMPFILE, 0600) = 3</tmp/#12 (deleted)>', ("write", "/tmp/#12")),
         ('openat(AT_FDCWD</w>, "/x", O_RDONLY|O_TRUNC) = 3</x>', ("write", "/x")),
         ('openat2(AT_FDCWD</w>, "q", {flags=O_RDWR, resolve=0}, 24) = 3</w/q>', ("write", "/w/q")),
-        ('creat("b", 0644) = 3</work/here/b>', ("write", "/work/here/b")),
+        ('creat("b", 0644) = 3</home/here/b>', ("write", "/home/here/b")),
         (r'open("/a\"b\\c, O_CREAT\n\303\274", O_RDONLY) = 3</a\"b\\c\n\303\274>', ("read", '/a"b\\c\nü')),
         (r'mkdir("/a\74b\76", 0777) = 0', ("write", "/a<b>")),
         ('openat(AT_FDCWD</w>, "/dev/shm/x", O_RDWR) = 4</dev/shm/x>', ("write", "/dev/shm/x")),
         ('openat(AT_FDCWD</w>, "/proc/self/fd/4", O_RDWR) = 5</memfd:code (deleted)>', ("write", "/memfd:code")),
-        ('mkdir(".cache", 0700) = -1 EROFS (Read-only file system)', ("write", "/work/here/.cache")),
+        ('mkdir(".cache", 0700) = -1 EROFS (Read-only file system)', ("write", "/home/here/.cache")),
         ('mkdirat(7</home/u>, ".cache", 0700) = 0', ("write", "/home/u/.cache")),
         ('unlink("/tmp/x") = 0', ("write", "/tmp/x")),
         ('unlinkat(3</tmp/d>, "x", AT_REMOVEDIR) = 0', ("write", "/tmp/d/x")),
-        ('symlink("/etc/shadow", "s") = 0', ("write", "/work/here/s")),
+        ('symlink("/etc/shadow", "s") = 0', ("write", "/home/here/s")),
         ('symlinkat("/etc/shadow", 3</tmp>, "s") = 0', ("write", "/tmp/s")),
         ("fchmod(3</root/x>, 0644) = 0", ("write", "/root/x")),
         ("utimensat(3</root/x>, NULL, [UTIME_NOW, UTIME_NOW], 0) = 0", ("write", "/root/x")),
