@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,10 +58,9 @@ ROOMY_BYTES = 4 * 2**30  # more than `edgekd plan` asks for; a tmpfs takes only 
 
 @dataclass
 class Tally:
-    """What was done to runs of one kind, and where; and what went wrong."""
+    """What was done to runs, at which stages, and what went wrong."""
 
-    struck: int = 0
-    stages: Counter[str] = field(default_factory=Counter)
+    struck: dict[Kind, Counter[str]]
     whole_runs: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -91,17 +91,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     counts: dict[Kind, int] = {"kill": asked.kills, "interrupt": asked.interrupts, "full disk": asked.full_disks}
+    faults = [kind for kind, count in counts.items() for _ in range(count)]
+    chance = random.Random(asked.seed)
+    chance.shuffle(faults)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         prepare(Path(folder))
         undisturbed = attempt(Path(folder, "undisturbed"))
         assert undisturbed.code == 0, undisturbed.said
-        wanted, tallies = outcome(Path(folder, "undisturbed")), {}
-        for kind, count in counts.items():
-            tallies[kind] = strike(kind, count, wanted, undisturbed, random.Random(asked.seed))
-    told = {kind: vars(tally) for kind, tally in tallies.items()}
-    print(json.dumps({"operations_of_a_run": undisturbed.operations, "files": len(wanted)} | told, indent=2))
-    return int(any(tally.wrong for tally in tallies.values()))
+        wanted = outcome(Path(folder, "undisturbed"))
+        tally = strike(faults, wanted, undisturbed, chance)
+    told = {"operations_of_a_run": undisturbed.operations, "files": len(wanted)}
+    print(json.dumps(told | vars(tally), indent=2))
+    return int(bool(tally.wrong))
 
 
 def prepare(folder: Path) -> None:
@@ -120,43 +122,49 @@ def prepare(folder: Path) -> None:
     (folder / "spec.yaml").write_text(SPEC)
 
 
-def strike(kind: Kind, count: int, wanted: dict[str, str], undisturbed: Try, chance: random.Random) -> Tally:
-    """Whole runs, each struck again and again, until ``count`` faults have struck.
+def strike(faults: list[Kind], wanted: dict[str, str], undisturbed: Try, chance: random.Random) -> Tally:
+    """Whole runs, struck by one fault after the other, until none is left.
 
     Args:
         wanted: the outcome of a run left alone.
         undisturbed: how that went.
     """
-    tally = Tally()
-    while tally.struck < count and not tally.wrong:
-        with tempfile.TemporaryDirectory() as parent:
-            disk = Path(parent)
-            if kind == "full disk":
-                subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOMY_BYTES}", "edgekd", disk], check=True)
-            try:
-                _until_done(kind, disk / "run", count, undisturbed, chance, tally)
-                tally.wrong += differences(wanted, disk / "run")
-            finally:
-                if kind == "full disk":
-                    subprocess.run(["umount", "--lazy", disk], check=True)
+    tally = Tally({kind: Counter() for kind in faults})
+    while faults and not tally.wrong:
+        with disk(can_be_filled="full disk" in faults) as folder:
+            _until_done(folder / "run", faults, undisturbed, chance, tally)
+            tally.wrong += differences(wanted, folder / "run") if not tally.wrong else []
     return tally
 
 
-def _until_done(kind: Kind, run: Path, count: int, undisturbed: Try, chance: random.Random, tally: Tally) -> None:
+@contextlib.contextmanager
+def disk(*, can_be_filled: bool) -> Iterator[Path]:
+    """A folder; a tmpfs where it shall be filled."""
+    with tempfile.TemporaryDirectory() as folder:
+        if can_be_filled:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOMY_BYTES}", "edgekd", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            if can_be_filled:
+                subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _until_done(run: Path, faults: list[Kind], undisturbed: Try, chance: random.Random, tally: Tally) -> None:
     while not tally.wrong:
+        kind = faults[-1] if faults else None
         # Most often soon, so that one run is struck many times; now and then late, so that it comes to an end.
-        at = 1 + int(chance.expovariate(8 / undisturbed.operations)) if tally.struck < count else None
-        after_s = (
-            chance.expovariate(4 / undisturbed.seconds) if kind == "kill" and at and chance.random() < 0.5 else None
-        )
-        done = attempt(run, kind, None if after_s else at, after_s)
+        at = 1 + int(chance.expovariate(8 / undisturbed.operations)) if kind else None
+        timed = kind == "kill" and chance.random() < 0.5
+        after_s = chance.expovariate(4 / undisturbed.seconds) if timed else None
+        done = attempt(run, kind, None if timed else at, after_s)
         if kind == "full disk":
             resize(run.parent, ROOMY_BYTES)
-        if done.code == 0:
+        if kind is None or done.code == 0:
             tally.whole_runs += 1
+            tally.wrong += [done.said] if done.code else []
             return
-        tally.struck += 1
-        tally.stages[done.stage] += 1
+        tally.struck[faults.pop()][done.stage] += 1
         tally.wrong += complaints(kind, done)
 
 

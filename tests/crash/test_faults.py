@@ -21,13 +21,12 @@ def can_mount(folder: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and fills a tmpfs")
 def test_runs_that_die_anywhere_end_with_the_same_bytes(tmp_path):
-    disks = 3 if can_mount(tmp_path) else 0
-    counts = {"--kills": 6, "--interrupts": 3, "--full-disks": disks}
+    counts = {"--kills": 3, "--interrupts": 1, "--full-disks": 1 if can_mount(tmp_path) else 0}
     command = [sys.executable, str(Path(__file__).with_name("faults.py"))]
     for option, count in counts.items():
         command += [option, str(count)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
-    assert [told[kind]["struck"] for kind in ("kill", "interrupt", "full disk")] == list(counts.values())
-    assert told["kill"]["whole_runs"] >= 1 and told["files"] > 50
+    assert sum(sum(stages.values()) for stages in told["struck"].values()) == sum(counts.values())
+    assert told["whole_runs"] >= 1 and told["files"] > 50
