@@ -52,6 +52,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON
 CheckOption = Annotated[
     bool, typer.Option("--check", help="Compare every file of the finished stages with its sha256, not only its size.")
 ]
+ReportOnlyOption = Annotated[bool, typer.Option("--report-only", help="Do not fail on a missed threshold.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")]
 
 
@@ -117,17 +118,56 @@ def run(
     spec: SpecArgument,
     out: OutOption = None,
     seed: SeedOption = None,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Do not fail on a missed threshold.")] = False,
+    report_only: ReportOnlyOption = False,
     check: CheckOption = False,
     allow_skipped: SkippedOption = False,
     seeds: SeedsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Do a whole run: distil, quantize, export, verify, benchmark, report. Run it again to go on after a stop."""
+    _do(_open(spec, out, seed, allow_skipped, seeds), report_only, check, as_json)
+
+
+@app.command(epilog="Example: edgekd deploy runs/quickstart/student --targets gguf,onnx --out runs/deployed")
+def deploy(
+    model: ModelArgument,
+    targets: Annotated[
+        str | None,
+        typer.Option(metavar="gguf,onnx", help="Default: every target that is installed and takes the model."),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="For every target; repeatable. Default: portable-int4.")
+    ] = None,
+    method: Annotated[Literal["rtn", "search", "gptq", "qad"], typer.Option(help="Chooses the integers.")] = "gptq",
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Calibration and held-out text. Default: the standard library.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Context of the artifacts. Default: the model's, 4096 at most.")
+    ] = None,
+    out: OutOption = None,
+    report_only: ReportOnlyOption = False,
+    check: CheckOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a model that exists to devices: quantize, export, verify, benchmark, report. Nothing is trained."""
+    from .runs.deploy import deployment
+    from .runs.preflight import open_run
+
+    named = None if targets is None else targets.split(",")
+    spec = deployment(model, targets=named, recipes=recipe, method=method, text=text, context=context)
+    words = ["edgekd", "deploy", model, *(["--targets", targets] if targets else [])]
+    words += [word for name in recipe or [] for word in ("--recipe", name)]
+    words += ["--method", method, *(["--text", str(text)] if text else [])]
+    words += ["--context", str(context)] if context else []
+    _do(open_run(spec, base=Path(), out=out, words=words), report_only, check, as_json)
+
+
+def _do(opened: Run, report_only: bool, check: bool, as_json: bool) -> None:
+    """Do a run and tell what came of it."""
     from .console import artifact_lines, watching
     from .runs import do_run
 
-    opened = _open(spec, out, seed, allow_skipped, seeds)
     with watching() as watcher:
         results = do_run(opened, watcher, report_only=report_only, check=check)
     if as_json:
@@ -187,12 +227,14 @@ def distill(
     from .runs import do_run
 
     opened = _open(spec, out, seed, allow_skipped)
+    if not opened.teacher:
+        raise SpecError(f"{spec}: it has no teacher, nothing is distilled.", f"Go on with: edgekd run {spec}")
     with watching() as watcher:
         results = do_run(opened, watcher, until="quality", check=check)
     if as_json:
-        return _print_json({"student": str(opened.path("student")), "quality": results["quality"]})
+        return _print_json({"student": str(opened.student), "quality": results["quality"]})
     quality_table(results["quality"])
-    typer.echo(f"student: {opened.path('student')}")
+    typer.echo(f"student: {opened.student}")
 
 
 @app.command(epilog="Example: edgekd quantize runs/quickstart/student student-int4 --method gptq --text notes.txt")
@@ -456,8 +498,11 @@ def report(
 def chat(
     artifact: ArtifactArgument,
     prompt: Annotated[
-        str | None, typer.Option(help="Complete this text and stop. Default: read lines and answer.")
+        str | None, typer.Option(help="Answer this and stop. Default: read lines and answer each.")
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete the text as it stands, without the model's chat template.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -471,7 +516,7 @@ def chat(
     loaded = load_artifact(artifact)
     session = open_artifact(loaded, threads=threads)
     try:
-        converse(session, loaded.manifest.contract, prompt, max_tokens, temperature, seed)
+        converse(session, loaded.manifest.contract, prompt, max_tokens, temperature, seed, raw=raw)
     finally:
         session.close()
 

@@ -234,21 +234,44 @@ def doctor_table(checks: Sequence[Check]) -> None:
 
 
 def converse(
-    session: Session, contract: Contract, prompt: str | None, max_tokens: int, temperature: float, seed: int
+    session: Session,
+    contract: Contract,
+    prompt: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    *,
+    raw: bool = False,
 ) -> None:
-    """Complete ``prompt``, or answer line after line until the end of input; Ctrl-C ends an answer that is being given.
+    """Answer ``prompt``, or line after line until the end of input; Ctrl-C ends an answer that is being given.
+
+    Args:
+        raw: complete the text as it stands, also with a model that has a chat template.
 
     Raises:
         EdgekdError: the prompt does not fit, the template refuses the conversation, or the input is not text.
     """
     from .session import stream_text
 
-    def answer(ids: list[int]) -> Iterator[str]:
+    drawn: list[int] = []
+
+    def tokens(ids: list[int]) -> Iterator[int]:
+        drawn.clear()
         most = min(max_tokens, session.context_length - len(ids))
-        return stream_text(session, session.generate(ids, most, temperature=temperature, seed=seed))
+        for token in session.generate(ids, most, temperature=temperature, seed=seed):
+            drawn.append(token)
+            yield token
+
+    def answer(history: list[dict[str, str]], *, stoppable: bool) -> str:
+        ids = _conversation_ids(session, contract, history, max_tokens, raw)
+        said = _say(stream_text(session, tokens(ids)), stoppable=stoppable)
+        if not said:
+            why = f"its {len(drawn)} tokens have no text" if drawn else "the model ended it with its first token"
+            typer.echo(f"The answer is empty: {why}.", err=True)
+        return said
 
     if prompt is not None:
-        _say(answer(_checked(session, text_ids(session, contract, _utf8(prompt)))))
+        answer([{"role": "user", "content": _utf8(prompt)}], stoppable=False)
         return
     line = _next_line()
     if line is None and not sys.stdin.isatty():
@@ -257,12 +280,10 @@ def converse(
     while line is not None:
         history.append({"role": "user", "content": _utf8(line)})
         try:
-            ids = _conversation_ids(session, contract, history, max_tokens)
+            history.append({"role": "assistant", "content": answer(history, stoppable=True)})
         except _TooLong as error:
             typer.echo(f"{error}", err=True)
             history.pop()
-        else:
-            history.append({"role": "assistant", "content": _say(answer(ids), stoppable=True)})
         line = _next_line()
 
 
@@ -271,13 +292,28 @@ class _TooLong(EdgekdError):
 
 
 def _next_line() -> str | None:
+    """The next line that says something; None at the end. Only who types is asked."""
     try:
-        return str(typer.prompt("you", prompt_suffix="> ", err=True))
-    except (typer.Abort, EOFError):
+        while not (line := _read_line()).strip():
+            pass
+    except (KeyboardInterrupt, EOFError):
         typer.echo("", err=True)
         return None
     except UnicodeDecodeError as error:
         raise EdgekdError("the input is not UTF-8 text.", "Convert it.") from error
+    return line
+
+
+def _read_line() -> str:
+    if sys.stdin.isatty():
+        if sys.stdout.isatty():
+            return input("you> ")
+        typer.echo("you> ", nl=False, err=True)  # what is piped on must not hold it
+        return input()
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")
 
 
 def _utf8(text: str) -> str:
@@ -290,10 +326,10 @@ def _utf8(text: str) -> str:
 
 
 def _conversation_ids(
-    session: Session, contract: Contract, history: list[dict[str, str]], max_tokens: int
+    session: Session, contract: Contract, history: list[dict[str, str]], max_tokens: int, raw: bool
 ) -> list[int]:
     """Ids of the conversation; its oldest exchanges leave ``history`` where an answer would have no room."""
-    if contract.chat_template is None:
+    if contract.chat_template is None or raw:
         return _checked(session, text_ids(session, contract, history[-1]["content"]))
     while True:
         text = render_chat(contract.chat_template, history, contract.special_tokens)

@@ -11,6 +11,13 @@ import os
 _TRAIN_PACKAGES = {"torch", "transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets", "tensorboard"}
 
 
+_FULL = (
+    (errno.ENOSPC, "no space left on the disk.", "Free some"),
+    (errno.EDQUOT, "your quota of the disk is used up.", "Free some"),
+    (errno.EFBIG, "a file would grow larger than the file system or your limit (ulimit -f) allows.", "Raise the limit"),
+)
+
+
 class EdgekdError(Exception):
     """One clear sentence for the user, with an optional remedy.
 
@@ -76,8 +83,9 @@ def as_error(error: BaseException) -> EdgekdError:
         return MissingExtra(error.name, "train")
     # Libraries wrap the system's error in their own; its words are all that stays.
     words = str(error)
-    if os.strerror(errno.ENOSPC) in words:
-        return EdgekdError("no space left on the disk.", "Free some and run the same command again.")
+    for number, cause, remedy in _FULL:
+        if os.strerror(number) in words:
+            return EdgekdError(cause, f"{remedy} and run the same command again.")
     if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
         return EdgekdError("not enough memory.", "Lower the batch size or the context, or choose a smaller model.")
     if isinstance(error, OSError) and error.errno:

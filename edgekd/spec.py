@@ -267,9 +267,9 @@ class Spec(_Strict):
         description="Names the run's folder."
     )
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
-    teacher: TeacherSpec
+    teacher: TeacherSpec | None = Field(None, description="Without one, the student's checkpoint is deployed as it is.")
     student: StudentSpec
-    data: DataSpec
+    data: DataSpec = DataSpec(source="stdlib")
     distill: DistillSpec = DistillSpec()
     quantize: QuantizeSpec = QuantizeSpec()
     targets: Annotated[list[SerializeAsAny[TargetSpec]], _SOME_TARGETS]
@@ -284,6 +284,15 @@ class Spec(_Strict):
         twice = next((pair for pair in dict.fromkeys(artifacts) if artifacts.count(pair) > 1), None)
         if twice:
             raise ValueError("targets: {} {:.80} stands twice, and one would overwrite the other".format(*twice))
+        given = self.model_fields_set
+        if self.teacher and "data" not in given:
+            raise ValueError("data: what is the student to read? Name a source")
+        if not self.teacher and self.student.init != "checkpoint":
+            raise ValueError(f"teacher: student.init {self.student.init} needs one; without, init is checkpoint")
+        if not self.teacher and "distill" in given:
+            raise ValueError("distill: without a teacher nothing is distilled")
+        if not self.teacher and self.quantize.qad.teacher == "teacher":
+            raise ValueError("quantize.qad.teacher: the spec has no teacher")
         return self
 
 
@@ -324,7 +333,7 @@ def load_spec(path: str | Path, *, seed: int | None = None, model: type[Spec] = 
         raise SpecError(f"{path}: no such spec.", "Write one with: edgekd init")
     raw = read_yaml(file, SpecError)
     if not isinstance(raw, dict):
-        raise SpecError(f"{file}: a spec is a mapping with keys such as teacher, student, data.", "See: edgekd init")
+        raise SpecError(f"{file}: a spec is a mapping with keys such as teacher, student, targets.", "See: edgekd init")
     if seed is not None:
         raw["seed"] = seed
     return checked(model, raw, str(file))

@@ -1,6 +1,7 @@
 """The command as a user types it: help, exit codes, and one clear sentence for bad input, before any work."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -334,6 +335,8 @@ def test_what_nobody_foresaw_is_a_fault_with_a_file_to_report(monkeypatch, tmp_p
         (OSError(36, "x", "a.json"), "a.json: file name too long."),
         (OSError(40, "x"), "too many levels of symbolic links."),
         (RuntimeError("save: No space left on device (28)"), "no space left"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "quota"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "larger than the file system or your limit"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
         (ModuleNotFoundError(name="datasets"), '"edgekd[train]"'),

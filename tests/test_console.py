@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-import typer
 
 from edgekd import console
 from edgekd.conversation import TemplateRefused
@@ -55,19 +54,20 @@ class Echo:
 def talk(monkeypatch, capsys):
     """Lines in; what the session was given, stdout and stderr."""
 
-    def run(lines, contract=CONTRACT, prompt=None, session=None, max_tokens=8):
+    def run(lines, contract=CONTRACT, prompt=None, session=None, max_tokens=8, raw=False):
         waiting, session = iter(lines), session or Echo()
 
-        def ask(*_, **__):
+        def read():
             line = next(waiting, None)
             if line is None:
-                raise typer.Abort
+                raise EOFError
             if isinstance(line, Exception):
                 raise line
             return line
 
-        monkeypatch.setattr(typer, "prompt", ask)
-        console.converse(session, contract, prompt, max_tokens, 0.0, 0)
+        if lines:
+            monkeypatch.setattr(console, "_read_line", read)
+        console.converse(session, contract, prompt, max_tokens, 0.0, 0, raw=raw)
         out = capsys.readouterr()
         return session.given, out.out, out.err
 
@@ -80,8 +80,10 @@ def test_a_conversation_is_rendered_with_bos_once_and_no_end_behind_it(talk):
     assert out == "ok\nok\n"
 
 
-def test_a_prompt_is_gone_on_with(talk):
-    assert talk([], prompt="hi")[0] == ["\x02hi"]
+def test_a_prompt_goes_through_the_template_unless_it_is_raw(talk):
+    assert talk([], prompt="hi")[0] == ["\x02[u]hi\x03[a]"]
+    assert talk([], prompt="hi", raw=True)[0] == ["\x02hi"]
+    assert talk(["hi"], raw=True)[0] == ["\x02hi"]
     bare = CONTRACT.model_copy(update={"chat_template": None})
     assert talk(["hi", "and"], bare)[0] == ["\x02hi", "\x02and"]  # without a template each line stands alone
 
@@ -90,7 +92,7 @@ def test_a_line_that_is_too_long_is_said_and_forgotten(talk):
     given, _, err = talk(["x" * 99, "hi"])
     assert given == ["\x02[u]hi\x03[a]"]
     assert err.startswith("the text has 107 tokens, the context holds 60 with an answer. Give a text that fits.")
-    with pytest.raises(EdgekdError, match="the text has 100 tokens"):
+    with pytest.raises(EdgekdError, match="the text has 107 tokens"):
         talk([], prompt="x" * 99)
 
 
@@ -117,6 +119,24 @@ def test_input_that_is_no_text(talk, line):
     if isinstance(line, str):
         with pytest.raises(EdgekdError, match="not UTF-8"):
             talk([], prompt=line)
+
+
+@pytest.mark.parametrize(("tokens", "why"), [([], "ended it with its first token"), ([7], "its 1 tokens have no text")])
+def test_an_empty_answer_says_why(talk, tokens, why):
+    session = Echo()
+    session.generate = lambda *_, **__: iter(tokens)
+    session.token_bytes = lambda token: b""
+    _, out, err = talk(["hi"], session=session)
+    assert out == "\n" and why in err
+
+
+def test_piped_lines_are_answered_without_prompts(talk, monkeypatch, tmp_path):
+    (tmp_path / "lines").write_text("hi\r\n\n  \nand", newline="")
+    with open(tmp_path / "lines", newline="") as lines:
+        monkeypatch.setattr("sys.stdin", lines)
+        given, out, err = talk([])
+    assert given == ["\x02[u]hi\x03[a]", "\x02[u]hi\x03[a]ok\x03[u]and\x03[a]"]
+    assert out == "ok\nok\n" and err == "\n"
 
 
 def test_a_template_that_refuses_says_why(talk):

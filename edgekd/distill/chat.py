@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..conversation import ChatTemplate, Rendered, Span, TemplateRefused
@@ -62,6 +63,7 @@ class ChatReader:
             Unusable: the template refuses the chat, nobody answers in it, or no span can be told apart.
             EdgekdError: the template does not end.
         """
+        chat = self._as_template_takes(chat)
         messages = chat.messages
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and any(m.get(key) for key in _GIVEN)]
         if not turns:
@@ -73,6 +75,21 @@ class ChatReader:
             raise Unusable(f"the chat template refuses them: {getattr(refusal, 'words', refusal)}") from refusal
         spans = [span for span in marked if span[0] < span[1]] or [self._span(chat, text, turn) for turn in turns]
         return text, spans
+
+    def _as_template_takes(self, chat: Chat) -> Chat:
+        """The chat with contents that are lists of text as one text, unless the template wants lists: one that wants
+        texts refuses a list, or writes its brackets down."""
+        if not any(isinstance(message.get("content"), list) for message in chat.messages) or self._wants_lists:
+            return chat
+        return Chat([_with_text(message) for message in chat.messages], chat.tools)
+
+    @cached_property
+    def _wants_lists(self) -> bool:
+        probe = [{"role": "user", "content": _SENTINEL}]
+        try:
+            return _SENTINEL not in self._render(Chat(probe), probe).text
+        except TemplateRefused:
+            return False
 
     def _render(self, chat: Chat, messages: Sequence[dict[str, Any]], prompt: bool = False) -> Rendered:
         template = ChatTemplate(
@@ -116,6 +133,14 @@ class ChatReader:
             return None
         bare = whole.rstrip()
         return len(prompt), len(bare if bare.endswith(self._endings) else whole)
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with a content of text parts alone as one text."""
+    parts = message.get("content")
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        return message
+    return message | {"content": "".join(part["text"] for part in parts)}
 
 
 def _shared(a: str, b: str) -> int:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +37,9 @@ Document = str | Chat
 _BATCH_DOCUMENTS = 64
 _SHOWN_REASONS = 3
 _PIECE_CHARACTERS = 32_768
+_LEAST_PIECE_CHARACTERS = 256
+_PIECES = 40  # of a small text: enough that every split gets some
+_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -254,7 +256,7 @@ def _documents(spec: DataSpec, base: Path, figures: dict[str, Any], skips: Count
         yield from _text_documents(spec.files(base), figures)
         return
     for number, row in enumerate(_rows(spec, base), 1):
-        if number == 1 and spec.column not in row:
+        if spec.column not in row and (number == 1 or spec.source == "parquet"):
             raise SpecError(
                 f"data.column: {_named(spec)} has no column {spec.column!r}.", f"It has: {', '.join(map(str, row))}."
             )
@@ -275,7 +277,7 @@ def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
         for path in files:
             yield from _json_rows(path)
     else:
-        for row in _table_rows(spec, files):
+        for row in _hub_rows(spec) if spec.source == "hub" else _parquet_rows(spec, files):
             # A table gives every row the keys of all rows; whether an empty one was there, it cannot tell.
             yield {key: _without_nulls(value) for key, value in row.items()}
 
@@ -308,7 +310,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _table_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _hub_rows(spec: DataSpec) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -316,38 +318,71 @@ def _table_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, Any
 
         raise MissingExtra("datasets", "train") from error
     try:
-        if spec.source == "hub":
-            with online():
-                yield from datasets.load_dataset(spec.name, split="train", streaming=True)
-        elif names := [str(file) for file in files if file.stat().st_size]:
-            with TemporaryDirectory() as cache:  # it would write locks into the user's home
-                yield from datasets.load_dataset(
-                    "parquet", data_files=names, split="train", streaming=True, cache_dir=cache
-                )
-    except Exception as error:  # datasets raises many kinds, some of its own, some of pyarrow's
-        cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise SpecError(f"data: {_named(spec)} cannot be read as {spec.source}: {reason}") from error
+        with online():
+            yield from datasets.load_dataset(spec.name, split="train", streaming=True)
+    except Exception as error:  # datasets raises many kinds, some of its own, some of the network's
+        raise _unreadable(spec, _named(spec), error) from error
+
+
+def _parquet_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The rows of each file by its own schema, and of its columns only those that are asked for: a column that is empty
+    in one file and text in the next is nobody's business."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        from ..errors import MissingExtra
+
+        raise MissingExtra("pyarrow", "train") from error
+    for path in files:
+        if not path.stat().st_size:
+            continue
+        try:
+            with ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                if spec.column not in names:
+                    yield dict.fromkeys(names)
+                    continue
+                for batch in file.iter_batches(_BATCH_DOCUMENTS, columns=[spec.column, *({"tools"} & {*names})]):
+                    yield from batch.to_pylist()
+        except (ArrowException, OSError) as error:
+            raise _unreadable(spec, str(path), error) from error
+
+
+def _unreadable(spec: DataSpec, what: str, error: Exception) -> SpecError:
+    cause = error.__cause__ or error
+    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return SpecError(f"data: {what} cannot be read as {spec.source}: {reason}", "Mend the file.")
 
 
 def _text_documents(files: Iterable[Path], figures: dict[str, Any]) -> Iterator[str]:
-    """A file is a document; a long one is cut at blank lines, so that a single file can be split too."""
+    """A file is a document; a long one is cut, so that a single file can be split too."""
+    files = list(files)
+    most = sum(path.stat().st_size for path in files) // _PIECES
+    most = min(max(most, _LEAST_PIECE_CHARACTERS), _PIECE_CHARACTERS)
     for path in files:
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")
         except UnicodeDecodeError:
             figures["not_utf8_skipped"] += 1
             continue
-        piece: list[str] = []
-        size = 0
-        for paragraph in text.split("\n\n"):
-            piece.append(paragraph)
-            size += len(paragraph) + 2
-            if size >= _PIECE_CHARACTERS:
-                yield "\n\n".join(piece)
-                piece, size = [], 0
-        if "".join(piece).strip():
-            yield "\n\n".join(piece)
+        yield from _pieces(text, most)
+
+
+def _pieces(text: str, most: int) -> Iterator[str]:
+    """A text cut at blank lines into pieces of about ``most`` characters; one without blank lines at its line ends,
+    and one that is a single line where it must be."""
+    start = 0
+    while start < len(text):
+        end = after = start + most
+        for mark in ("\n\n", "\n", " "):
+            found = text.find(mark, end, start + 4 * most)
+            if found >= 0:
+                end, after = found, found + len(mark)
+                break
+        if text[start:end].strip():
+            yield text[start:end]
+        start = after
 
 
 def _text(value: Any, spec: DataSpec, number: int) -> str:
@@ -366,12 +401,20 @@ def _messages(value: Any, spec: DataSpec) -> list[dict[str, Any]]:
         raise Unusable(f"{spec.column!r} is empty")
     if not isinstance(value, list):
         raise Unusable(f"{wanted}: it is a {type(value).__name__}")
-    for message in value:
-        if not isinstance(message, dict):
-            raise Unusable(f"{wanted}: a message is a {type(message).__name__}")
-        if not isinstance(message.get("role"), str):
-            raise Unusable(f"{wanted}: a message has {', '.join(map(str, message)) or 'nothing'}")
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
+    return [_message(message, wanted) for message in value]
+
+
+def _message(message: Any, wanted: str) -> dict[str, Any]:
+    """One turn; ShareGPT's ``from`` and ``value`` under the names that templates read."""
+    if not isinstance(message, dict):
+        raise Unusable(f"{wanted}: a message is a {type(message).__name__}")
+    plain = {key: item for key, item in message.items() if item is not None}
+    if "role" not in plain and {"from", "value"} <= plain.keys():
+        role, content = plain.pop("from"), plain.pop("value")
+        plain |= {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
+    if not isinstance(plain.get("role"), str):
+        raise Unusable(f"{wanted}: a message has {', '.join(map(str, message)) or 'nothing'}")
+    return plain
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:

@@ -62,11 +62,12 @@ class Stage:
 def stages(run: Run, machine: Machine) -> list[Stage]:
     """Every stage of a run in the order of work, but the report."""
     data = _data(run)
-    by_seed = [stage for seed in run.seeds for stage in _of_seed(run, seed, data, machine)]
-    student = by_seed[0]
+    by_seed = [stage for seed in run.seeds for stage in _of_seed(run, seed, data, machine)] if run.teacher else []
+    student = by_seed[0] if by_seed else _taken(run)
+    trained = by_seed or [student]
     calibration = _calibration(run, data, student, machine)
     grids = {wanted: _quantized(run, wanted, data, student, machine) for wanted in run.quantizations}
-    chain = [data, *by_seed, *calibration, *grids.values()]
+    chain = [data, *trained, *calibration, *grids.values()]
     chain.append(_ledger(run, [data, student, *grids.values()], machine))
     for export in run.exports:
         made_from = [student, *([grids[export.packs]] if export.packs else [])]
@@ -109,7 +110,7 @@ def _data(run: Run) -> Stage:
         [file_sha256(path) for path in spec.files(run.base)],
         platform.python_version() if spec.source == "stdlib" else None,
         run.spec.seed,
-        run.teacher.checkpoint.digest,
+        run.reader.checkpoint.digest,
     )
     return Stage("data", "data", key, Cost(2**30, 2**28, 15), partial(work.prepare_data, run))
 
@@ -117,7 +118,7 @@ def _data(run: Run) -> Stage:
 def _of_seed(run: Run, seed: int, data: Stage, machine: Machine) -> list[Stage]:
     """Training with a seed, the student first, and how good what it gave is."""
     trained = [_trained(run, seed, name, data, machine) for name in run.trained(seed)]
-    teacher, student = run.teacher.config, run.student_config
+    teacher, student = run.reader.config, run.student_config
     models = [teacher, *[teacher, student] * len(trained)]
     cost = plan.inference_cost(models, run.spec.data.max_test_tokens, machine)
     reads, job = [data, *trained], partial(work.measure_quality, run, seed)
@@ -129,13 +130,19 @@ def _trained(run: Run, seed: int, name: str, data: Stage, machine: Machine) -> S
     """The student, or the baseline, whose outcome no setting of the teacher's losses touches."""
     spec, distilled = run.spec, name == "student"
     settings = spec.distill.model_dump(exclude={"baseline"} if distilled else {"baseline", *_OF_TEACHER})
-    initial = run.initial and run.initial.digest
-    key = _key([data], _TRAINING, spec.student.model_dump(), initial, seed, run.teacher.checkpoint.digest, settings)
-    taught = run.teacher.config if distilled else None
+    initial = run.initial and run.initial.checkpoint.digest
+    key = _key([data], _TRAINING, spec.student.model_dump(), initial, seed, run.reader.checkpoint.digest, settings)
+    taught = run.reader.config if distilled else None
     cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
     state = run.state / f"{name}-{key[:12]}"
     job = partial(work.train_student, run, seed, distilled, state)
     return Stage(_of(name, run, seed), run.trained(seed)[name], key, cost, job, [data.folder], state)
+
+
+def _taken(run: Run) -> Stage:
+    """A student that exists: the run reads it where it lies."""
+    key = _key([], [], run.reader.checkpoint.digest)
+    return Stage("student", "student", key, Cost(2**28, 2**12, 1), partial(work.take_student, run))
 
 
 def _of(name: str, run: Run, seed: int) -> str:
@@ -172,7 +179,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
     elif method == "qad":
         state = run.state / f"qad-{wanted.recipe.name}-{key[:12]}"
         job = partial(work.quantize_aware, run, wanted, state)
-        taught = config if settings.qad.teacher == "student" else run.teacher.config
+        taught = config if settings.qad.teacher == "student" else run.reader.config
         cost = plan.training_cost(config, taught, settings.qad, run.spec.data.context, machine)
     else:
         cost = plan.calibration_cost(config, settings.calibration_windows * run.spec.data.context, machine)
@@ -182,7 +189,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
 def _ledger(run: Run, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.verify
     key = _key(reads, ["verify/parity.py", "verify/reference.py"], spec.windows, spec.context)
-    models = [run.teacher.config, *[run.student_config] * (1 + len(run.quantizations))]
+    models = [run.reader.config, *[run.student_config] * (1 + len(run.quantizations))]
     cost = plan.inference_cost(models, spec.windows * spec.context, machine)
     return Stage("ledger", "ledger", key, cost, partial(work.measure_hops, run), _folders(reads))
 

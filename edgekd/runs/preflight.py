@@ -28,13 +28,15 @@ def open_run(
     _check_folder(folder)
     words = words or ["edgekd", "run", spec.name]
     run = resolve(spec, base=base, folder=folder, words=words, more_seeds=more_seeds)
-    run.teacher.check()
+    run.reader.check()
     _check_student(run)
+    if more_seeds and not run.teacher:
+        raise SpecError("--seeds: the spec has no teacher, nothing is trained.", "Leave it out.")
     _check_lengths(run)
     _check_thresholds(run)
     spec.data.files(base)
     for target in spec.targets:
-        check(run.student_config, run.teacher.folder, target)
+        check(run.student_config, run.reader.folder, target)
     return run
 
 
@@ -47,7 +49,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_student(run: Run) -> None:
     """Refuse a student checkpoint whose tokenizer is not the teacher's."""
-    if run.initial:
+    if run.initial and run.teacher:
         from ..distill.signals import check_same_tokenizer
 
         check_model(run.initial.folder)

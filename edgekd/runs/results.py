@@ -77,6 +77,7 @@ def results(run: Run, records: Mapping[str, Record]) -> Figures:
     hops = [
         _measured(run, records, "ledger", f"{wanted.recipe.name}-{wanted.method}.json") for wanted in run.quantizations
     ]
+    taught = _measured(run, records, "ledger", "student.json") if run.teacher else None
     return {
         "name": run.spec.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -91,9 +92,9 @@ def results(run: Run, records: Mapping[str, Record]) -> Figures:
             if (quality := _measured(run, records, run.of_seed(seed, "quality"), "quality.json"))
         ],
         "training": {
-            name: records[name].figures["curve"] if name in records else [] for name in ("student", "baseline")
+            name: records[name].figures.get("curve", []) if name in records else [] for name in ("student", "baseline")
         },
-        "ledger": ledger(_measured(run, records, "ledger", "student.json"), list(filter(None, hops)), manifests),
+        "ledger": ledger(taught, list(filter(None, hops)), manifests),
         "artifacts": [
             {"manifest": manifests[label], "folder": str(artifact.folder), "size_bytes": artifact.size_bytes}
             for label, artifact in made.items()
@@ -108,7 +109,7 @@ def _commands(run: Run) -> list[str]:
     lines = [[*run.words, "--out", run.folder]]
     for export in run.exports:
         target = export.target
-        line = ["edgekd", "export", run.path("student"), "OUT"]
+        line = ["edgekd", "export", run.student, "OUT"]
         line += ["--target", target.target, "--recipe", export.recipe.name]
         if export.packs:
             line += ["--grid", run.path(export.packs.folder)]

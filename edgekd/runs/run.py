@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The teacher's folder, and whether the user trusts the code in it: nothing else opens it."""
+class Model:
+    """A model that is there before the run, and whether the user trusts the code in it: nothing else opens it."""
 
     checkpoint: Checkpoint
-    trust_remote_code: bool
+    trust_remote_code: bool = False
 
     @property
     def folder(self) -> Path:
@@ -45,7 +45,7 @@ class Teacher:
         check_model(self.folder, trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Its tokenizer, which is the student's too."""
+        """Its tokenizer."""
         return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     def model(self) -> PreTrainedModel:
@@ -101,8 +101,9 @@ class Run:
     """The command that began it, but for the folder."""
     seeds: Sequence[int]
     """The spec's own first: its student is quantized and exported, the others' tell how much the seed moves."""
-    teacher: Teacher
-    initial: Checkpoint | None
+    teacher: Model | None
+    """None: the initial checkpoint is the student, and nothing is trained."""
+    initial: Model | None
     """The checkpoint that the student starts from, if there is one."""
     student_config: Mapping[str, Any]
     """``config.json`` of the student that will be."""
@@ -113,6 +114,18 @@ class Run:
     def path(self, stage_folder: str) -> Path:
         """Where a stage's result lies."""
         return self.folder / stage_folder
+
+    @property
+    def student(self) -> Path:
+        """The student's model folder."""
+        return self.path("student") if self.teacher else self.reader.folder
+
+    @property
+    def reader(self) -> Model:
+        """Whose tokenizer the student has."""
+        model = self.teacher or self.initial
+        assert model is not None  # the spec has one of them
+        return model
 
     @property
     def state(self) -> Path:
@@ -135,7 +148,11 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
     Raises:
         EdgekdError: a model, target or recipe is missing, or the student cannot be built.
     """
-    teacher = Teacher(Checkpoint(resolve_model(spec.teacher.model, base)), spec.teacher.trust_remote_code)
+    teacher = initial = None
+    if spec.teacher:
+        teacher = Model(Checkpoint(resolve_model(spec.teacher.model, base)), spec.teacher.trust_remote_code)
+    if spec.student.init == "checkpoint":
+        initial = Model(Checkpoint(resolve_model(spec.student.model, base)))
     instead = {target.target: stand_in(target.target) for target in spec.targets}
     pairs = [(section(target), load_recipe(name, target.target)) for target in spec.targets for name in target.recipes]
     quantizations = _quantizations(spec, [recipe for _, recipe in pairs])
@@ -144,8 +161,11 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
         Export(target, recipe, label(target.target, recipe.name), packed.get(recipe.name), instead[target.target])
         for target, recipe in pairs
     ]
-    initial = Checkpoint(resolve_model(spec.student.model, base)) if spec.student.init == "checkpoint" else None
-    student = initial.config if initial else student_config(spec.student, teacher.config, base)
+    if initial:
+        student = initial.config
+    else:
+        assert teacher is not None and spec.student.init != "checkpoint"
+        student = student_config(spec.student, teacher.config, base)
     return Run(spec, folder, base, words, [spec.seed, *more_seeds], teacher, initial, student, quantizations, exports)
 
 

@@ -29,7 +29,7 @@ def prepare_data(run: Run, out: Path, tell: Tell) -> Figures:
     spec = run.spec
     return prepare(
         spec.data,
-        run.teacher.tokenizer(),
+        run.reader.tokenizer(),
         out,
         seed=spec.seed,
         base=run.base,
@@ -45,22 +45,28 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
     from ..distill.train import train
 
     spec, data = run.spec, run.path("data")
-    tokenizer = run.teacher.tokenizer()
-    trusted = run.teacher.trust_remote_code
-    model = init_student(spec.student, run.teacher.folder, seed, run.base, trust_remote_code=trusted)
-    generation = generation_config(spec.student, run.teacher.folder, run.base)
+    teacher = run.reader
+    tokenizer, trusted = teacher.tokenizer(), teacher.trust_remote_code
+    model = init_student(spec.student, teacher.folder, seed, run.base, trust_remote_code=trusted)
+    generation = generation_config(spec.student, teacher.folder, run.base)
     figures = train(
         model,
         load_windows(data, "train"),
         load_windows(data, "validation"),
         spec.distill,
-        signal=OnlineTeacher(run.teacher.model(), vocabulary_size(tokenizer)) if distilled else None,
+        signal=OnlineTeacher(teacher.model(), vocabulary_size(tokenizer)) if distilled else None,
         seed=seed,
         work_dir=state,
         on_event=verbs.telling(tell),
     )
     save_model(model, tokenizer, out, generation)
     return figures | {"curve": validation_curve(state / "log.jsonl")}
+
+
+def take_student(run: Run, out: Path, tell: Tell) -> Figures:
+    """Write down which model the run deploys; its files stay where they are."""
+    write_json(out / "student.json", {"folder": str(run.student), "digest": run.reader.checkpoint.digest})
+    return {}
 
 
 def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
@@ -72,8 +78,8 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
 
     spec = run.spec.data
     windows = evenly_spaced(load_windows(run.path("data"), "test"), max(1, spec.max_test_tokens // spec.context))
-    teacher = run.teacher.model()
-    signal = OnlineTeacher(teacher, vocabulary_size(run.teacher.tokenizer()))
+    teacher = run.reader.model()
+    signal = OnlineTeacher(teacher, vocabulary_size(run.reader.tokenizer()))
     quality: Figures = {"baseline": None}
     if seed == run.spec.seed:
         tell(0, "teacher")
@@ -100,7 +106,7 @@ def calibrate(run: Run, out: Path, tell: Tell) -> Figures:
 
     from ..quant.calibrate import second_moments
 
-    moments = second_moments(run.path("student"), _calibration_ids(run), lambda done, total: tell(done / total, ""))
+    moments = second_moments(run.student, _calibration_ids(run), lambda done, total: tell(done / total, ""))
     save_file(moments, out / MOMENTS)
     return {}
 
@@ -112,7 +118,7 @@ def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> Fig
     out.rmdir()
     method = quantization.method
     ids = None if method == "rtn" else _calibration_ids(run)
-    return quantize_folder(run.path("student"), out, quantization.recipe, method=method, ids=ids, on_progress=tell)
+    return quantize_folder(run.student, out, quantization.recipe, method=method, ids=ids, on_progress=tell)
 
 
 def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path, tell: Tell) -> Figures:
@@ -123,16 +129,16 @@ def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path,
 
     out.rmdir()
     spec, data = run.spec, run.path("data")
-    imitated = run.teacher.model() if spec.quantize.qad.teacher == "teacher" else load_model(run.path("student"))
+    imitated = run.reader.model() if spec.quantize.qad.teacher == "teacher" else load_model(run.student)
     return quantize_aware_distill(
-        run.path("student"),
+        run.student,
         out,
         quantization.recipe,
         load_windows(data, "train"),
         load_windows(data, "validation"),
         spec.quantize.qad,
         calibration_windows=spec.quantize.calibration_windows,
-        signal=OnlineTeacher(imitated, vocabulary_size(run.teacher.tokenizer())),
+        signal=OnlineTeacher(imitated, vocabulary_size(run.reader.tokenizer())),
         seed=spec.seed,
         work_dir=state,
         on_event=verbs.telling(tell),
@@ -153,11 +159,12 @@ def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
     from ..verify.parity import compare
     from ..verify.reference import logits_of
 
-    shared = vocabulary_size(run.teacher.tokenizer())
-    student, windows = load_model(run.path("student")), _verify_windows(run)
-    tell(0, "student")
-    taught = compare(logits_of(run.teacher.model(), shared), logits_of(student, shared), windows)
-    write_json(out / "student.json", taught)
+    student, windows = load_model(run.student), _verify_windows(run)
+    if run.teacher:
+        tell(0, "student")
+        shared = vocabulary_size(run.teacher.tokenizer())
+        taught = compare(logits_of(run.teacher.model(), shared), logits_of(student, shared), windows)
+        write_json(out / "student.json", taught)
     for number, quantization in enumerate(run.quantizations, 1):
         tell(number / (1 + len(run.quantizations)), quantization.name)
         grid = open_grid(run.path(quantization.folder))
@@ -174,7 +181,7 @@ def export(run: Run, wanted: Export, out: Path, tell: Tell) -> Figures:
 
     out.rmdir()
     artifact = export_artifact(
-        run.path("student"),
+        run.student,
         wanted.target,
         wanted.recipe.name,
         out,
@@ -189,7 +196,7 @@ def verify(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Compare an artifact with the student."""
     artifact = load_artifact(run.path(exported.folder))
     grid = run.path(exported.packs.folder) if exported.packs else None
-    figures = verbs.verify_artifact(artifact, run.path("student"), _verify_windows(run), run.spec.verify, tell, grid)
+    figures = verbs.verify_artifact(artifact, run.student, _verify_windows(run), run.spec.verify, tell, grid)
     write_json(out / "parity.json", figures)
     return {}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgekd.distill.chat import Chat, ChatReader, Unusable
 from edgekd.distill.corpus import stdlib_corpus
-from edgekd.distill.data import load_windows, prepare
+from edgekd.distill.data import _messages, _text_documents, load_windows, prepare
 from edgekd.errors import EdgekdError, SpecError
 from edgekd.spec import DataSpec
 from edgekd.student import load_tokenizer
@@ -237,7 +237,8 @@ def test_chats_become_windows_with_masks(tmp_path, tokenizer):
             {"chat": True, "allow_skipped": True},
             r"holds no usable document\. 1 of 1 rows",
         ),
-        ([{"text": [{"from": "human", "value": "x"}]}], {"chat": True}, "role and content: a message has from, value"),
+        ([{"text": [{"from": "human", "value": "x"}]}], {"chat": True}, r"says anything \(roles: user\)"),
+        ([{"text": [{"who": "human", "value": "x"}]}], {"chat": True}, "role and content: a message has who, value"),
         ([{"text": [{"role": "gpt", "content": "x"}]}], {"chat": True}, r"roles: gpt"),
         ([{"text": ["x"]}], {"chat": True}, "a message is a str"),
         ([{"text": None}, {"text": ""}], {"chat": True}, r"'text' is empty \(2\)"),
@@ -449,3 +450,81 @@ def test_chats_that_differ_in_their_tools_are_not_duplicates(tmp_path, tiny_teac
     _jsonl(tmp_path / "a.jsonl", [*rows, *rows])
     spec = {"source": "jsonl", "paths": ["a.jsonl"], "column": "m", "chat": True, "context": 16}
     assert _prepare(tmp_path, tokenizer, **spec)["duplicates_dropped"] == 80
+
+
+def chat_rows(how):
+    """Forty exchanges as people hold them."""
+    for i in range(40):
+        question, answer = f"What is {i} and {i}? " * 4, f"It is {2 * i}. " * 6
+        match how:
+            case "sharegpt":
+                yield {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+            case "parts":
+                parts = [{"type": "text", "text": answer[:9]}, {"type": "text", "text": answer[9:]}]
+                yield {
+                    "conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]
+                }
+            case _:
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                yield {"conversations": turns}
+
+
+@pytest.mark.parametrize("how", ["sharegpt", "parts"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}",
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}",
+    ],
+)
+def test_chats_of_other_shapes_are_the_same_chats(tmp_path, tiny_teacher, how, template):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = template
+    spec, reader = DataSpec(source="jsonl", paths=["x"], column="conversations", chat=True), ChatReader(tokenizer)
+    read = {
+        kind: [reader.read(Chat(_messages(row["conversations"], spec))) for row in chat_rows(kind)]
+        for kind in (how, "plain")
+    }
+    assert read[how] == read["plain"]
+    _jsonl(tmp_path / "a.jsonl", chat_rows(how))
+    figures = _prepare(tmp_path, tokenizer, **spec.model_dump() | {"paths": ["a.jsonl"], "context": 16})
+    assert not figures["unusable_chats_skipped"] and figures["train_windows"]
+
+
+def test_a_template_that_wants_lists_gets_them(tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    )
+    turns = [{"role": role, "content": [{"type": "text", "text": role * 2}]} for role in ("user", "assistant")]
+    text, spans = ChatReader(tokenizer).read(Chat(turns))
+    assert text == "<user>useruser<assistant>assistantassistant"
+    assert [text[a:b] for a, b in spans] == ["assistantassistant"]
+
+
+def test_a_column_that_nobody_reads_may_change_its_type(tmp_path, tokenizer):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for number, notes in enumerate(([None] * len(TEXTS), ["x"] * len(TEXTS), [1] * len(TEXTS))):
+        texts = [f"{text} {number}" for text in TEXTS]
+        pq.write_table(pa.table({"body": texts, "note": notes}), tmp_path / f"{number}.parquet")
+    spec = DataSpec(source="parquet", paths=["*.parquet"], column="body", context=16)
+    figures = prepare(spec, tokenizer, tmp_path / "out", seed=0, base=tmp_path)
+    assert sum(figures[f"{split}_documents"] for split in ("train", "validation", "test")) == 3 * len(TEXTS)
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "3.parquet")
+    with pytest.raises(SpecError, match="no column 'body'"):
+        prepare(spec, tokenizer, tmp_path / "out2", seed=0, base=tmp_path)
+
+
+@pytest.mark.parametrize("between", [" ", "", "\r\n", "\r\n\r\n"])
+def test_any_text_can_be_split(tmp_path, tokenizer, between):
+    text = between.join(f"word{i}" for i in range(5000))
+    (tmp_path / "a.txt").write_text("\ufeff" + text, encoding="utf-8", newline="")
+    spec = DataSpec(source="text", paths=["a.txt"], context=16, validation_share=0.2, test_share=0.2)
+    figures = {"not_utf8_skipped": 0}
+    pieces = list(_text_documents([tmp_path / "a.txt"], figures))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert len(pieces) >= 25 and max(map(len, pieces)) <= 4 * max(map(len, pieces[:1]))
+    assert pieces[0][0] != "\ufeff"
+    assert prepare(spec, tokenizer, tmp_path / "out", seed=0, base=tmp_path)
