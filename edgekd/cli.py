@@ -202,7 +202,7 @@ def plan(
             "ram_bytes": stage.cost.ram_bytes,
             "disk_bytes": stage.cost.disk_bytes,
             "seconds": round(stage.cost.seconds, 1),
-            "source": "estimated:shape",
+            "source": stage.cost.source,
         }
         for stage in chain
     ]

@@ -7,12 +7,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .conversation import chat_ids, render_chat, text_ids
@@ -33,6 +42,7 @@ class Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
+        self._first: dict[str, tuple[float, float]] = {}
         self._said = 0.0
 
     def begin(self, stage: str) -> None:
@@ -44,9 +54,18 @@ class Bars:
     def progress(self, stage: str, fraction: float, note: str) -> None:
         """A stage has done ``fraction`` of its work."""
         self._progress.update(self._tasks[stage], completed=fraction, note=note)
+        self._first.setdefault(stage, (fraction, time.monotonic()))
         if not STDERR.is_terminal and time.monotonic() - self._said > _LOG_SECONDS:
             self._said = time.monotonic()
-            STDERR.print(f"{stage} {fraction:.0%} {note}", highlight=False)
+            STDERR.print(f"{stage} {fraction:.0%} {note}{self._left(stage, fraction)}", highlight=False)
+
+    def _left(self, stage: str, fraction: float) -> str:
+        """How long it will go on, by what this process did of it."""
+        first, since = self._first[stage]
+        if fraction <= first:
+            return ""
+        seconds = (time.monotonic() - since) * (1 - fraction) / (fraction - first)
+        return f", {timedelta(seconds=round(seconds))} left"
 
     def end(self, stage: str, seconds: float, skipped: bool) -> None:
         """A stage is done, or was done before."""
@@ -85,6 +104,7 @@ def watching() -> Iterator[Bars]:
         BarColumn(bar_width=16),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )
     try:

@@ -7,9 +7,10 @@ meant to be right within a factor of two, high rather than low for memory.
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ GIB = 2**30
 _PROCESS_RAM = int(0.6 * GIB)  # interpreter, torch and transformers before any model
 _TRAINING_SHARE = 0.18  # of the matmul peak that a training step of a small model reaches
 _INFERENCE_SHARE = 0.5
+_RECENT_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Cost:
     ram_bytes: int
     disk_bytes: int
     seconds: float
+    source: str = "estimated:shape"
+    """Of the seconds."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,19 @@ def training_cost(
         disk_bytes=4 * 5 * weights,
         seconds=5 + steps * tokens * operations / (machine.training_flops_per_s * _TRAINING_SHARE),
     )
+
+
+def with_measured_time(cost: Cost, events: Sequence[Mapping[str, Any]], tokens_per_step: int) -> Cost:
+    """The cost of a training that has begun: the time left by what its steps took.
+
+    Args:
+        events: of its log.
+    """
+    steps = [event for event in events if event.get("event") == "step"]
+    if not steps:
+        return cost
+    seconds = statistics.median(tokens_per_step / event["tokens_per_s"] for event in steps[-_RECENT_STEPS:])
+    return replace(cost, seconds=seconds * (steps[-1]["steps"] - steps[-1]["step"]), source="measured:steps")
 
 
 def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: Machine) -> Cost:

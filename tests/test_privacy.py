@@ -141,3 +141,12 @@ def test_reading_a_local_table_leaves_nothing_at_home(tmp_path: Path) -> None:
     code = code.replace("Path())", f"Path({str(tmp_path)!r}))")
     assert "one" in run(code, home)
     assert list(home.rglob("*")) == []
+
+
+def test_waiting_threads_do_not_spin_unless_the_user_wants_it(tmp_path):
+    script = "import edgekd, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, said in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == said

@@ -112,6 +112,7 @@ def quantize_aware_distill(
     seed: int,
     work_dir: Path,
     on_event: Callable[[dict[str, Any]], None],
+    precision_file: Path | None = None,
 ) -> dict[str, Any]:
     """Train a quantized student and write it as a folder; see ``train.train`` for what is common to both.
 
@@ -135,7 +136,15 @@ def quantize_aware_distill(
         scales = start_from_gptq(plain, student, evenly_spaced(windows, calibration_windows).ids, writer.kinds)
         model = QuantizedStudent(plain, writer.kinds, scales)
         figures = train(
-            model, windows, validation, spec, signal=signal, seed=seed, work_dir=work_dir, on_event=on_event
+            model,
+            windows,
+            validation,
+            spec,
+            signal=signal,
+            seed=seed,
+            work_dir=work_dir,
+            on_event=on_event,
+            precision_file=precision_file,
         )
         for name, kind in writer.kinds.items():
             if kind == "plain":

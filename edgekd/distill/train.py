@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ..errors import EdgekdError, SpecError
 from .checkpoint import Progress, RunLog, load_checkpoint, save_checkpoint, set_weights, weights_of
 from .data import Windows
 from .losses import cross_entropy, forward_kl, log_probs, needs_teacher, summed_losses
+from .precision import Precision, choose_precision
 from .signals import TeacherSignal
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 VALIDATION_TOKENS = 16_384
 """Read at each validation while training: evenly spaced windows, the same every time."""
+
+PRECISION = "precision.json"
+"""Remembers in a folder what ``choose_precision`` chose."""
 
 _CHUNK_ELEMENTS = 1 << 18
 """Logits judged at a time, so that their float32 copies stay in the cache."""
@@ -63,6 +67,7 @@ def train(
     work_dir: Path,
     on_event: Callable[[dict[str, Any]], None],
     method: Descent | None = None,
+    precision_file: Path | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place, going on from the newest checkpoint in ``work_dir``.
 
@@ -77,6 +82,7 @@ def train(
             and each validation's ``{"event": "validation", "step", "steps", "loss", "perplexity",
             "next_token_accuracy"}``. Losses are in nats per token; the validation loss is the cross-entropy.
         method: default: AdamW, linear warm-up and cosine to zero.
+        precision_file: of ``choose_precision``, for trainings that are to take the same; default: one in ``work_dir``.
 
     Returns:
         ``steps`` taken, ``best_step``, ``stopped_early``, ``tokens`` read, ``train_s``, ``tokens_per_s``, ``device``,
@@ -99,7 +105,8 @@ def train(
     key = _run_key(model, windows, spec, weights, signal.vocab_size if signal else None, seed)
     method = method or Descent(_adamw(model, spec), partial(learning_rate, spec))
     model, optimizer = accelerator.prepare(model, method.optimizer)
-    run = _Run(accelerator, model, optimizer, method.rate, windows, spec, weights, signal, seed)
+    precision = choose_precision(model, windows, spec, signal, precision_file or work_dir / PRECISION)
+    run = _Run(accelerator, model, optimizer, method.rate, windows, spec, weights, signal, seed, precision)
     validation = evenly_spaced(validation, max(1, VALIDATION_TOKENS // context))
     progress, best = load_checkpoint(work_dir, model, optimizer.optimizer, key)
     log = RunLog(work_dir, progress.step)
@@ -134,7 +141,7 @@ def train(
         "train_s": progress.seconds,
         "tokens_per_s": progress.tokens / progress.seconds,
         "device": str(accelerator.device),
-        "precision": "bfloat16" if run.bf16 else "float32",
+        "precision": run.precision,
         "validation": progress.best_validation if spec.patience else progress.validation,
     }
 
@@ -223,14 +230,15 @@ class _Run:
     weights: dict[str, float]
     signal: TeacherSignal | None
     seed: int
+    precision: Precision
 
     @property
     def vocab_size(self) -> int | None:
         return self.signal.vocab_size if self.signal else None
 
-    @cached_property
+    @property
     def bf16(self) -> bool:
-        return _wants_bf16(self.spec.precision, self.accelerator.device)
+        return self.precision == "bfloat16"
 
 
 def _step(run: _Run, progress: Progress) -> dict[str, Any]:
@@ -313,16 +321,6 @@ def _accelerator() -> Accelerator:
     if accelerator.num_processes > 1:
         raise EdgekdError("Distillation runs in one process.", "Start it without accelerate launch or torchrun.")
     return accelerator
-
-
-def _wants_bf16(precision: str, device: torch.device) -> bool:
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private, but the only word PyTorch has on it; elsewhere (and on older versions) float32 is the safe answer.
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def _adamw(model: torch.nn.Module, spec: TrainingSpec) -> torch.optim.AdamW:

@@ -18,7 +18,7 @@ from typing import Literal
 from .. import benchmarks, plan
 from ..files import digest, file_sha256
 from ..plan import Cost, Machine
-from ..spec import Method
+from ..spec import Method, TrainingSpec
 from ..targets import code_of, versions
 from . import work
 from .records import Figures
@@ -27,7 +27,7 @@ from .run import Export, Quantization, Run
 _SOURCE = Path(__file__).parent.parent
 _BENCHMARKS = Path(benchmarks.__path__[0])
 _TEXT = ("distill/data.py", "distill/corpus.py", "distill/chat.py", "conversation.py", "template_process.py")
-_LOOP = ("distill/train.py", "distill/losses.py", "distill/signals.py")
+_LOOP = ("distill/train.py", "distill/precision.py", "distill/losses.py", "distill/signals.py")
 _TRAINING = (*_LOOP, "distill/checkpoint.py", "student.py", "checkpoint.py", "architecture.py")
 _OF_TEACHER = ("loss", "temperature", "jsd_beta")
 _CALIBRATION = ("quant/calibrate.py",)
@@ -135,6 +135,7 @@ def _trained(run: Run, seed: int, name: str, data: Stage, machine: Machine) -> S
     taught = run.reader.config if distilled else None
     cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
     state = run.state / f"{name}-{key[:12]}"
+    cost = _with_measured_time(cost, spec.distill, run, state)
     job = partial(work.train_student, run, seed, distilled, state)
     return Stage(_of(name, run, seed), run.trained(seed)[name], key, cost, job, [data.folder], state)
 
@@ -143,6 +144,16 @@ def _taken(run: Run) -> Stage:
     """A student that exists: the run reads it where it lies."""
     key = _key([], [], run.reader.checkpoint.digest)
     return Stage("student", "student", key, Cost(2**28, 2**12, 1), partial(work.take_student, run))
+
+
+def _with_measured_time(cost: Cost, spec: TrainingSpec, run: Run, state: Path) -> Cost:
+    log = state / "log.jsonl"
+    if not log.is_file():
+        return cost
+    from ..distill.checkpoint import read_log
+
+    tokens = spec.batch_size * spec.gradient_accumulation * run.spec.data.context
+    return plan.with_measured_time(cost, read_log(log), tokens)
 
 
 def _of(name: str, run: Run, seed: int) -> str:
@@ -181,6 +192,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
         job = partial(work.quantize_aware, run, wanted, state)
         taught = config if settings.qad.teacher == "student" else run.reader.config
         cost = plan.training_cost(config, taught, settings.qad, run.spec.data.context, machine)
+        cost = _with_measured_time(cost, settings.qad, run, state)
     else:
         cost = plan.calibration_cost(config, settings.calibration_windows * run.spec.data.context, machine)
     return Stage(f"quantize {wanted.name}", wanted.folder, key, cost, job, _folders(reads), state)

@@ -42,7 +42,7 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
     from ..distill.checkpoint import validation_curve
     from ..distill.data import load_windows
     from ..distill.signals import OnlineTeacher
-    from ..distill.train import train
+    from ..distill.train import PRECISION, train
 
     spec, data = run.spec, run.path("data")
     teacher = run.reader
@@ -58,6 +58,7 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
         seed=seed,
         work_dir=state,
         on_event=verbs.telling(tell),
+        precision_file=run.state / PRECISION,
     )
     save_model(model, tokenizer, out, generation)
     return figures | {"curve": validation_curve(state / "log.jsonl")}
@@ -126,6 +127,7 @@ def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path,
     from ..distill.data import load_windows
     from ..distill.qad import quantize_aware_distill
     from ..distill.signals import OnlineTeacher
+    from ..distill.train import PRECISION
 
     out.rmdir()
     spec, data = run.spec, run.path("data")
@@ -142,6 +144,7 @@ def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path,
         seed=spec.seed,
         work_dir=state,
         on_event=verbs.telling(tell),
+        precision_file=run.state / PRECISION,
     )
 
 

@@ -51,7 +51,7 @@ def _windows(count=24, width=32, seed=7):
     return Windows(ids, torch.ones_like(ids, dtype=torch.uint8))
 
 
-def _train(model, work_dir, *, windows=None, validation=None, signal=None, seed=0, on_event=None, **spec):
+def _train(model, work_dir, *, windows=None, validation=None, signal=None, seed=0, on_event=None, shared=None, **spec):
     settings = {"steps": 4, "batch_size": 4, "warmup_steps": 1, "validate_every": 2, "precision": "float32"} | spec
     windows = windows or _windows()
     return train(
@@ -63,6 +63,7 @@ def _train(model, work_dir, *, windows=None, validation=None, signal=None, seed=
         seed=seed,
         work_dir=work_dir,
         on_event=on_event or (lambda event: None),
+        precision_file=shared,
     )
 
 
@@ -398,3 +399,31 @@ def _no_step_twice_in_tensorboard(folder):
     accumulator.Reload()
     assert [event.step for event in accumulator.Scalars("step/loss")] == list(range(1, 15))
     assert [event.step for event in accumulator.Scalars("validation/perplexity")] == [3, 6, 9, 12, 14]
+
+
+def test_auto_takes_the_faster_precision_and_keeps_to_it(tmp_path, monkeypatch):
+    import edgekd.distill.precision as precision
+
+    timed = {"float32": 1.0, "bfloat16": 0.5}
+    monkeypatch.setattr(precision, "_seconds", lambda model, windows, spec, signal, name: timed[name])
+    assert _train(_model(0), tmp_path / "a", precision="auto")["precision"] == "bfloat16"
+    told = json.loads((tmp_path / "a" / "precision.json").read_text())
+    assert told == {"precision": "bfloat16", "seconds": timed, "source": "measured:training-pass"}
+    timed["bfloat16"] = 2.0
+    assert _train(_model(0), tmp_path / "a", precision="auto", steps=4)["precision"] == "bfloat16"
+    assert _train(_model(0), tmp_path / "b", precision="auto")["precision"] == "float32"
+    timed["bfloat16"] = 0.97  # within the clock's noise
+    assert _train(_model(0), tmp_path / "c", precision="auto")["precision"] == "float32"
+    shared = tmp_path / "a" / "precision.json"
+    assert _train(_model(0), tmp_path / "d", precision="auto", shared=shared)["precision"] == "bfloat16"
+
+
+def test_timing_leaves_the_training_as_it_was(tmp_path, monkeypatch):
+    import edgekd.distill.precision as precision
+
+    model, timed = _model(0), _model(0)
+    _train(model, tmp_path / "a", precision="float32")
+    monkeypatch.setattr(precision, "_GAIN", 0.0)  # whatever the clock says
+    _train(timed, tmp_path / "b", precision="auto")
+    assert torch.equal(_weights(model), _weights(timed))
+    assert min(json.loads((tmp_path / "b" / "precision.json").read_text())["seconds"].values()) > 0

@@ -54,7 +54,7 @@ def test_a_model_is_deployed_where_it_lies(folder, monkeypatch, capfd):
     assert {path.name: path.read_bytes() for path in (folder / "my model").iterdir()} == before
     assert not list(run.rglob("model.safetensors"))
     code, out, err = edgekd(monkeypatch, capfd, *words)
-    assert code == 0 and "quantize portable-int4 rtn ..." not in err and "export" not in err
+    assert code == 0 and "quantize portable-int4 rtn ..." not in err and "export gguf-fp16 ..." not in err
     assert json.loads(out)["artifacts"] == told["artifacts"]
 
 
