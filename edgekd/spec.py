@@ -50,7 +50,9 @@ class _Strict(BaseModel):
 class TeacherSpec(_Strict):
     """The model that is imitated."""
 
-    model: Name = Field(description='A folder, "builtin:pycode-16m", or "hub:organisation/name" (downloads).')
+    model: Name = Field(
+        description='A folder, "builtin:pycode-16m", or "hub:organisation/name" (downloads; "@revision" pins).'
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Read it first.")
 
 

@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 
 _GENERATION = "generation_config.json"
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
 def resolve_model(reference: str, base: Path = Path()) -> Path:
     """The folder of a model named in a spec.
 
     Args:
-        reference: a folder relative to ``base``, ``builtin:NAME``, or ``hub:ORGANISATION/NAME``, which downloads.
+        reference: a folder relative to ``base``, ``builtin:NAME``, or ``hub:ORGANISATION/NAME``, which downloads, with
+            ``@REVISION`` (a branch, tag or commit) where it is not to be the newest.
 
     Raises:
         SpecError: there is no such model.
@@ -47,22 +48,40 @@ def resolve_model(reference: str, base: Path = Path()) -> Path:
             raise SpecError(f"{reference}: no such built-in model.", f"There are: {', '.join(shipped)}.")
         return folder
     if reference.startswith("hub:"):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        name = reference.removeprefix("hub:")
-        try:
-            with online():
-                return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise SpecError(
-                f"{reference}: cannot be downloaded: {reason}", "Check the name and the network."
-            ) from error
+        return _downloaded(reference)
     folder = base / reference
     if not (folder / "config.json").is_file():
         raise SpecError(f"{folder}: not a model folder: it has no config.json.", "Name a folder, builtin: or hub:.")
     return folder
+
+
+def _downloaded(reference: str) -> Path:
+    """The folder of a hub model; what of it was downloaded before is not again."""
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = reference.removeprefix("hub:").partition("@")
+    try:
+        with online():
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+    except errors.GatedRepoError as error:
+        raise SpecError(
+            f"{reference}: its owners ask you to accept their terms first.",
+            f"Do so on its page on the Hub, then log in: hf auth login, or set HF_TOKEN ({_first_line(error)}).",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise SpecError(f"{reference}: it has no revision {revision}.", "Name a branch, a tag or a commit.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise SpecError(
+            f"{reference}: the Hub has no such model, or does not show it to you.",
+            "Check the name; for a private one log in: hf auth login, or set HF_TOKEN.",
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
+        cause = f"{reference}: cannot be downloaded: {_first_line(error)}"
+        raise SpecError(cause, "Check the name and the network; the same command goes on.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
