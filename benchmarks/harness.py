@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -24,13 +25,13 @@ import psutil
 
 from ..errors import EdgekdError
 from ..manifest import Artifact, Traffic
+from ..proof import Benchmark, BenchSettings, Figure, Host, figure
 from ..session import Session, sample
 from ..spec import BenchSpec
 from .metrics import (
     bandwidth_buffer_bytes,
     bandwidth_samples,
     decode_roofline_fraction,
-    figure,
     last_level_cache_bytes,
     median,
     percentile,
@@ -38,6 +39,7 @@ from .metrics import (
 )
 
 _CLOCK = "measured:clock"
+_PEAK_RSS_SOURCE = "measured:VmHWM" if sys.platform == "linux" else "measured:ru_maxrss"
 _WARM_UP_TOKENS = 8
 
 
@@ -47,23 +49,35 @@ class OpenSession(Protocol):
     def __call__(self, artifact: Artifact, *, threads: int | None = None) -> Session: ...
 
 
+@dataclass(frozen=True)
+class _Repetition:
+    """What one process measured; what depends on the prompt, by its length."""
+
+    load_s: float
+    tokenize_s: Mapping[int, float]
+    prefill_s: Mapping[int, float]
+    ttft_s: Mapping[int, float]
+    inter_token_s: Sequence[float]
+    sampling_s: Sequence[float]
+    rss_before_load_bytes: int
+    peak_rss_bytes: int
+    torch_in_process: bool
+
+
 def bench(
     open_session: OpenSession,
     artifact: Artifact,
     spec: BenchSpec,
     *,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+    on_run: Callable[[int, int], None] | None = None,
+) -> Benchmark:
     """Measure load time, time to first token, prefill and decode speed, and memory.
 
     Args:
         open_session: opens the artifact in each child process.
         artifact: what to measure.
         spec: prompt lengths, tokens to decode, repetitions, threads.
-        on_event: told ``{"run", "runs"}`` after each repetition.
-
-    Returns:
-        JSON-serialisable figures (see :mod:`edgekd.benchmarks.metrics`), the settings, and the machine.
+        on_run: told after each repetition how many are done, and of how many.
 
     Raises:
         EdgekdError: prompt and decoded tokens exceed the context, or a child process failed or died.
@@ -79,69 +93,72 @@ def bench(
     threads = spec.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
     machine = describe_machine()
     buffer_bytes = bandwidth_buffer_bytes()
-    runs = []
+    runs: list[_Repetition] = []
     for number in range(1, spec.runs + 1):
         what = f"the benchmark of {artifact.manifest.name} (run {number} of {spec.runs})"
         runs.append(_in_child(what, _measure_run, open_session, artifact, spec, threads))
-        if on_event:
-            on_event({"run": number, "runs": spec.runs})
+        if on_run:
+            on_run(number, spec.runs)
     # Last: giving a gigabyte back slowed the prefill of a run right behind it by 8 %.
     bandwidth = _in_child("the bandwidth measurement", bandwidth_samples, threads, buffer_bytes)
-    traffic = _traffic_of(artifact)
-    settings = {
-        "threads": threads,
-        "prompt_tokens": sorted(set(spec.prompt_tokens)),
-        "decode_tokens": spec.decode_tokens,
-        "decode_after_tokens": longest,
-        "runs": spec.runs,
-        "warm_up": f"{longest} tokens prefilled and {_WARM_UP_TOKENS} decoded in every run, not counted",
-        "bandwidth_buffer_bytes": buffer_bytes,
-        "torch_in_process": any(run["torch_in_process"] for run in runs),
-    }
-    return {"settings": settings, "machine": machine} | _figures(runs, spec, traffic, bandwidth)
+    settings = BenchSettings(
+        threads=threads,
+        prompt_tokens=sorted(set(spec.prompt_tokens)),
+        decode_tokens=spec.decode_tokens,
+        decode_after_tokens=longest,
+        runs=spec.runs,
+        warm_up=f"{longest} tokens prefilled and {_WARM_UP_TOKENS} decoded in every run, not counted",
+        bandwidth_buffer_bytes=buffer_bytes,
+        torch_in_process=any(run.torch_in_process for run in runs),
+    )
+    return _medians(runs, spec, _traffic_of(artifact), bandwidth, settings, machine)
 
 
-def _figures(runs: list[dict[str, Any]], spec: BenchSpec, traffic: Traffic, bandwidth: list[float]) -> dict[str, Any]:
+def _medians(
+    runs: Sequence[_Repetition],
+    spec: BenchSpec,
+    traffic: Traffic,
+    bandwidth: list[float],
+    settings: BenchSettings,
+    machine: Host,
+) -> Benchmark:
     """Medians over the runs, each with its samples."""
-
-    def of_runs(key: str, source: str = _CLOCK) -> dict[str, Any] | None:
-        samples = [run[key] for run in runs]
-        return figure(median(samples), source, samples)
-
-    lengths = sorted(set(spec.prompt_tokens))
-    ttft = {n: [run["ttft_s"][n] for run in runs] for n in lengths}
-    prefill = {n: [tokens_per_s(n, run["prefill_s"][n]) for run in runs] for n in lengths}
-    tokenize = {n: [run["tokenize_s"][n] for run in runs] for n in lengths}
-    intervals = [seconds for run in runs for seconds in run["inter_token_s"]]
-    sampling = [seconds for run in runs for seconds in run["sampling_s"]]
-    decode = [tokens_per_s(spec.decode_tokens, sum(run["inter_token_s"])) for run in runs]
+    lengths = settings.prompt_tokens
+    intervals = [seconds for run in runs for seconds in run.inter_token_s]
+    decode = [tokens_per_s(spec.decode_tokens, sum(run.inter_token_s)) for run in runs]
     read = traffic.bytes_per_token(lengths[-1] + spec.decode_tokens / 2)
     roofline = [decode_roofline_fraction(rate, read, max(bandwidth)) for rate in decode]
-    memory = "measured:VmHWM" if sys.platform == "linux" else "measured:ru_maxrss"
 
-    def per_length(samples: dict[int, list[float]]) -> dict[str, Any]:
-        return {str(n): figure(median(samples[n]), _CLOCK, samples[n]) for n in lengths}
+    def of_runs(key: str, samples: Sequence[float], source: str = _CLOCK) -> Figure:
+        return figure(key, median(samples), source, samples)
 
-    def per_run(q: float) -> list[float]:
-        return [percentile(run["inter_token_s"], q) for run in runs]
+    def by_length(key: str, sample: Callable[[_Repetition, int], float]) -> dict[str, Figure]:
+        return {str(length): of_runs(key, [sample(run, length) for run in runs]) for length in lengths}
 
-    return {
-        "load_s": of_runs("load_s"),
-        "tokenize_s": per_length(tokenize),
-        "ttft_s": per_length(ttft),
-        "prefill_tokens_per_s": per_length(prefill),
-        "decode_tokens_per_s": figure(median(decode), _CLOCK, decode),
-        "inter_token_s": figure(median(intervals), _CLOCK, intervals),
-        "sampling_s": figure(median(sampling), _CLOCK, sampling),
-        "inter_token_p50_s": figure(percentile(intervals, 50), _CLOCK, per_run(50)),
-        "inter_token_p95_s": figure(percentile(intervals, 95), _CLOCK, per_run(95)),
-        "peak_rss_bytes": of_runs("peak_rss_bytes", memory),
-        "rss_before_load_bytes": of_runs("rss_before_load_bytes", "measured:psutil"),
-        "bandwidth_bytes_per_s": figure(max(bandwidth), "measured:numpy-read", bandwidth),
-        "bytes_per_token": figure(read, "computed:manifest"),
-        "decode_roofline_fraction": figure(median(roofline), _CLOCK, roofline),
-        "energy_j_per_token": None,
-    }
+    def inter_token(q: float) -> Figure:
+        each = [percentile(run.inter_token_s, q) for run in runs]
+        return figure(f"inter_token_p{q:.0f}_s", percentile(intervals, q), _CLOCK, each)
+
+    return Benchmark(
+        settings=settings,
+        machine=machine,
+        load_s=of_runs("load_s", [run.load_s for run in runs]),
+        tokenize_s=by_length("tokenize_s", lambda run, n: run.tokenize_s[n]),
+        ttft_s=by_length("ttft_s", lambda run, n: run.ttft_s[n]),
+        prefill_tokens_per_s=by_length("prefill_tokens_per_s", lambda run, n: tokens_per_s(n, run.prefill_s[n])),
+        decode_tokens_per_s=of_runs("decode_tokens_per_s", decode),
+        inter_token_s=of_runs("inter_token_s", intervals),
+        sampling_s=of_runs("sampling_s", [seconds for run in runs for seconds in run.sampling_s]),
+        inter_token_p50_s=inter_token(50),
+        inter_token_p95_s=inter_token(95),
+        peak_rss_bytes=of_runs("peak_rss_bytes", [run.peak_rss_bytes for run in runs], _PEAK_RSS_SOURCE),
+        rss_before_load_bytes=of_runs(
+            "rss_before_load_bytes", [run.rss_before_load_bytes for run in runs], "measured:psutil"
+        ),
+        bandwidth_bytes_per_s=figure("bandwidth_bytes_per_s", max(bandwidth), "measured:numpy-read", bandwidth),
+        bytes_per_token=figure("bytes_per_token", read, "computed:manifest"),
+        decode_roofline_fraction=of_runs("decode_roofline_fraction", roofline),
+    )
 
 
 def _traffic_of(artifact: Artifact) -> Traffic:
@@ -151,20 +168,19 @@ def _traffic_of(artifact: Artifact) -> Traffic:
     return manifest.traffic or Traffic(weight_bytes=weight_bytes, kv_bytes_per_position=0)
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine() -> Host:
     """The machine the figures belong to, and how busy it was."""
-    load = psutil.getloadavg()[0]
-    return {
-        "cpu": _cpu_name(),
-        "cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(),
-        "last_level_cache_bytes": last_level_cache_bytes(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "os": platform.platform(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "load_average_1min": load,
-    }
+    return Host(
+        cpu=_cpu_name(),
+        cores=psutil.cpu_count(logical=False),
+        logical_cores=psutil.cpu_count(),
+        last_level_cache_bytes=last_level_cache_bytes(),
+        ram_bytes=psutil.virtual_memory().total,
+        os=platform.platform(),
+        architecture=platform.machine(),
+        python=platform.python_version(),
+        load_average_1min=psutil.getloadavg()[0],
+    )
 
 
 def _cpu_name() -> str | None:
@@ -207,7 +223,7 @@ def _ordinary_ids(session: Session, count: int) -> list[int]:
     raise EdgekdError("the artifact's tokenizer has hardly any token that stands for text.", "Export it again.")
 
 
-def _measure_run(open_session: OpenSession, artifact: Artifact, spec: BenchSpec, threads: int) -> dict[str, Any]:
+def _measure_run(open_session: OpenSession, artifact: Artifact, spec: BenchSpec, threads: int) -> _Repetition:
     """One repetition, in the child."""
     rng = np.random.default_rng(0)
     before = psutil.Process().memory_info().rss
@@ -247,17 +263,17 @@ def _measure_run(open_session: OpenSession, artifact: Artifact, spec: BenchSpec,
             last = now
     finally:
         session.close()
-    return {
-        "load_s": load,
-        "ttft_s": ttft,
-        "prefill_s": prefill,
-        "tokenize_s": tokenize,
-        "inter_token_s": intervals,
-        "sampling_s": sampling,
-        "rss_before_load_bytes": before,
-        "peak_rss_bytes": _peak_rss_bytes(),
-        "torch_in_process": "torch" in sys.modules,
-    }
+    return _Repetition(
+        load_s=load,
+        tokenize_s=tokenize,
+        prefill_s=prefill,
+        ttft_s=ttft,
+        inter_token_s=intervals,
+        sampling_s=sampling,
+        rss_before_load_bytes=before,
+        peak_rss_bytes=_peak_rss_bytes(),
+        torch_in_process="torch" in sys.modules,
+    )
 
 
 def _in_child(what: str, function: Callable[..., Any], *args: Any) -> Any:

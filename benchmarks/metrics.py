@@ -1,8 +1,4 @@
-"""Figures and the arithmetic behind them. Time is in seconds, memory in bytes, rates per second.
-
-A *figure* is ``{"value", "source", "samples"}``: the number shown, where it comes from (``measured:clock``,
-``computed:manifest``, ...) and the raw samples it was made of. What was not measured is null, never zero.
-"""
+"""The arithmetic behind a benchmark's figures. Time is in seconds, memory in bytes, rates per second."""
 
 from __future__ import annotations
 
@@ -10,19 +6,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 _BANDWIDTH_REPEATS = 7
 _MIN_BUFFER_BYTES = 256 * 2**20
-
-
-def figure(value: float | None, source: str, samples: Sequence[float] = ()) -> dict[str, Any] | None:
-    """A figure, or None where there is no value."""
-    if value is None:
-        return None
-    return {"value": value, "source": source, "samples": list(samples)}
 
 
 def median(samples: Sequence[float]) -> float:

@@ -17,7 +17,8 @@ from shutil import which
 from tempfile import TemporaryDirectory
 
 from .errors import EdgekdError
-from .manifest import MANIFEST, Artifact, Audit
+from .manifest import MANIFEST, Artifact
+from .proof import Audit
 from .strace import OPTIONS, Event, read_log
 
 # --- what may be touched; all else fails ------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _do(opened: Run, report_only: bool, check: bool, as_json: bool) -> None:
     with watching() as watcher:
         results = do_run(opened, watcher, report_only=report_only, check=check)
     if as_json:
-        return _print_json(results)
+        return _print_json(results.model_dump())
     for line in artifact_lines(results):
         typer.echo(line)
     typer.echo(f"report: {opened.folder / 'report.html'}")
@@ -186,8 +186,10 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show the stages, what is done already, and the RAM, disk and time each will need. Does no work."""
+    from dataclasses import asdict
+
     from .console import plan_table
-    from .plan import measure_machine, refuse_what_cannot_fit
+    from .plan import PlannedStage, measure_machine, refuse_what_cannot_fit
     from .runs.chain import stages
     from .runs.runner import to_do
 
@@ -195,19 +197,9 @@ def plan(
     machine = measure_machine(opened.folder)
     chain = stages(opened, machine)
     left = to_do(opened, chain)
-    rows = [
-        {
-            "stage": stage.name,
-            "done": stage.name not in left,
-            "ram_bytes": stage.cost.ram_bytes,
-            "disk_bytes": stage.cost.disk_bytes,
-            "seconds": round(stage.cost.seconds, 1),
-            "source": stage.cost.source,
-        }
-        for stage in chain
-    ]
+    rows = [PlannedStage.of(stage.name, stage.name not in left, stage.cost) for stage in chain]
     if as_json:
-        _print_json({"folder": str(opened.folder), "stages": rows})
+        _print_json({"folder": str(opened.folder), "stages": [asdict(row) for row in rows]})
     else:
         plan_table(opened.folder, rows)
     refuse_what_cannot_fit({s.name: s.cost for s in chain if s.name in left}, machine, opened.folder)
@@ -231,9 +223,11 @@ def distill(
         raise SpecError(f"{spec}: it has no teacher, nothing is distilled.", f"Go on with: edgekd run {spec}")
     with watching() as watcher:
         results = do_run(opened, watcher, until="quality", check=check)
+    quality = results.quality
+    assert quality is not None
     if as_json:
-        return _print_json({"student": str(opened.student), "quality": results["quality"]})
-    quality_table(results["quality"])
+        return _print_json({"student": str(opened.student), "quality": quality.model_dump()})
+    quality_table(quality)
     typer.echo(f"student: {opened.student}")
 
 
@@ -379,15 +373,16 @@ def verify(
     ids = _windows(folder, _documents(text, "test"), windows, context)
     with watching() as watcher:
         watcher.begin("verify")
-        figures = verify_artifact(loaded, folder, ids, spec, lambda f, note: watcher.progress("verify", f, note))
-    figures["failures"] = judge(figures, figures["tokens"], gate)
-    add_proof(loaded, parity=figures)
+        parity = verify_artifact(loaded, folder, ids, spec, lambda f, note: watcher.progress("verify", f, note))
+    failures = judge(parity, parity.tokens, gate)
+    parity = parity.model_copy(update={"failures": failures})
+    add_proof(loaded, parity=parity)
     if as_json:
-        _print_json(figures)
+        _print_json(parity.model_dump())
     else:
-        parity_table(figures)
-    if figures["failures"]:
-        raise GateFailed(f"{artifact}: " + "; ".join(figures["failures"]) + ".")
+        parity_table(parity)
+    if failures:
+        raise GateFailed(f"{artifact}: " + "; ".join(failures) + ".")
 
 
 def _documents(text: Path | None, split: Literal["train", "test"]) -> list[str]:
@@ -438,11 +433,11 @@ def bench(
     check_writable(loaded.folder, BadArtifact)
     with watching() as watcher:
         watcher.begin("bench")
-        figures = bench_artifact(loaded, spec, lambda f, note: watcher.progress("bench", f, note))
-    add_proof(loaded, benchmark=figures)
+        benchmark = bench_artifact(loaded, spec, lambda f, note: watcher.progress("bench", f, note))
+    add_proof(loaded, benchmark=benchmark)
     if as_json:
-        return _print_json(figures)
-    bench_table(figures)
+        return _print_json(benchmark.model_dump())
+    bench_table(benchmark)
 
 
 @app.command(epilog="Example: edgekd audit model-q4")
@@ -482,13 +477,11 @@ def report(
 ) -> None:
     """Write the report of a run again from its results."""
     from .benchmarks.report import build
-    from .files import read_sealed
-    from .runs.results import RESULTS
+    from .runs.results import RESULTS, read_results
 
     if not (run_folder / RESULTS).is_file():
         raise EdgekdError(f"{run_folder}: no {RESULTS}.", "Finish the run first: edgekd run SPEC.")
-    results = read_sealed(run_folder / RESULTS, remedy="Write it again: edgekd run SPEC.")
-    written = build(results, out or run_folder / "report.html")
+    written = build(read_results(run_folder / RESULTS), out or run_folder / "report.html")
     if as_json:
         return _print_json({"report": str(written)})
     typer.echo(f"report: {written}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -26,10 +26,15 @@ from rich.table import Table
 
 from .conversation import chat_ids, render_chat, text_ids
 from .errors import EdgekdError
+from .formats import plain
+from .proof import METRICS
 
 if TYPE_CHECKING:
     from .doctor import Check
-    from .manifest import Audit, Contract
+    from .manifest import Contract
+    from .plan import PlannedStage
+    from .proof import Audit, Benchmark, Parity, Quality
+    from .results import Results
     from .session import Session
 
 STDOUT, STDERR = Console(), Console(stderr=True)
@@ -115,37 +120,28 @@ def watching() -> Iterator[Bars]:
         raise typer.Exit(130) from None
 
 
-def _value(figure: Any) -> float | None:
-    """The value of a benchmark figure, null where it was not measured."""
-    return figure.get("value") if isinstance(figure, Mapping) else figure
+def _text(key: str, value: float | None) -> str:
+    """A figure of the table, as a terminal shows it."""
+    return plain(METRICS[key].text(value))
 
 
-def _text(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "not measured" if value is None else format(value * scale, form)
-
-
-def artifact_lines(results: Mapping[str, Any]) -> list[str]:
+def artifact_lines(results: Results) -> list[str]:
     """One line for every artifact of a run."""
     lines = []
-    for artifact in results["artifacts"]:
-        manifest = artifact["manifest"]
-        parity, bench = manifest["parity"] or {}, manifest["benchmark"] or {}
-        ttft = next(iter((bench.get("ttft_s") or {}).values()), None)
-        failures = parity.get("failures", [])
-        speed = (
-            f"TTFT {_text(_value(ttft), '.1f', 1e3)} ms, "
-            f"decode {_text(_value(bench.get('decode_tokens_per_s')), '.0f')} tok/s, "
-        )
-        lines.append(
-            f"{artifact['folder']}: {artifact['size_bytes'] / 1e6:.1f} MB, "
-            f"KL {_text(parity.get('kl_mean'), '.5f')}, "
-            + (speed if bench else "not timed, ")
-            + ("gate " + ("FAILED" if failures else "passed") if parity else "not verified")
-        )
+    for made in results.artifacts:
+        parity, benchmark = made.manifest.parity, made.manifest.benchmark
+        words = [_text("size_bytes", made.size_bytes), f"KL {_text('kl_mean', made.kl_mean)}"]
+        if benchmark:
+            words.append(f"TTFT {_text('ttft_s', next((f.value for f in benchmark.ttft_s.values()), None))}")
+            words.append(f"decode {_text('decode_tokens_per_s', benchmark.decode_tokens_per_s.value)} tok/s")
+        else:
+            words.append("not timed")
+        words.append(f"gate {'FAILED' if parity.failures else 'passed'}" if parity else "not verified")
+        lines.append(f"{made.folder}: {', '.join(words)}")
     return lines
 
 
-def plan_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def plan_table(folder: Path, rows: Sequence[PlannedStage]) -> None:
     """The stages and their estimated needs."""
     table = Table(title=f"{folder} (estimates)", title_justify="left", box=None, pad_edge=False)
     table.add_column("stage")
@@ -153,35 +149,30 @@ def plan_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for name in ("RAM MiB", "disk MiB", "time s"):
         table.add_column(name, justify="right")
     for row in rows:
-        state = "done" if row["done"] else "to do"
-        needs = (row["ram_bytes"] / 2**20, row["disk_bytes"] / 2**20, row["seconds"])
-        table.add_row(row["stage"], state, *(f"{need:,.0f}" for need in needs))
-    left = [row for row in rows if not row["done"]]
+        needs = (row.ram_bytes / 2**20, row.disk_bytes / 2**20, row.seconds)
+        table.add_row(row.stage, "done" if row.done else "to do", *(f"{need:,.0f}" for need in needs))
+    left = [row for row in rows if not row.done]
     table.add_section()
     table.add_row(
         "to do",
         f"{len(left)}",
-        f"{max((r['ram_bytes'] for r in left), default=0) / 2**20:,.0f}",
-        f"{sum(r['disk_bytes'] for r in left) / 2**20:,.0f}",
-        f"{sum(r['seconds'] for r in left):,.0f}",
+        f"{max((row.ram_bytes for row in left), default=0) / 2**20:,.0f}",
+        f"{sum(row.disk_bytes for row in left) / 2**20:,.0f}",
+        f"{sum(row.seconds for row in left):,.0f}",
     )
     STDOUT.print(table)
 
 
-def quality_table(quality: Mapping[str, Any]) -> None:
+def quality_table(quality: Quality) -> None:
     """Teacher, student and baseline beside each other."""
+    keys = ("parameters", "perplexity", "next_token_accuracy", "kl_to_teacher")
     table = Table(box=None, pad_edge=False)
-    for name in ("model", "parameters", "perplexity", "next-token accuracy", "KL to teacher"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for name in ("teacher", "student", "baseline"):
-        if figures := quality.get(name):
-            table.add_row(
-                name,
-                f"{figures['parameters']:,}",
-                f"{figures['perplexity']:.3f}",
-                f"{figures['next_token_accuracy']:.4f}",
-                "" if name == "teacher" else _text(figures.get("kl_to_teacher"), ".4f"),
-            )
+    table.add_column("model")
+    for key in keys:
+        table.add_column(METRICS[key].label(), justify="right")
+    for name, model in quality.models().items():
+        itself = {"kl_to_teacher"} if name == "teacher" else set()
+        table.add_row(name, *("" if key in itself else _text(key, getattr(model, key)) for key in keys))
     STDOUT.print(table)
 
 
@@ -194,39 +185,28 @@ def _figures_table(rows: Sequence[tuple[str, str]]) -> None:
     STDOUT.print(table)
 
 
-def parity_table(figures: Mapping[str, Any]) -> None:
+def parity_table(parity: Parity) -> None:
     """The figures of a verification."""
-    tokens, instead = figures["tokens"], figures.get("stand_in")
-    _figures_table(
-        [
-            *([("run by", instead)] if instead else []),
-            ("golden strings", f"{tokens['strings_identical']} of {tokens['strings']} identical"),
-            ("KL mean (nats/token)", f"{figures['kl_mean']:.6f}"),
-            ("KL p99", f"{figures['kl_p99']:.6f}"),
-            ("top-1 agreement", f"{figures['top1_agreement']:.4f}"),
-            ("perplexity", f"{figures['perplexity_artifact']:.4f}"),
-            ("perplexity ratio", f"{figures['perplexity_ratio']:.5f}"),
-        ]
-    )
+    rows = [("Run by", parity.stand_in)] if parity.stand_in else []
+    if parity.tokens:
+        rows.append(("Golden strings", f"{parity.tokens.strings_identical} of {parity.tokens.strings} identical"))
+    keys = ("kl_mean", "kl_p99", "top1_agreement", "perplexity_artifact", "perplexity_ratio")
+    _figures_table([*rows, *((METRICS[key].label(), _text(key, parity.figure(key).value)) for key in keys)])
 
 
-def bench_table(figures: Mapping[str, Any]) -> None:
+def bench_table(benchmark: Benchmark) -> None:
     """The medians of a benchmark."""
-    rows = [("load", f"{_text(_value(figures['load_s']), '.3f')} s")]
-    for name, unit, form, scale in (("ttft_s", "ms", ".1f", 1e3), ("prefill_tokens_per_s", "tok/s", ",.0f", 1.0)):
-        title = name.removesuffix("_s").removesuffix("_tokens_per")
-        rows += [
-            (f"{title} at {length} tokens", f"{_text(_value(figure), form, scale)} {unit}")
-            for length, figure in figures[name].items()
-        ]
+    rows = [("load_s", "", benchmark.load_s)]
+    rows += [("ttft_s", length, figure) for length, figure in benchmark.ttft_s.items()]
+    rows += [("prefill_tokens_per_s", length, figure) for length, figure in benchmark.prefill_tokens_per_s.items()]
     rows += [
-        ("decode", f"{_text(_value(figures['decode_tokens_per_s']), ',.0f')} tok/s"),
-        ("inter-token p50", f"{_text(_value(figures['inter_token_p50_s']), '.2f', 1e3)} ms"),
-        ("inter-token p95", f"{_text(_value(figures['inter_token_p95_s']), '.2f', 1e3)} ms"),
-        ("peak RSS", f"{_text(_value(figures['peak_rss_bytes']), ',.0f', 1e-6)} MB"),
-        ("of the decode roofline", f"{_text(_value(figures['decode_roofline_fraction']), '.1f', 100)} %"),
+        ("decode_tokens_per_s", "", benchmark.decode_tokens_per_s),
+        ("inter_token_p50_s", "", benchmark.inter_token_p50_s),
+        ("inter_token_p95_s", "", benchmark.inter_token_p95_s),
+        ("peak_rss_bytes", "", benchmark.peak_rss_bytes),
+        ("decode_roofline_fraction", "", benchmark.decode_roofline_fraction),
     ]
-    _figures_table(rows)
+    _figures_table([(METRICS[key].label(length), _text(key, figure.value)) for key, length, figure in rows])
 
 
 def audit_lines(audit: Audit) -> list[str]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import BadArtifact
 from .files import file_sha256, inside, read_json, write_json
+from .proof import Audit, Benchmark, Parity
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -48,24 +49,6 @@ class Contract(BaseModel):
             if index >= self.vocab_size:
                 raise ValueError(f"id {index} is outside the vocabulary of {self.vocab_size}")
         return self
-
-
-class Audit(BaseModel):
-    """What the artifact did to a machine when it ran there: ``edgekd audit``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    status: Literal["passed", "failed", "not checked"]
-    failures: list[str]
-    """What it must not do: sockets, files written and files read, by name."""
-    not_checked: list[str]
-    """What could not be checked there, and why."""
-    opened: dict[str, int]
-    """Number of files read, by whose they are: ``artifact``, ``interpreter``, ``system``, ``temporary``, ``other``."""
-    opened_outside: list[str]
-    """Those that are neither the artifact's nor the interpreter's; ``~``, ``TMPDIR`` and ``.`` were the run's own."""
-    written: list[str]
-    sockets: list[str]
 
 
 class Traffic(BaseModel):
@@ -110,10 +93,10 @@ class Manifest(BaseModel):
     """None: the exporter did not say."""
     contract: Contract
     versions: dict[str, str] = Field(max_length=64)
-    details: dict[str, Any] | None = None
-    """What one target alone has to say."""
-    parity: dict[str, Any] | None = None
-    benchmark: dict[str, Any] | None = None
+    details: Mapping[str, object] | None = None
+    """What one target alone has to say, in its own model's form."""
+    parity: Parity | None = None
+    benchmark: Benchmark | None = None
     audit: Audit | None = None
 
 
@@ -194,14 +177,13 @@ def write_artifact(folder: Path, **fields: Any) -> Artifact:
 def add_proof(
     artifact: Artifact,
     *,
-    parity: Mapping[str, Any] | None = None,
-    benchmark: Mapping[str, Any] | None = None,
+    parity: Parity | None = None,
+    benchmark: Benchmark | None = None,
     audit: Audit | None = None,
 ) -> Artifact:
     """Write measured figures into the manifest; what is not given stays."""
-    update: dict[str, Any] = {k: dict(v) for k, v in (("parity", parity), ("benchmark", benchmark)) if v is not None}
-    update |= {"audit": audit} if audit else {}
-    manifest = artifact.manifest.model_copy(update=update)
+    given = {"parity": parity, "benchmark": benchmark, "audit": audit}
+    manifest = artifact.manifest.model_copy(update={name: proof for name, proof in given.items() if proof})
     write_json(artifact.folder / MANIFEST, manifest.model_dump())
     return Artifact(artifact.folder, manifest)
 

@@ -39,6 +39,24 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class PlannedStage:
+    """A stage, whether it is done, and what it will need."""
+
+    stage: str
+    done: bool
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float
+    source: str
+    """Of the seconds."""
+
+    @classmethod
+    def of(cls, stage: str, done: bool, cost: Cost) -> PlannedStage:
+        """The row of a stage."""
+        return cls(stage, done, cost.ram_bytes, cost.disk_bytes, round(cost.seconds, 1), cost.source)
+
+
+@dataclass(frozen=True)
 class Machine:
     """What there is."""
 
@@ -91,17 +109,15 @@ def training_cost(
     )
 
 
-def with_measured_time(cost: Cost, events: Sequence[Mapping[str, Any]], tokens_per_step: int) -> Cost:
+def with_measured_time(cost: Cost, speeds: Sequence[float], tokens_left: int) -> Cost:
     """The cost of a training that has begun: the time left by what its steps took.
 
     Args:
-        events: of its log.
+        speeds: tokens per second of each step that is done.
     """
-    steps = [event for event in events if event.get("event") == "step"]
-    if not steps:
+    if not speeds:
         return cost
-    seconds = statistics.median(tokens_per_step / event["tokens_per_s"] for event in steps[-_RECENT_STEPS:])
-    return replace(cost, seconds=seconds * (steps[-1]["steps"] - steps[-1]["step"]), source="measured:steps")
+    return replace(cost, seconds=tokens_left / statistics.median(speeds[-_RECENT_STEPS:]), source="measured:steps")
 
 
 def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: Machine) -> Cost:

@@ -12,9 +12,9 @@ FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgek
 LAYERS = [
     {"privacy"},
     {"", "errors"},  # the package itself begins with privacy
-    {"files", "strict_yaml", "strace", "trial", "tokenizer_file"},
-    {"spec", "architecture"},
-    {"checkpoint", "student", "manifest", "plan", "session", "conversation", "template_process"},
+    {"files", "formats", "strict_yaml", "strace", "trial", "tokenizer_file"},
+    {"spec", "architecture", "proof"},
+    {"checkpoint", "student", "manifest", "results", "plan", "session", "conversation", "template_process"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest", "audit"},

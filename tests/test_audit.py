@@ -9,7 +9,8 @@ import pytest
 
 from edgekd.audit import Watch, audit, find_tools, watch
 from edgekd.errors import EdgekdError
-from edgekd.manifest import Artifact, Audit, Contract, write_artifact
+from edgekd.manifest import Artifact, Contract, write_artifact
+from edgekd.proof import Audit
 
 TOOLS = find_tools()
 BLIND = [text for text in TOOLS.not_checked if "strace" in text]

@@ -7,7 +7,8 @@ import pytest
 
 from edgekd.errors import BadArtifact
 from edgekd.files import digest
-from edgekd.manifest import MANIFEST, Audit, Contract, add_proof, load_artifact, write_artifact
+from edgekd.manifest import MANIFEST, Contract, add_proof, load_artifact, write_artifact
+from edgekd.proof import Audit, Benchmark, Parity
 
 
 @pytest.fixture
@@ -40,10 +41,11 @@ def test_round_trip(folder):
 
 
 def test_proofs_are_added_one_by_one(folder):
-    add_proof(add_proof(load_artifact(folder), parity={"kl_mean": 0.5}), benchmark={"load_s": None})
+    parity = Parity(windows=1, window_tokens=8, unusable_positions=0, kl_mean=0.5)
+    add_proof(add_proof(load_artifact(folder), parity=parity), benchmark=Benchmark())
     manifest = load_artifact(folder).manifest
-    assert manifest.parity == {"kl_mean": 0.5}
-    assert manifest.benchmark == {"load_s": None}
+    assert manifest.parity == parity and manifest.parity.kl_mean == 0.5
+    assert manifest.benchmark == Benchmark() and manifest.benchmark.load_s.value is None
     assert manifest.audit is None
     seen = Audit(
         status="failed",
@@ -55,7 +57,7 @@ def test_proofs_are_added_one_by_one(folder):
         sockets=[],
     )
     again = load_artifact(add_proof(load_artifact(folder), audit=seen).folder).manifest
-    assert (again.audit, again.parity) == (seen, {"kl_mean": 0.5})
+    assert (again.audit, again.parity) == (seen, parity)
 
 
 def test_a_proof_follows_no_link(folder, tmp_path_factory):
@@ -63,7 +65,7 @@ def test_a_proof_follows_no_link(folder, tmp_path_factory):
     outside.write_text("mine")
     for name in ("manifest.json.partial", ".manifest.json.partial", "manifest.json.tmp"):
         (folder / name).symlink_to(outside)
-    add_proof(load_artifact(folder), benchmark={"load_s": None})
+    add_proof(load_artifact(folder), benchmark=Benchmark())
     assert outside.read_text() == "mine"
 
 
@@ -175,6 +177,12 @@ def test_only_listed_files_have_a_path(folder):
         {"files": []},
         {"files": {"model.bin": 7}},
         {"details": []},
+        {"parity": {"kl_mean": 0.5}},
+        {"parity": {"windows": 1, "window_tokens": 8, "unusable_positions": 0, "kl_mean": "0.5"}},
+        {"parity": {"windows": 1, "window_tokens": 8, "unusable_positions": 0, "kl_mean": float("nan")}},
+        {"benchmark": {"load_s": {"value": 1.0, "samples": []}}},
+        {"benchmark": {"load_s": {"value": 1.0, "source": "a stopwatch", "samples": []}}},
+        {"benchmark": []},
         {"unknown": 1},
         {"schema_version": 2},
         {"main_file": None},

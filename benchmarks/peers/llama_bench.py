@@ -57,10 +57,10 @@ def main(
     }
     for _ in range(runs):
         ours = bench(open_artifact, loaded, spec)
-        samples["edgekd"]["prefill"] += ours["prefill_tokens_per_s"][str(prompt)]["samples"]
-        sampling_s = sum(ours["sampling_s"]["samples"])
-        samples["edgekd"]["decode"].append(decode / (sum(ours["inter_token_s"]["samples"]) - sampling_s))
-        samples["edgekd"]["decode and sampling"] += ours["decode_tokens_per_s"]["samples"]
+        samples["edgekd"]["prefill"] += ours.prefill_tokens_per_s[str(prompt)].samples
+        sampling_s = sum(ours.sampling_s.samples)
+        samples["edgekd"]["decode"].append(decode / (sum(ours.inter_token_s.samples) - sampling_s))
+        samples["edgekd"]["decode and sampling"] += ours.decode_tokens_per_s.samples
         theirs = llama_bench(program, loaded, prompt=prompt, decode=decode, threads=threads)
         for what, speed in theirs.items():
             samples["llama-bench"][what].append(speed)

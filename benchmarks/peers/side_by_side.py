@@ -17,7 +17,8 @@ Prints a table, every speed as a ratio to the first artifact's, then one line of
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ import numpy as np
 import typer
 
 from ...manifest import Artifact, load_artifact
+from ...proof import Benchmark, Figure
 from ...spec import BenchSpec
 from ...targets import open_artifact, try_artifact
 from ...targets.executorch.session import execute, runner_tokenizer, runtime, set_threads
@@ -129,17 +131,50 @@ def _size_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(_size_bytes(inner) for inner in path.iterdir())
 
 
-def _merged(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    samples = [float(sample) for figure in figures for sample in figure["samples"]]
-    return {"median": median(samples), "samples": samples}
+@dataclass(frozen=True)
+class _Merged:
+    """A figure of one contender over all turns."""
+
+    median: float
+    samples: Sequence[float]
 
 
-def _row(turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the turns of one contender, with their samples."""
-    lengths = turns[0]["settings"]["prompt_tokens"]
-    row = {f"ttft_{n}_s": _merged([turn["ttft_s"][str(n)] for turn in turns]) for n in lengths}
-    keys = ("decode_tokens_per_s", "peak_rss_bytes", "load_s")
-    return row | {key: _merged([turn[key] for turn in turns]) for key in keys}
+@dataclass(frozen=True)
+class _Contender:
+    """What one contender reached; times to first token by the prompt's length."""
+
+    size_bytes: int
+    ttft_s: Mapping[str, _Merged]
+    decode_tokens_per_s: _Merged
+    peak_rss_bytes: _Merged
+    load_s: _Merged
+
+
+def _merged(figures: Iterable[Figure]) -> _Merged:
+    samples = [sample for figure in figures for sample in figure.samples]
+    return _Merged(median(samples), samples)
+
+
+def _contender(turns: Sequence[Benchmark], size_bytes: int) -> _Contender:
+    return _Contender(
+        size_bytes,
+        {length: _merged(turn.ttft_s[length] for turn in turns) for length in turns[0].ttft_s},
+        _merged(turn.decode_tokens_per_s for turn in turns),
+        _merged(turn.peak_rss_bytes for turn in turns),
+        _merged(turn.load_s for turn in turns),
+    )
+
+
+def _line(name: str, one: _Contender, first: _Contender) -> str:
+    """Medians, every speed as a ratio to the first contender's."""
+    words = [f"{one.size_bytes / 1e6:.1f} MB"]
+    for length, ours in first.ttft_s.items():
+        theirs = one.ttft_s[length].median
+        words.append(f"TTFT at {length} tokens {theirs * 1e3:.1f} ms ({ours.median / theirs:.2f} x)")
+    rate, best = one.decode_tokens_per_s.median, first.decode_tokens_per_s.median
+    words.append(f"decode {rate:,.1f} tok/s ({rate / best:.2f} x)")
+    words.append(f"peak {one.peak_rss_bytes.median / 1e6:,.0f} MB")
+    return f"{name}: {', '.join(words)}"
 
 
 def main(
@@ -161,25 +196,18 @@ def main(
     for name, opener, paths in peers:
         contenders += [(f"{name} {path.name}", opener, Artifact(path, loaded[0].manifest)) for path in paths or []]
     spec = BenchSpec(prompt_tokens=prompt or [128, 896], decode_tokens=decode, runs=1, threads=threads)
-    figures: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in contenders}
+    turns: dict[str, list[Benchmark]] = {name: [] for name, _, _ in contenders}
     for _ in range(runs):
         for name, opener, artifact in contenders:
-            figures[name].append(bench(opener, artifact, spec))
-    rows = {name: _row(of) for name, of in figures.items()}
+            turns[name].append(bench(opener, artifact, spec))
+    rows = {name: _contender(turns[name], _size_bytes(artifact.folder)) for name, _, artifact in contenders}
     first = rows[contenders[0][0]]
-    for name, _, artifact in contenders:
-        rows[name]["size_bytes"] = _size_bytes(artifact.folder)
-        speeds = [f"{rows[name]['size_bytes'] / 1e6:.1f} MB"]
-        for key in first:
-            if key.startswith("ttft"):
-                ours, theirs = first[key]["median"], rows[name][key]["median"]
-                speeds.append(f"{key} {theirs * 1e3:.1f} ms ({ours / theirs:.2f} x)")
-        rate, best = rows[name]["decode_tokens_per_s"]["median"], first["decode_tokens_per_s"]["median"]
-        speeds.append(f"decode {rate:,.1f} tok/s ({rate / best:.2f} x)")
-        speeds.append(f"peak {rows[name]['peak_rss_bytes']['median'] / 1e6:,.0f} MB")
-        typer.echo(f"{name}: {', '.join(speeds)}")
+    for name, row in rows.items():
+        typer.echo(_line(name, row, first))
     settings = {"decode_tokens": decode, "runs": runs, "threads": threads}
-    typer.echo(json.dumps({"settings": settings, "machine": figures[contenders[0][0]][0]["machine"], "rows": rows}))
+    machine = turns[contenders[0][0]][0].machine.model_dump()
+    told = {name: asdict(row) for name, row in rows.items()}
+    typer.echo(json.dumps({"settings": settings, "machine": machine, "rows": told}))
 
 
 if __name__ == "__main__":

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
-from . import figures as show
-from .figures import number
+from ... import formats as show
+from ...proof import METRICS, Hop, Quality
+from ...results import Training
+from .pareto import Point
 
 MODELS = {"teacher": "Teacher", "student": "Distilled student", "baseline": "Label-only student"}
-Figure = dict[str, Any]
+Part = Mapping[str, object]
+"""Of a chart, in plotly's words."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One artifact as the Pareto plot sees it: quality, speed and size, any of them None when not measured."""
+class Chart(TypedDict):
+    """What plotly.js draws."""
 
-    name: str
-    kl: float | None
-    decode_tokens_per_s: float | None
-    size_bytes: float | None
-    failed: bool
-    on_front: bool = False
+    data: Sequence[Part]
+    layout: Part
 
 
-def _layout(height: int, **more: Any) -> dict[str, Any]:
-    layout: dict[str, Any] = {
+def _layout(height: int, **more: object) -> Part:
+    layout: dict[str, object] = {
         "height": height,
         "margin": {"l": 8, "r": 24, "t": 8, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -48,8 +45,8 @@ def _layout(height: int, **more: Any) -> dict[str, Any]:
     return layout | more
 
 
-def _axis(title: str = "", **more: Any) -> dict[str, Any]:
-    axis: dict[str, Any] = {
+def _axis(title: str = "", **more: object) -> Part:
+    axis: dict[str, object] = {
         "automargin": True,
         "fixedrange": True,
         "gridcolor": "var(--grid)",
@@ -62,7 +59,7 @@ def _axis(title: str = "", **more: Any) -> dict[str, Any]:
     return axis | more
 
 
-def _log_axis(title: str, values: Sequence[float], share: float) -> dict[str, Any]:
+def _log_axis(title: str, values: Sequence[float], share: float) -> Part:
     """A logarithmic axis whose ticks are whole decades, or 1, 2, 5 where the values span less than two."""
     low, high = math.log10(min(values)), math.log10(max(values))
     room = max(share * (high - low), 0.05 if share < 0.1 else 0.3)
@@ -89,18 +86,15 @@ def _padded(values: Sequence[float], share: float = 0.25) -> list[float]:
     return [low - room, high + room]
 
 
-def quality(
-    models: Mapping[str, Mapping[str, Any]], seeds: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str
-) -> Figure | None:
+def quality(measured: Quality, seeds: Sequence[Quality], key: str, title: str) -> Chart | None:
     """One figure of teacher, student and baseline as dots; open dots are single seeds."""
-    present = {name: x for name in MODELS if (x := number(models.get(name, {}).get(key))) is not None}
-    if len(present) < 2:
+    models = {name: getattr(model, key) for name, model in measured.models().items()}
+    if len(models) < 2:
         return None
-    text = show.percent if key == "next_token_accuracy" else show.significant
-    data: list[dict[str, Any]] = []
-    every = list(present.values())
-    for name, x in present.items():
-        by_seed = [v for row in seeds.get(name, ()) if (v := number(row.get(key))) is not None]
+    data: list[Part] = []
+    every = list(models.values())
+    for name, x in models.items():
+        by_seed = [getattr(model, key) for seed in seeds if (model := seed.models().get(name))]
         every += by_seed
         if len(by_seed) > 1:
             data.append(
@@ -119,49 +113,42 @@ def quality(
                 "mode": "markers+text",
                 "x": [x],
                 "y": [MODELS[name]],
-                "text": [text(x)],
+                "text": [METRICS[key].text(x)],
                 "textposition": "top center",
                 "marker": {"size": 12, "color": f"var(--{name})"},
                 "hoverinfo": "skip",
             }
         )
-    order = [MODELS[name] for name in reversed(present)]
-    percent = {"tickformat": ".0%", "nticks": 4} if key == "next_token_accuracy" else {}
+    order = [MODELS[name] for name in reversed(models)]
+    percent = {"tickformat": ".0%", "nticks": 4} if METRICS[key].unit == "share" else {}
     return {
         "data": data,
         "layout": _layout(
-            62 * len(present) + 60,
+            62 * len(models) + 60,
             xaxis=_axis(title, range=_padded(every), **percent),
             yaxis=_axis(categoryorder="array", categoryarray=order, range=[-0.5, len(order) - 0.3]),
         ),
     }
 
 
-def training(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None:
+def training(curves: Training) -> Chart | None:
     """Validation perplexity by step, student and baseline: the one figure of training that both share."""
-    key = "validation_perplexity"
-    data, every = [], []
-    last = max(
-        (row["step"] for rows in curves.values() for row in rows if number(row.get("step")) is not None), default=0
-    )
-    for name in ("student", "baseline"):
-        rows = [
-            r for r in curves.get(name) or () if number(r.get("step")) is not None and number(r.get(key)) is not None
-        ]
-        if len(rows) < 2:
-            continue
-        every += [row[key] for row in rows]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": MODELS[name],
-                "x": [r["step"] for r in rows],
-                "y": [r[key] for r in rows],
-                "line": {"color": f"var(--{name})", "width": 2},
-                "hovertemplate": "step %{x}: %{y:.4g}",
-            }
-        )
+    drawn = {name: points for name, points in (("student", curves.student), ("baseline", curves.baseline)) if points}
+    every = [point.validation_perplexity for points in drawn.values() for point in points]
+    last = max((point.step for points in drawn.values() for point in points), default=0)
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": MODELS[name],
+            "x": [point.step for point in points],
+            "y": [point.validation_perplexity for point in points],
+            "line": {"color": f"var(--{name})", "width": 2},
+            "hovertemplate": "step %{x}: %{y:.4g}",
+        }
+        for name, points in drawn.items()
+        if len(points) > 1
+    ]
     if not data:
         return None
     # A curve falls by orders of magnitude at first; the end, where the models differ, needs the room.
@@ -181,17 +168,17 @@ def training(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None
     }
 
 
-def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+def ledger(rows: Sequence[Hop]) -> Chart | None:
     """Mean KL of every hop on a logarithmic axis, with its 95 % interval."""
-    known = [(row, x) for row in rows if (x := number(row.get("kl_mean"))) is not None and x > 0]
+    known = [(row, row.kl_mean) for row in rows if row.kl_mean is not None and row.kl_mean > 0]
     if not known:
         return None
     above, below = [], []
     for row, x in known:
-        low, high = interval(row.get("kl_ci95")) or (x, x)
+        low, high = row.kl_ci95 or (x, x)
         above.append(max(0.0, high - x))
         below.append(max(0.0, min(x - low, x * 0.95)))
-    labels = [f"{row.get('from', '?')} →<br>{row.get('to', '?')}" for row, _ in known]  # two lines: a phone is narrow
+    labels = [f"{row.start} →<br>{row.end}" for row, _ in known]  # two lines: a phone is narrow
     return {
         "data": [
             {
@@ -223,15 +210,7 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     }
 
 
-def interval(value: Any) -> tuple[float, float] | None:
-    """A pair of finite numbers, or None."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return None
-    low, high = map(number, value)
-    return None if low is None or high is None else (low, high)
-
-
-def pareto(points: Sequence[Point]) -> Figure | None:
+def pareto(points: Sequence[Point]) -> Chart | None:
     """Decode speed against KL, area by size, numbered in the order of ``points``; filled: on the front, open: beaten,
     red cross: failed its gate."""
     known = [

@@ -2,63 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from . import figures as show
-from .artifacts import (
-    Artifact,
-    beats,
-    benchmark,
-    by_prompt,
-    decode_speed,
-    failures,
-    is_whole,
-    label,
-    parity,
-    size_bytes,
-    was_judged,
-)
-from .charts import Point
-from .figures import number, ratio
-
-Quality = Mapping[str, Mapping[str, Any]]
+from ... import formats as show
+from ...formats import ratio
+from ...proof import Quality
+from ...results import MadeArtifact, Results
+from .pareto import Point, beats, is_whole
+from .tables import kept_share
 
 
-def kept_share(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
-    """Share of the teacher's next-token accuracy."""
-    return ratio(model.get("next_token_accuracy"), teacher.get("next_token_accuracy"))
-
-
-def summary(quality: Quality, artifacts: Sequence[Artifact]) -> list[str]:
+def summary(quality: Quality, artifacts: Sequence[MadeArtifact]) -> list[str]:
     """The run in a few sentences: the student, what distilling gave, the artifacts."""
     return [text for text in (_student_words(quality), _distilling_words(quality), *_artifact_words(artifacts)) if text]
 
 
 def _student_words(quality: Quality) -> str:
-    teacher, student = quality.get("teacher") or {}, quality.get("student") or {}
+    teacher, student = quality.teacher, quality.student
     if not student:
         return "The student's quality was not measured in this run."
+    if not teacher:
+        return (
+            "How large the student is beside its teacher was not measured; how much of the teacher's next-token "
+            "accuracy it keeps was not measured."
+        )
     kept = kept_share(student, teacher)
-    own, whole = number(student.get("parameters")), number(teacher.get("parameters"))
     size = (
-        f"The student has {show.parameters(own)} of the teacher's {show.parameters(whole)} parameters"
-        if own and whole
-        else "How large the student is beside its teacher was not measured"
+        f"The student has {show.parameters(student.parameters)} of the teacher's "
+        f"{show.parameters(teacher.parameters)} parameters"
     )
-    if kept is None:
-        return f"{size}; how much of the teacher's next-token accuracy it keeps was not measured."
-    return (
-        f"{size} and keeps {show.percent(kept)} of its next-token accuracy."
-        if own and whole
-        else (f"{size}; the student keeps {show.percent(kept)} of the teacher's next-token accuracy.")
-    )
+    return f"{size}." if kept is None else f"{size} and keeps {show.percent(kept)} of its next-token accuracy."
 
 
 def _distilling_words(quality: Quality) -> str:
-    teacher, student, baseline = (quality.get(name) or {} for name in ("teacher", "student", "baseline"))
-    kept, without = kept_share(student, teacher), kept_share(baseline, teacher)
-    if not student:
+    kept, without = (kept_share(model, quality.teacher) for model in (quality.student, quality.baseline))
+    if not quality.student:
         return ""
     if without is None:
         return "No label-only student was measured beside it, so what distilling gave is unknown."
@@ -70,14 +49,14 @@ def _distilling_words(quality: Quality) -> str:
     return text + ("." if kept > without else ", more than the distilled one: here distilling did not help.")
 
 
-def _artifact_words(artifacts: Sequence[Artifact]) -> list[str]:
+def _artifact_words(artifacts: Sequence[MadeArtifact]) -> list[str]:
     if not artifacts:
         return ["No artifact was exported in this run."]
     found = []
-    judged = [a for a in artifacts if was_judged(a)]
-    failed = [a for a in judged if failures(a)]
+    judged = [a for a in artifacts if a.was_judged]
+    failed = [a for a in judged if a.failures]
     if failed:
-        names = ", ".join(label(a) for a in failed)
+        names = ", ".join(a.label for a in failed)
         found.append(f"{len(failed)} of {len(judged)} verified artifacts failed the gate: {names}.")
     elif judged:
         who = "The one artifact" if len(judged) == 1 else f"All {len(judged)} artifacts"
@@ -88,29 +67,30 @@ def _artifact_words(artifacts: Sequence[Artifact]) -> list[str]:
         )
     else:
         found.append("No artifact was verified.")
-    sized = [a for a in artifacts if size_bytes(a) and not failures(a)]
-    if sized:
-        small = min(sized, key=lambda a: size_bytes(a) or 0.0)
-        words = f"{'The smallest' if len(sized) > 1 else 'It'}, {label(small)}, takes {show.size(size_bytes(small))}"
-        speed = decode_speed(small)
-        ttft = by_prompt(small, "ttft_s")
-        if speed is not None:
-            words += f" and decodes {show.significant(speed)} tokens per second on this machine"
-            longest = max(ttft, default=0)
-            if longest and number(ttft[longest]) is not None:
-                words += f"; its first token comes {show.duration(ttft[longest])} after a prompt of {longest} tokens"
-        else:
-            words += "; its speed was not measured"
-        found.append(words + ".")
+    standing = [a for a in artifacts if not a.failures]
+    if standing:
+        small = min(standing, key=lambda a: a.size_bytes)
+        subject = "The smallest" if len(standing) > 1 else "It"
+        found.append(f"{subject}, {small.label}, takes {show.size(small.size_bytes)}{_speed_words(small)}.")
     return found
 
 
-def seed_words(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _speed_words(artifact: MadeArtifact) -> str:
+    benchmark = artifact.manifest.benchmark
+    if not benchmark or benchmark.decode_tokens_per_s.value is None:
+        return "; its speed was not measured"
+    said = f" and decodes {show.significant(benchmark.decode_tokens_per_s.value)} tokens per second on this machine"
+    if not benchmark.ttft_s:
+        return said
+    longest = max(benchmark.ttft_s, key=int)
+    ttft = show.duration(benchmark.ttft_s[longest].value)
+    return f"{said}; its first token comes {ttft} after a prompt of {longest} tokens"
+
+
+def seed_words(seeds: Sequence[Quality]) -> str:
     """Whether what distilling gave is more than the seeds' spread; empty with fewer than two seeds."""
-    student, baseline = (
-        [x for row in seeds.get(name, ()) if (x := number(row.get("perplexity"))) is not None]
-        for name in ("student", "baseline")
-    )
+    student = [seed.student.perplexity for seed in seeds if seed.student]
+    baseline = [seed.baseline.perplexity for seed in seeds if seed.baseline]
     if len(student) < 2 or len(baseline) < 2:
         return ""
 
@@ -131,23 +111,35 @@ def seed_words(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     )
 
 
-def pareto_words(marked: Sequence[Point]) -> dict[str, Any]:
-    """Each artifact with the reason why it is, or is not, on the front; and the one to begin with, by a plain rule."""
+@dataclass(frozen=True)
+class ParetoRow:
+    """Why an artifact is, or is not, on the front."""
+
+    name: str
+    best: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class ParetoWords:
+    """Every artifact, and the one to begin with, by a plain rule."""
+
+    rows: Sequence[ParetoRow]
+    start: str
+
+
+def pareto_words(marked: Sequence[Point]) -> ParetoWords:
+    """What is said of the artifacts beside each other."""
     whole = [p for p in marked if is_whole(p)]
-    rows = [
-        {"name": p.name, "best": p.on_front, "failed": p.failed, "reason": _reason(p, marked, whole)} for p in marked
-    ]
+    rows = [ParetoRow(p.name, p.on_front, _reason(p, marked, whole)) for p in marked]
     small = min((p for p in whole if p.on_front), key=lambda p: p.size_bytes or 0.0, default=None)
-    start = (
-        ""
-        if small is None
-        else (
-            f"To begin with: {small.name}, the smallest that passed its gate "
-            f"({show.size(small.size_bytes)}, {show.significant(small.decode_tokens_per_s)} tok/s, "
-            f"KL {show.significant(small.kl)})."
-        )
+    if small is None:
+        return ParetoWords(rows, "")
+    figures = (
+        f"{show.size(small.size_bytes)}, {show.significant(small.decode_tokens_per_s)} tok/s, "
+        f"KL {show.significant(small.kl)}"
     )
-    return {"rows": rows, "start": start}
+    return ParetoWords(rows, f"To begin with: {small.name}, the smallest that passed its gate ({figures}).")
 
 
 def _reason(point: Point, marked: Sequence[Point], whole: Sequence[Point]) -> str:
@@ -186,13 +178,12 @@ def _joined(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _stand_ins(artifacts: Sequence[Artifact]) -> list[str]:
+def _stand_ins(artifacts: Sequence[MadeArtifact]) -> list[str]:
     """Which artifacts something else ran than their own runtime."""
     names: dict[tuple[str, str], list[str]] = {}
     for artifact in artifacts:
-        if instead := parity(artifact).get("stand_in"):
-            runtime = str((artifact.get("manifest") or {}).get("runtime"))
-            names.setdefault((runtime, str(instead)), []).append(label(artifact))
+        if (parity := artifact.manifest.parity) and parity.stand_in:
+            names.setdefault((artifact.manifest.runtime, parity.stand_in), []).append(artifact.label)
     return [
         f"{runtime} does not run on this machine; {_joined(labels)} {'was' if len(labels) == 1 else 'were'} run by "
         f"{instead}: program and weights are proved, {runtime}'s own compiler, arithmetic and speed are not."
@@ -200,36 +191,47 @@ def _stand_ins(artifacts: Sequence[Artifact]) -> list[str]:
     ]
 
 
-def limits(results: Mapping[str, Any], quality: Quality, artifacts: Sequence[Artifact], seeds: int) -> list[str]:
+def limits(results: Results) -> list[str]:
     """What was not run or not measured, in plain words."""
+    quality, artifacts = results.quality or Quality(), results.artifacts
     found = []
-    tokens = number((quality.get("student") or {}).get("tokens"))
-    if tokens is not None:
+    if quality.student:
         found.append(
-            f"Quality is next-token prediction on {show.count(tokens)} held-out tokens of the training data's own "
-            "kind. It says nothing of other text, of following instructions, or of facts."
+            f"Quality is next-token prediction on {show.count(quality.student.tokens)} held-out tokens of the training "
+            "data's own kind. It says nothing of other text, of following instructions, or of facts."
         )
-    if not quality.get("baseline"):
+    if not quality.baseline:
         found.append("No label-only student was trained, so what distilling gave is unknown.")
-    if seeds < 2:
+    if len(results.seeds) < 2:
         found.append("One seed only: how much the figures move with the seed is unknown.")
-    found += map(str, (results.get("data") or {}).get("warnings", ()))
+    found += results.data.warnings
     found += _stand_ins(artifacts)
-    for words, has in (("verified", was_judged), ("timed", lambda a: bool(benchmark(a)))):
-        missing = [label(a) for a in artifacts if not has(a)]
-        if missing:
-            found.append(f"Not {words}: {_joined(missing)}.")
-    if any(benchmark(a) for a in artifacts):
+    found += _unmeasured(artifacts)
+    parted = [
+        f"{a.label} at token {first + 1}"
+        for a in artifacts
+        if a.manifest.parity and (first := a.manifest.parity.first_diverging_token) is not None
+    ]
+    if parted:
+        found.append(f"Greedy text parts from the fp32 student's at some point: {', '.join(parted)}.")
+    if not results.spec:
+        found.append("The spec is not part of these results.")
+    return found
+
+
+def _unmeasured(artifacts: Sequence[MadeArtifact]) -> list[str]:
+    """What verification and benchmarks have not told of the artifacts."""
+    found = []
+    benchmarks = [a.manifest.benchmark for a in artifacts if a.manifest.benchmark]
+    if missing := [a.label for a in artifacts if not a.was_judged]:
+        found.append(f"Not verified: {_joined(missing)}.")
+    if missing := [a.label for a in artifacts if not a.manifest.benchmark]:
+        found.append(f"Not timed: {_joined(missing)}.")
+    if benchmarks:
         found.append(
             "Speed and memory were measured on the machine named here and hold for it alone; "
             "no phone or other device was measured."
         )
-        if not any(number(benchmark(a).get("energy_j_per_token")) is not None for a in artifacts):
+        if all(benchmark.energy_j_per_token.value is None for benchmark in benchmarks):
             found.append("Energy was not measured.")
-    parted = [(label(a), n) for a in artifacts if (n := number(parity(a).get("first_diverging_token"))) is not None]
-    if parted:
-        told = ", ".join(f"{name} at token {n + 1:.0f}" for name, n in parted)
-        found.append(f"Greedy text parts from the fp32 student's at some point: {told}.")
-    if not results.get("spec"):
-        found.append("The spec is not part of these results.")
     return found

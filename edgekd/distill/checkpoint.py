@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +18,21 @@ from ..errors import EdgekdError
 from ..files import atomic_folder, file_sha256, read_sealed, remove, sweep, write_sealed, write_text
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of ``log.jsonl``: what a step, or a validation, gave."""
+
+    event: str
+    """``step`` or ``validation``."""
+    step: int
+    steps: int
+    figures: Mapping[str, float]
+
+    def line(self) -> str:
+        """Its JSON."""
+        return json.dumps({"event": self.event, "step": self.step, "steps": self.steps, **self.figures}) + "\n"
 
 
 @dataclass
@@ -164,17 +178,17 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = work_dir / "log.jsonl"
-        kept = [event for event in read_log(path) if event["step"] <= step]
-        write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
+        kept = [event for event in read_log(path) if event.step <= step]
+        write_text(path, "".join(event.line() for event in kept))
         remove(work_dir / "tensorboard")
         self._file = path.open("a")
         self._writer = SummaryWriter(str(work_dir / "tensorboard"))  # type: ignore[no-untyped-call]
         for event in kept:
             self._to_tensorboard(event)
 
-    def write(self, event: dict[str, Any]) -> None:
+    def write(self, event: Event) -> None:
         """Add an event; it survives a kill of the process."""
-        self._file.write(json.dumps(event) + "\n")
+        self._file.write(event.line())
         self._file.flush()
         self._to_tensorboard(event)
 
@@ -183,31 +197,36 @@ class RunLog:
         self._file.close()
         self._writer.close()  # type: ignore[no-untyped-call]
 
-    def _to_tensorboard(self, event: dict[str, Any]) -> None:
-        for name, value in event.items():
-            if name not in ("step", "steps") and isinstance(value, int | float):
-                self._writer.add_scalar(f"{event['event']}/{name}", value, event["step"])  # type: ignore[no-untyped-call]
+    def _to_tensorboard(self, event: Event) -> None:
+        for name, value in event.figures.items():
+            self._writer.add_scalar(f"{event.event}/{name}", value, event.step)  # type: ignore[no-untyped-call]
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[Event]:
     """The events of a ``log.jsonl``; what is no event, as a line that a kill cut short, is left out."""
     if not path.is_file():
         return []
-    events = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("event"), str):
-            events.append(event)
-    return events
+    return [event for line in path.read_text("utf-8", errors="replace").splitlines() if (event := _event(line))]
 
 
-def validation_curve(path: Path) -> list[dict[str, Any]]:
+def _event(line: str) -> Event | None:
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(told, dict):
+        return None
+    kind, step, steps = (told.pop(key, None) for key in ("event", "step", "steps"))
+    if not (isinstance(kind, str) and isinstance(step, int)):
+        return None
+    steps = steps if isinstance(steps, int) else step
+    return Event(kind, step, steps, {name: value for name, value in told.items() if isinstance(value, int | float)})
+
+
+def validation_curve(path: Path) -> list[dict[str, float]]:
     """``step`` and ``validation_perplexity`` of every validation in a ``log.jsonl``."""
     return [
-        {"step": event["step"], "validation_perplexity": event["perplexity"]}
+        {"step": event.step, "validation_perplexity": event.figures["perplexity"]}
         for event in read_log(path)
-        if event["event"] == "validation" and isinstance(event.get("perplexity"), int | float)
+        if event.event == "validation" and "perplexity" in event.figures
     ]

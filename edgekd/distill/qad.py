@@ -23,6 +23,7 @@ from ..quant.grid import GROUP, fake_quant_int4, fake_quant_int8_rows, quantize_
 from ..quant.recipe import Kind, Recipe
 from ..spec import QadSpec
 from ..student import load_model
+from .checkpoint import Event
 from .data import Windows
 from .signals import TeacherSignal
 from .train import evenly_spaced, train
@@ -111,9 +112,9 @@ def quantize_aware_distill(
     signal: TeacherSignal,
     seed: int,
     work_dir: Path,
-    on_event: Callable[[dict[str, Any]], None],
+    on_event: Callable[[Event], None],
     precision_file: Path | None = None,
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Train a quantized student and write it as a folder; see ``train.train`` for what is common to both.
 
     It starts from GPTQ's integers and scales: each weight is the student's own, moved no further than to the edge of
@@ -151,4 +152,4 @@ def quantize_aware_distill(
                 writer.put_plain(name, plain.get_parameter(name).detach())
             else:
                 writer.put(name, *model.integers(name))
-    return figures | describe(out)
+    return {**figures, **describe(out)}

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import EdgekdError, SpecError
-from .checkpoint import Progress, RunLog, load_checkpoint, save_checkpoint, set_weights, weights_of
+from .checkpoint import Event, Progress, RunLog, load_checkpoint, save_checkpoint, set_weights, weights_of
 from .data import Windows
 from .losses import cross_entropy, forward_kl, log_probs, needs_teacher, summed_losses
 from .precision import Precision, choose_precision
@@ -46,6 +46,21 @@ _CHUNK_ELEMENTS = 1 << 18
 """Logits judged at a time, so that their float32 copies stay in the cache."""
 
 
+class Trained(TypedDict):
+    """What a training came to."""
+
+    steps: int
+    best_step: int
+    stopped_early: bool
+    tokens: int
+    train_s: float
+    tokens_per_s: float
+    device: str
+    precision: str
+    validation: dict[str, float]
+    """Of the weights that were kept: the best with ``spec.patience``, else the last."""
+
+
 @dataclass(frozen=True)
 class Descent:
     """How weights follow their gradients."""
@@ -65,10 +80,10 @@ def train(
     signal: TeacherSignal | None,
     seed: int,
     work_dir: Path,
-    on_event: Callable[[dict[str, Any]], None],
+    on_event: Callable[[Event], None],
     method: Descent | None = None,
     precision_file: Path | None = None,
-) -> dict[str, Any]:
+) -> Trained:
     """Train ``model`` in place, going on from the newest checkpoint in ``work_dir``.
 
     Which windows a step reads follows from ``seed`` and the step alone,
@@ -78,16 +93,11 @@ def train(
     Args:
         signal: the teacher; None trains on labels alone, whatever ``spec.loss`` says.
         work_dir: holds ``log.jsonl``, ``tensorboard/`` and the checkpoint.
-        on_event: gets each step's ``{"event": "step", "step", "steps", "loss", "learning_rate", "tokens_per_s", ...}``
-            and each validation's ``{"event": "validation", "step", "steps", "loss", "perplexity",
-            "next_token_accuracy"}``. Losses are in nats per token; the validation loss is the cross-entropy.
+        on_event: told of each step (``loss``, ``learning_rate``, ``tokens_per_s``, ...) and of each validation
+            (``loss``, ``perplexity``, ``next_token_accuracy``). Losses are in nats per token; the validation loss is
+            the cross-entropy.
         method: default: AdamW, linear warm-up and cosine to zero.
         precision_file: of ``choose_precision``, for trainings that are to take the same; default: one in ``work_dir``.
-
-    Returns:
-        ``steps`` taken, ``best_step``, ``stopped_early``, ``tokens`` read, ``train_s``, ``tokens_per_s``, ``device``,
-        ``precision`` and the ``validation`` figures of the weights that were kept: the best with
-        ``spec.patience``, else the last.
 
     Raises:
         SpecError: the windows are longer than the student's context.
@@ -111,7 +121,7 @@ def train(
     progress, best = load_checkpoint(work_dir, model, optimizer.optimizer, key)
     log = RunLog(work_dir, progress.step)
 
-    def emit(event: dict[str, Any]) -> None:
+    def emit(event: Event) -> None:
         log.write(event)
         on_event(event)
 
@@ -241,7 +251,7 @@ class _Run:
         return self.precision == "bfloat16"
 
 
-def _step(run: _Run, progress: Progress) -> dict[str, Any]:
+def _step(run: _Run, progress: Progress) -> Event:
     """One optimizer step over ``batch_size × gradient_accumulation`` windows; the event that tells of it."""
     began = time.perf_counter()
     spec, step, device = run.spec, progress.step, run.accelerator.device
@@ -275,19 +285,17 @@ def _step(run: _Run, progress: Progress) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     tokens = len(index) * run.windows.ids.shape[1]
     progress.step, progress.tokens, progress.seconds = step + 1, progress.tokens + tokens, progress.seconds + seconds
-    return {
-        "event": "step",
-        "step": progress.step,
-        "steps": spec.steps,
+    figures = {
         "loss": loss,
         **(dict(zip(run.weights, means, strict=True)) if len(means) > 1 else {}),
         "learning_rate": rate,
         "gradient_norm": float(norm),
         "tokens_per_s": tokens / seconds,
     }
+    return Event("step", progress.step, spec.steps, figures)
 
 
-def _validate(run: _Run, validation: Windows, progress: Progress) -> dict[str, Any]:
+def _validate(run: _Run, validation: Windows, progress: Progress) -> Event:
     """Evaluate, and judge whether the run still gains; the event that tells of it."""
     figures = evaluate(run.model, validation, batch_size=run.spec.batch_size)
     progress.validation = figures
@@ -297,7 +305,7 @@ def _validate(run: _Run, validation: Windows, progress: Progress) -> dict[str, A
     else:
         progress.validations_without_gain += 1
         progress.stopped = run.spec.patience is not None and progress.validations_without_gain >= run.spec.patience
-    return {"event": "validation", "step": progress.step, "steps": run.spec.steps, **figures}
+    return Event("validation", progress.step, run.spec.steps, figures)
 
 
 def _batch(windows: Windows, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from ..errors import GateFailed
 from ..plan import measure_machine, refuse_what_cannot_fit
+from ..results import Results
 from .chain import stages
-from .records import Figures
 from .results import failures, results, write_results
 from .run import Run
 from .runner import Watcher, do_stages, held, to_do
@@ -18,7 +18,7 @@ from .runner import Watcher, do_stages, held, to_do
 
 def do_run(
     run: Run, watcher: Watcher, *, until: str | None = None, report_only: bool = False, check: bool = False
-) -> Figures:
+) -> Results:
     """Do every stage that is not done, then write ``results.json`` and ``report.html``.
 
     Args:

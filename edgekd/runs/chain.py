@@ -30,6 +30,7 @@ _TEXT = ("distill/data.py", "distill/corpus.py", "distill/chat.py", "conversatio
 _LOOP = ("distill/train.py", "distill/precision.py", "distill/losses.py", "distill/signals.py")
 _TRAINING = (*_LOOP, "distill/checkpoint.py", "student.py", "checkpoint.py", "architecture.py")
 _OF_TEACHER = ("loss", "temperature", "jsd_beta")
+_PROOF = "proof.py"
 _CALIBRATION = ("quant/calibrate.py",)
 _STORE = ("quant/folder.py",)
 _GRID = (*_STORE, "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
@@ -123,7 +124,10 @@ def _of_seed(run: Run, seed: int, data: Stage, machine: Machine) -> list[Stage]:
     cost = plan.inference_cost(models, run.spec.data.max_test_tokens, machine)
     reads, job = [data, *trained], partial(work.measure_quality, run, seed)
     name = _of("quality", run, seed)
-    return [*trained, Stage(name, run.of_seed(seed, "quality"), _key(reads, _LOOP), cost, job, _folders(reads))]
+    return [
+        *trained,
+        Stage(name, run.of_seed(seed, "quality"), _key(reads, [*_LOOP, _PROOF]), cost, job, _folders(reads)),
+    ]
 
 
 def _trained(run: Run, seed: int, name: str, data: Stage, machine: Machine) -> Stage:
@@ -152,8 +156,10 @@ def _with_measured_time(cost: Cost, spec: TrainingSpec, run: Run, state: Path) -
         return cost
     from ..distill.checkpoint import read_log
 
-    tokens = spec.batch_size * spec.gradient_accumulation * run.spec.data.context
-    return plan.with_measured_time(cost, read_log(log), tokens)
+    steps = [event for event in read_log(log) if event.event == "step"]
+    done = steps[-1].step if steps else 0
+    tokens_left = (spec.steps - done) * spec.batch_size * spec.gradient_accumulation * run.spec.data.context
+    return plan.with_measured_time(cost, [step.figures["tokens_per_s"] for step in steps], tokens_left)
 
 
 def _of(name: str, run: Run, seed: int) -> str:
@@ -200,7 +206,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
 
 def _ledger(run: Run, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.verify
-    key = _key(reads, ["verify/parity.py", "verify/reference.py"], spec.windows, spec.context)
+    key = _key(reads, ["verify/parity.py", "verify/reference.py", _PROOF], spec.windows, spec.context)
     models = [run.reader.config, *[run.student_config] * (1 + len(run.quantizations))]
     cost = plan.inference_cost(models, spec.windows * spec.context, machine)
     return Stage("ledger", "ledger", key, cost, partial(work.measure_hops, run), _folders(reads))
@@ -232,7 +238,7 @@ def _artifact(
 
 def _verified(run: Run, export: Export, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.verify
-    key = _key(reads, ["verify"], spec.model_dump(exclude={"thresholds"}))
+    key = _key(reads, ["verify", _PROOF], spec.model_dump(exclude={"thresholds"}))
     # In memory are the artifact and what it is compared with.
     cost = plan.inference_cost([run.student_config] * 2, 3 * spec.windows * spec.context, machine)
     job = partial(work.verify, run, export)
@@ -241,14 +247,14 @@ def _verified(run: Run, export: Export, reads: Sequence[Stage], machine: Machine
 
 def _audited(run: Run, export: Export, exported: Stage) -> Stage:
     tools = [which(tool) for tool in ("strace", "unshare")]  # one that was installed since sees more
-    key = _key([exported], ["audit.py", "strace.py", "privacy.py"], platform.node(), tools)
+    key = _key([exported], ["audit.py", "strace.py", "privacy.py", _PROOF], platform.node(), tools)
     cost, job = Cost(exported.cost.ram_bytes, 2**16, 10), partial(work.audit, run, export)
     return Stage(f"audit {export.label}", f"audit/{export.label}", key, cost, job, [exported.folder])
 
 
 def _timed(run: Run, export: Export, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.bench
-    key = _key(reads, ["benchmarks/harness.py", "benchmarks/metrics.py"], spec.model_dump(), platform.node())
+    key = _key(reads, ["benchmarks/harness.py", "benchmarks/metrics.py", _PROOF], spec.model_dump(), platform.node())
     tokens = (sum(spec.prompt_tokens) + spec.decode_tokens) * spec.runs
     seconds = plan.inference_cost([run.student_config], tokens, machine).seconds + 2 * spec.runs
     cost, job = Cost(reads[-1].cost.ram_bytes, 2**16, seconds), partial(work.bench, run, export)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,8 +11,8 @@ from ..errors import EdgekdError
 from ..files import digest, file_sha256, read_json, read_sealed, write_sealed
 from ..manifest import MANIFEST, PROOF
 
-Figures = dict[str, Any]
-"""What a stage, or a run, tells of itself, as JSON."""
+Figures = Mapping[str, object]
+"""What a stage tells of itself, as JSON."""
 SMALL_BYTES = 2**20
 """A file up to this size is always compared with its sha256: it costs nothing."""
 

@@ -7,15 +7,23 @@ import platform
 import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
 
-from ..files import read_json, write_sealed
-from ..manifest import Audit, add_proof, load_artifact
+from pydantic import BaseModel, ValidationError
+
+from ..errors import EdgekdError
+from ..files import read_json, read_sealed, write_sealed
+from ..manifest import add_proof, first_complaint, load_artifact
+from ..proof import Audit, Benchmark, Comparison, Parity, Quality, QuantizedComparison, SeedQuality
+from ..results import MadeArtifact, Results, StageFigures, StageTime, Training
 from ..targets import versions
-from .records import Figures, Record
+from .records import Record
 from .run import Run
 from .work import MOMENTS
 
 RESULTS = "results.json"
+M = TypeVar("M", bound=BaseModel)
 
 
 def failures(run: Run, records: Mapping[str, Record]) -> list[str]:
@@ -24,44 +32,65 @@ def failures(run: Run, records: Mapping[str, Record]) -> list[str]:
     Args:
         records: of the stages that are done, by their folder.
     """
-    return [f"{label}: {text}" for label, parity in _parities(run, records).items() for text in parity["failures"]]
+    judged = _parities(run, records)
+    return [f"{label}: {text}" for label, parity in judged.items() for text in parity.failures or ()]
 
 
-def write_results(run: Run, records: Mapping[str, Record]) -> Figures:
+def write_results(run: Run, records: Mapping[str, Record]) -> Results:
     """Write the proofs into the manifests, then ``results.json`` and ``report.html``; see ``results``."""
     from ..benchmarks.report import build
 
     for label, parity in _parities(run, records).items():
         artifact = load_artifact(run.path(f"artifacts/{label}"), check_files=False)
-        benchmark, seen = (_measured(run, records, f"{kind}/{label}", f"{kind}.json") for kind in ("bench", "audit"))
-        audit = None if seen is None else Audit.model_validate(seen)
+        benchmark = _measured(run, records, f"bench/{label}", "bench.json", Benchmark)
+        audit = _measured(run, records, f"audit/{label}", "audit.json", Audit)
         add_proof(artifact, parity=parity, benchmark=benchmark, audit=audit)
-    found = results(run, records)
-    write_sealed(run.folder / RESULTS, found)
-    build(found, run.folder / "report.html")
-    return found
+    told = results(run, records)
+    write_sealed(run.folder / RESULTS, told.model_dump())
+    build(told, run.folder / "report.html")
+    return told
 
 
-def _measured(run: Run, records: Mapping[str, Record], stage_folder: str, name: str) -> Figures | None:
+def read_results(path: Path) -> Results:
+    """What ``write_results`` wrote.
+
+    Raises:
+        EdgekdError: it is damaged, or not of this version.
+    """
+    remedy = "Write it again: edgekd run SPEC."
+    return _typed(Results, read_sealed(path, remedy=remedy), path, remedy)
+
+
+def _measured(run: Run, records: Mapping[str, Record], stage_folder: str, name: str, kind: type[M]) -> M | None:
     """The figures in a file of a stage; None where the stage is not done."""
-    return read_json(run.path(stage_folder) / name) if stage_folder in records else None
+    if stage_folder not in records:
+        return None
+    path = run.path(stage_folder) / name
+    return _typed(kind, read_json(path), path, "Remove its folder, and run again.")
 
 
-def _parities(run: Run, records: Mapping[str, Record]) -> dict[str, Figures]:
+def _typed(kind: type[M], value: object, path: Path, remedy: str) -> M:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise EdgekdError(f"{path}: {first_complaint(error)}.", remedy) from error
+
+
+def _parities(run: Run, records: Mapping[str, Record]) -> dict[str, Parity]:
     """Every artifact's parity, judged, by its label."""
     from ..verify.parity import judge
 
-    found = {}
+    judged = {}
     for export in run.exports:
-        parity = _measured(run, records, f"parity/{export.label}", "parity.json")
+        parity = _measured(run, records, f"parity/{export.label}", "parity.json", Parity)
         if parity is not None:
-            gate = run.spec.verify.gate(export.recipe.name)
-            found[export.label] = parity | {"failures": judge(parity, parity["tokens"], gate)}
-    return found
+            failures = judge(parity, parity.tokens, run.spec.verify.gate(export.recipe.name))
+            judged[export.label] = parity.model_copy(update={"failures": failures})
+    return judged
 
 
-def results(run: Run, records: Mapping[str, Record]) -> Figures:
-    """Everything that was measured, in the form the report reads.
+def results(run: Run, records: Mapping[str, Record]) -> Results:
+    """Everything that was measured.
 
     Args:
         records: of the stages that are done, by their folder.
@@ -73,35 +102,37 @@ def results(run: Run, records: Mapping[str, Record]) -> Figures:
         for export in run.exports
         if export.folder in records
     }
-    manifests = {label: artifact.manifest.model_dump() for label, artifact in made.items()}
-    hops = [
-        _measured(run, records, "ledger", f"{wanted.recipe.name}-{wanted.method}.json") for wanted in run.quantizations
+    quantized = [
+        _measured(run, records, "ledger", f"{wanted.recipe.name}-{wanted.method}.json", QuantizedComparison)
+        for wanted in run.quantizations
     ]
-    taught = _measured(run, records, "ledger", "student.json") if run.teacher else None
-    return {
-        "name": run.spec.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "folder": str(run.folder),
-        "spec": run.spec.model_dump(),
-        "versions": {"python": platform.python_version()} | versions(target.target for target in run.spec.targets),
-        "data": records["data"].figures,
-        "quality": _measured(run, records, "quality", "quality.json"),
-        "seeds": [
-            {"seed": seed, **quality}
-            for seed in run.seeds
-            if (quality := _measured(run, records, run.of_seed(seed, "quality"), "quality.json"))
-        ],
-        "training": {
-            name: records[name].figures.get("curve", []) if name in records else [] for name in ("student", "baseline")
-        },
-        "ledger": ledger(taught, list(filter(None, hops)), manifests),
-        "artifacts": [
-            {"manifest": manifests[label], "folder": str(artifact.folder), "size_bytes": artifact.size_bytes}
-            for label, artifact in made.items()
-        ],
-        "stages": [{"name": record.name, "seconds": record.seconds} for record in records.values()],
-        "commands": _commands(run),
+    by_seed = {
+        seed: _measured(run, records, run.of_seed(seed, "quality"), "quality.json", Quality) for seed in run.seeds
     }
+    curves = {name: records[name].figures.get("curve", []) for name in ("student", "baseline") if name in records}
+    taught = _measured(run, records, "ledger", "student.json", Comparison) if run.teacher else None
+    return Results(
+        name=run.spec.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        folder=str(run.folder),
+        spec=run.spec.model_dump(),
+        versions={"python": platform.python_version()} | versions(target.target for target in run.spec.targets),
+        data=StageFigures.model_validate(records["data"].figures),
+        quality=by_seed[run.spec.seed],
+        seeds=[SeedQuality(seed=seed, **dict(quality)) for seed, quality in by_seed.items() if quality],
+        training=Training.model_validate(curves),
+        ledger=ledger(
+            taught,
+            list(filter(None, quantized)),
+            {label: artifact.manifest for label, artifact in made.items()},
+        ),
+        artifacts=[
+            MadeArtifact(manifest=artifact.manifest, folder=str(artifact.folder), size_bytes=artifact.size_bytes)
+            for artifact in made.values()
+        ],
+        stages=[StageTime(name=record.name, seconds=record.seconds) for record in records.values()],
+        commands=_commands(run),
+    )
 
 
 def _commands(run: Run) -> list[str]:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import EdgekdError
 from ..files import atomic_folder, check_writable, remove, sweep
+from ..results import StageFigures
 from .chain import Stage
 from .records import Record, damage, outputs_of, read_record, write_record
 from .run import Run
@@ -155,6 +156,6 @@ def _make(run: Run, stage: Stage, watcher: Watcher) -> Record:
         outputs=outputs,
     )
     write_record(path, record)
-    for words in figures.get("warnings", ()):
+    for words in StageFigures.model_validate(figures).warnings:
         _LOG.warning("%s: %s", stage.name, words)
     return record

@@ -12,11 +12,13 @@ import numpy as np
 
 from ..errors import EdgekdError
 from ..manifest import Artifact
+from ..proof import Benchmark, Parity
 from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
 from ..student import load_model, load_tokenizer, vocabulary_size
 from .records import Figures
 
 if TYPE_CHECKING:
+    from ..distill.checkpoint import Event
     from ..quant.recipe import Recipe
 
 
@@ -116,7 +118,7 @@ def verify_artifact(
     spec: VerifySpec,
     tell: Callable[[float, str], None],
     grid: Path | None = None,
-) -> Figures:
+) -> Parity:
     """Compare an artifact, run by its own runtime, with the Hugging Face model it was made from, in fp32.
 
     Args:
@@ -125,9 +127,7 @@ def verify_artifact(
         grid: the quantized student that was packed, to tell what the runtime alone costs.
 
     Returns:
-        The figures of ``verify.parity.measure``; under ``tokens``, of ``verify.tokens.check_tokens``; and, with a grid,
-        under ``runtime``, those of ``verify.parity.compare`` against the dequantized grid; under ``stand_in``, what ran
-        the artifact where its own runtime cannot.
+        Parity that is not judged yet.
     """
     from ..quant.folder import load_dequantized, open_grid
     from ..targets import open_artifact, stand_in
@@ -139,23 +139,22 @@ def verify_artifact(
     session = open_artifact(artifact)
     try:
         tell(0.1, "tokens")
-        figures: Figures = {
-            "stand_in": stand_in(artifact.manifest.target),
-            "tokens": check_tokens(session, tokenizer, artifact.manifest.contract),
-        }
+        tokens = check_tokens(session, tokenizer, artifact.manifest.contract)
         tell(0.3, "logits")
         # One model after the other: beside the artifact, memory holds one of them.
-        figures |= measure(session, logits_of(load_model(reference)), windows, greedy_tokens=spec.greedy_tokens)
+        parity = measure(session, logits_of(load_model(reference)), windows, greedy_tokens=spec.greedy_tokens)
+        runtime = None
         if grid is not None:
             tell(0.8, "against the grid")
             dequantized = logits_of(load_dequantized(open_grid(grid)))
-            figures["runtime"] = compare(dequantized, session_logits(session), windows)
+            runtime = compare(dequantized, session_logits(session), windows)
     finally:
         session.close()
-    return figures
+    instead = stand_in(artifact.manifest.target)
+    return parity.model_copy(update={"stand_in": instead, "tokens": tokens, "runtime": runtime})
 
 
-def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None]) -> Figures:
+def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None]) -> Benchmark:
     """Time an artifact in fresh processes.
 
     Raises:
@@ -171,18 +170,16 @@ def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, s
             "Benchmark the artifact on a machine that has its runtime.",
         )
 
-    def on_event(event: Figures) -> None:
-        tell(event["run"] / event["runs"], f"run {event['run']} of {event['runs']}")
-
     try_artifact(artifact)  # here, not in the processes that are timed
-    return bench(open_artifact, artifact, spec, on_event=on_event)
+    return bench(open_artifact, artifact, spec, on_run=lambda run, runs: tell(run / runs, f"run {run} of {runs}"))
 
 
-def telling(tell: Callable[[float, str], None]) -> Callable[[Figures], None]:
+def telling(tell: Callable[[float, str], None]) -> Callable[[Event], None]:
     """Progress from a training loop's events."""
 
-    def on_event(event: Figures) -> None:
-        if event["event"] == "step":
-            tell(event["step"] / event["steps"], f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s")
+    def on_event(event: Event) -> None:
+        if event.event == "step":
+            loss, speed = event.figures["loss"], event.figures["tokens_per_s"]
+            tell(event.step / event.steps, f"loss {loss:.3f}  {speed:,.0f} tok/s")
 
     return on_event

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_json
 from ..manifest import load_artifact
+from ..proof import ModelQuality, Quality, QuantizedComparison
 from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
 from . import verbs
 from .records import Figures
@@ -16,6 +17,7 @@ from .run import Export, Quantization, Run
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from transformers import PreTrainedModel
 
 MOMENTS = "moments.safetensors"
 Tell = Callable[[float, str], None]
@@ -61,7 +63,7 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
         precision_file=run.state / PRECISION,
     )
     save_model(model, tokenizer, out, generation)
-    return figures | {"curve": validation_curve(state / "log.jsonl")}
+    return {**figures, "curve": validation_curve(state / "log.jsonl")}
 
 
 def take_student(run: Run, out: Path, tell: Tell) -> Figures:
@@ -81,16 +83,21 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
     windows = evenly_spaced(load_windows(run.path("data"), "test"), max(1, spec.max_test_tokens // spec.context))
     teacher = run.reader.model()
     signal = OnlineTeacher(teacher, vocabulary_size(run.reader.tokenizer()))
-    quality: Figures = {"baseline": None}
+    measured: dict[str, ModelQuality] = {}
     if seed == run.spec.seed:
         tell(0, "teacher")
-        quality["teacher"] = {"parameters": teacher.num_parameters()} | evaluate(teacher, windows)
+        measured["teacher"] = _quality(teacher, evaluate(teacher, windows))
     for i, (name, folder) in enumerate(run.trained(seed).items(), 1):
         tell(i / 3, name)
         model = load_model(run.path(folder))
-        quality[name] = {"parameters": model.num_parameters()} | evaluate(model, windows, teacher=signal)
+        measured[name] = _quality(model, evaluate(model, windows, teacher=signal))
+    quality = Quality.model_validate(measured).model_dump()
     write_json(out / "quality.json", quality)
     return quality
+
+
+def _quality(model: PreTrainedModel, evaluation: Mapping[str, float]) -> ModelQuality:
+    return ModelQuality.model_validate({"parameters": model.num_parameters(), **evaluation})
 
 
 def _calibration_ids(run: Run) -> torch.Tensor:
@@ -167,14 +174,16 @@ def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
         tell(0, "student")
         shared = vocabulary_size(run.teacher.tokenizer())
         taught = compare(logits_of(run.teacher.model(), shared), logits_of(student, shared), windows)
-        write_json(out / "student.json", taught)
+        write_json(out / "student.json", taught.model_dump())
     for number, quantization in enumerate(run.quantizations, 1):
         tell(number / (1 + len(run.quantizations)), quantization.name)
         grid = open_grid(run.path(quantization.folder))
         figures = compare(logits_of(student), logits_of(load_dequantized(grid)), windows)
         recipe, method = quantization.recipe.name, quantization.method
-        told = {"recipe": recipe, "method": method, "bits_per_weight": grid.bits_per_weight}
-        write_json(out / f"{recipe}-{method}.json", told | figures)
+        hop = QuantizedComparison(
+            recipe=recipe, method=method, bits_per_weight=grid.bits_per_weight, **figures.model_dump()
+        )
+        write_json(out / f"{recipe}-{method}.json", hop.model_dump())
     return {}
 
 
@@ -199,8 +208,8 @@ def verify(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Compare an artifact with the student."""
     artifact = load_artifact(run.path(exported.folder))
     grid = run.path(exported.packs.folder) if exported.packs else None
-    figures = verbs.verify_artifact(artifact, run.student, _verify_windows(run), run.spec.verify, tell, grid)
-    write_json(out / "parity.json", figures)
+    parity = verbs.verify_artifact(artifact, run.student, _verify_windows(run), run.spec.verify, tell, grid)
+    write_json(out / "parity.json", parity.model_dump())
     return {}
 
 
@@ -215,6 +224,6 @@ def audit(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
 def bench(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Time an artifact."""
     artifact = load_artifact(run.path(exported.folder))
-    figures = verbs.bench_artifact(artifact, run.spec.bench, tell)
-    write_json(out / "bench.json", figures)
+    benchmark = verbs.bench_artifact(artifact, run.spec.bench, tell)
+    write_json(out / "bench.json", benchmark.model_dump())
     return {}

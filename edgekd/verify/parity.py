@@ -6,13 +6,13 @@ computed in float64, a block of rows at a time, so that memory stays near two wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..errors import EdgekdError
+from ..proof import METRICS, ChunkedPrefill, Comparison, Metric, Parity, Position, TokenCheck
 from ..session import Session
 from ..spec import Thresholds
 
@@ -25,14 +25,6 @@ _GREEDY_PROMPTS = 4
 # Kernels for one row and for many round differently (up to 0.15 nats were seen where activations are int8), which flips
 # the choice between near-equal tokens: a flip counts only where token by token prefers its own by more than this.
 _TIE_NATS = 0.5
-
-_SENTENCES = (
-    # figure, threshold, whether more is worse
-    ("kl_mean", "kl_mean_max", True),
-    ("kl_p99", "kl_p99_max", True),
-    ("top1_agreement", "top1_min", False),
-    ("perplexity_ratio", "perplexity_ratio_max", True),
-)
 
 
 @dataclass(frozen=True)
@@ -130,14 +122,11 @@ def session_logits(session: Session) -> Logits:
     return logits
 
 
-def compare(reference: Logits, candidate: Logits, windows: np.ndarray) -> dict[str, Any]:
+def compare(reference: Logits, candidate: Logits, windows: np.ndarray) -> Comparison:
     """How far a model's logits are from another's on held-out windows; the first part of :func:`measure`.
 
     Args:
         windows: int ``(N, T)``.
-
-    Returns:
-        JSON-serialisable figures; KL(reference || candidate) in nats per token, with a bootstrap interval.
     """
     return _summary([_measure_window(candidate, reference, ids, number) for number, ids in enumerate(windows)])
 
@@ -173,23 +162,23 @@ def _chunked(session: Session, ids: np.ndarray, size: int) -> np.ndarray:
     return logits
 
 
-def _chunk_figures(session: Session, ids: np.ndarray, chunk_sizes: Sequence[int]) -> dict[str, dict[str, float | None]]:
+def _chunked_prefill(session: Session, ids: np.ndarray, chunk_sizes: Sequence[int]) -> dict[str, ChunkedPrefill]:
     """Each chunk size, and ``all`` at once, against token by token."""
     base = _chunked(session, ids, 1)
     choice = base.argmax(-1)
     rows = np.arange(len(ids))
-    figures: dict[str, dict[str, float | None]] = {}
+    chunks: dict[str, ChunkedPrefill] = {}
     for name, size in [(str(size), size) for size in chunk_sizes if size != 1] + [("all", len(ids))]:
         logits = _chunked(session, ids, size)
         other = logits.argmax(-1)
         preferred = base[rows, choice].astype(np.float64) - base[rows, other]
         largest = max(float(_difference(base[block], logits[block]).max()) for block in _blocks(*base.shape))
-        figures[name] = {
-            "max_abs_difference": largest if np.isfinite(largest) else None,
-            "argmax_equal": float((choice == other).mean()),
-            "argmax_equal_or_tied": float((preferred <= _TIE_NATS).mean()),
-        }
-    return figures
+        chunks[name] = ChunkedPrefill(
+            max_abs_difference=largest if np.isfinite(largest) else None,
+            argmax_equal=float((choice == other).mean()),
+            argmax_equal_or_tied=float((preferred <= _TIE_NATS).mean()),
+        )
+    return chunks
 
 
 def _check_input(session: Session, windows: np.ndarray, greedy_tokens: int, chunk_sizes: Sequence[int]) -> None:
@@ -221,7 +210,7 @@ def measure(
     *,
     greedy_tokens: int,
     chunk_sizes: Sequence[int] = (1, 7, 32),
-) -> dict[str, Any]:
+) -> Parity:
     """Compare an artifact with its reference on held-out windows.
 
     KL and top-1 are over all ``N*T`` positions, perplexity over the ``N*(T-1)`` that have a next token. Positions
@@ -236,129 +225,138 @@ def measure(
         chunk_sizes: prefill chunks to compare with token by token.
 
     Returns:
-        JSON-serialisable figures; KL in nats per token, logit differences in nats.
+        All of parity but the tokens and the judgement. Logit differences are in nats.
 
     Raises:
         EdgekdError: windows do not fit the artifact, or the vocabularies differ.
     """
     _check_input(session, windows, greedy_tokens, chunk_sizes)
-    figures = compare(reference, session_logits(session), windows)
+    compared = compare(reference, session_logits(session), windows)
     half = max(1, min(windows.shape[1] // 2, session.context_length - greedy_tokens))
     firsts = [_first_divergence(session, reference, ids[:half], greedy_tokens) for ids in windows[:_GREEDY_PROMPTS]]
-    return figures | {
-        "greedy_tokens": greedy_tokens,
-        "greedy_prompts": len(firsts),
-        "first_diverging_token": min((first for first in firsts if first is not None), default=None),
-        "first_diverging_token_by_prompt": firsts,
-        "chunked_prefill": _chunk_figures(session, windows[0], chunk_sizes),
-    }
+    return Parity(
+        **compared.model_dump(),
+        greedy_tokens=greedy_tokens,
+        greedy_prompts=len(firsts),
+        first_diverging_token=min((first for first in firsts if first is not None), default=None),
+        first_diverging_token_by_prompt=firsts,
+        chunked_prefill=_chunked_prefill(session, windows[0], chunk_sizes),
+    )
 
 
-def _summary(results: list[_Window]) -> dict[str, Any]:
-    """Figures over all windows."""
+def _summary(results: list[_Window]) -> Comparison:
+    """Figures over all windows, and each window's own."""
     kl = np.stack([window.kl for window in results])  # (N, T)
     usable = ~np.isnan(kl)
-    figures: dict[str, Any] = {
+    every = np.ones(len(results))
+    same = np.array([window.same_top1.mean() for window in results])
+    nll = np.array([window.nll_artifact.mean() for window in results])
+    reference = float(np.exp(np.mean([window.nll_reference for window in results])))
+    found: dict[str, object] = {
         "windows": kl.shape[0],
         "window_tokens": kl.shape[1],
         "unusable_positions": int((~usable).sum()),
-        "kl_mean": None,
-        "kl_mean_ci95": None,
-        "kl_p50": None,
-        "kl_p99": None,
-        "kl_max": None,
-        "kl_max_at": None,
-        "perplexity_reference": float(np.exp(np.mean([window.nll_reference for window in results]))),
-        "perplexity_artifact": None,
-        "perplexity_artifact_ci95": None,
-        "perplexity_ratio": None,
+        "perplexity_reference": reference,
+        "top1_agreement": float(same.mean()),
+        "top1_agreement_ci95": bootstrap_ci95(same, every),
+        "logit_max_abs_difference": max(window.max_difference for window in results),
+        "logit_mean_abs_difference": float(np.mean([window.mean_difference for window in results])),
     }
-    every = np.ones(len(results))
-    same = np.array([window.same_top1.mean() for window in results])
-    figures["top1_agreement"] = float(same.mean())
-    figures["top1_agreement_ci95"] = bootstrap_ci95(same, every)
-    figures["logit_max_abs_difference"] = max(window.max_difference for window in results)
-    figures["logit_mean_abs_difference"] = float(np.mean([window.mean_difference for window in results]))
+    samples = {"top1_agreement": same.tolist()}
+    reasons: dict[str, str] = {}
     if usable.any():
         counts = usable.sum(1)
         p50, p99 = np.percentile(kl[usable], [50, 99])
-        means = np.nansum(kl, 1) / np.maximum(counts, 1)
+        means = (np.nansum(kl, 1) / np.maximum(counts, 1))[counts > 0]
         worst = np.unravel_index(np.nanargmax(kl), kl.shape)
-        figures |= {
+        found |= {
             "kl_mean": float(kl[usable].mean()),
-            "kl_mean_ci95": bootstrap_ci95(means[counts > 0], counts[counts > 0]),
+            "kl_mean_ci95": bootstrap_ci95(means, counts[counts > 0]),
             "kl_p50": float(p50),
             "kl_p99": float(p99),
             "kl_max": float(kl[worst]),
-            "kl_max_at": {"window": int(worst[0]), "token": int(worst[1])},
+            "kl_max_at": Position(window=int(worst[0]), token=int(worst[1])),
         }
-    nll = np.array([window.nll_artifact.mean() for window in results])
+        samples["kl_mean"] = means.tolist()
+    else:
+        reasons |= dict.fromkeys(("kl_mean", "kl_p50", "kl_p99", "kl_max"), "no position has usable logits")
     perplexity = float(np.exp(nll.mean()))
     if np.isfinite(perplexity):
-        figures["perplexity_artifact"] = perplexity
         edges = bootstrap_ci95(nll, every)
-        figures["perplexity_artifact_ci95"] = edges and [float(np.exp(edge)) for edge in edges]
-        figures["perplexity_ratio"] = perplexity / figures["perplexity_reference"]
-    return figures
+        found |= {
+            "perplexity_artifact": perplexity,
+            "perplexity_artifact_ci95": edges and [float(np.exp(edge)) for edge in edges],
+            "perplexity_ratio": perplexity / reference,
+        }
+        samples["perplexity_artifact"] = np.exp(nll).tolist()
+    else:
+        reasons |= dict.fromkeys(("perplexity_artifact", "perplexity_ratio"), "a next token has no likelihood at all")
+    return Comparison.model_validate(found | {"samples": samples, "reasons": reasons})
 
 
-def judge(figures: Mapping[str, Any], tokens: Mapping[str, Any], gate: Thresholds) -> list[str]:
+def judge(parity: Parity, tokens: TokenCheck | None, gate: Thresholds) -> list[str]:
     """One sentence for each thing that fails: what, where, by how much. Empty when the artifact passes.
 
     Differing token ids, logits that are not numbers, and chunked prefill that changes the most likely token beyond
     a tie fail whatever the gate says.
 
     Args:
-        figures: from :func:`measure`.
+        parity: from :func:`measure`.
         tokens: from :func:`edgekd.verify.tokens.check_tokens`.
         gate: the recipe's thresholds; null ones are not judged.
     """
-    return [*_token_failures(tokens), *_logit_failures(figures), *_threshold_failures(figures, gate)]
+    gated = [metric for metric in METRICS.values() if metric.gate]
+    missed = (_missed(parity, metric, getattr(gate, str(metric.gate))) for metric in gated)
+    return [*_token_failures(tokens), *_logit_failures(parity), *filter(None, missed)]
 
 
-def _token_failures(tokens: Mapping[str, Any]) -> Iterator[str]:
-    for kind, plural in (("string", "strings"), ("chat", "chats"), ("round trip", "round_trips")):
-        total, same = tokens[plural], tokens[f"{plural}_identical"]
+def _token_failures(tokens: TokenCheck | None) -> Iterator[str]:
+    if tokens is None:
+        yield "tokens: they were not compared"
+        return
+    counts = (
+        ("string", tokens.strings, tokens.strings_identical),
+        ("chat", tokens.chats, tokens.chats_identical),
+        ("round trip", tokens.round_trips, tokens.round_trips_identical),
+    )
+    for kind, total, same in counts:
         if same < total:
-            first = next((d for d in tokens["differences"] if d["kind"] == kind), None)
-            text = f"{total - same} of {total} {plural.replace('_', ' ')} differ from the reference tokenizer's"
+            text = f"{total - same} of {total} {kind}s differ from the reference tokenizer's"
+            first = next((d for d in tokens.differences if d.kind == kind), None)
             if first is not None:
-                expected, runtime = _shown(first["expected"]), _shown(first["runtime"])
-                text += f", first {first['text']!r:.80}: expected {expected}, got {runtime}"
+                expected, runtime = _shown(first.expected), _shown(first.runtime)
+                text += f", first {first.text!r:.80}: expected {expected}, got {runtime}"
             yield f"tokens: {text}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _logit_failures(figures: Mapping[str, Any]) -> Iterator[str]:
-    if unusable := figures["unusable_positions"]:
-        total = figures["windows"] * figures["window_tokens"]
+def _logit_failures(parity: Parity) -> Iterator[str]:
+    if unusable := parity.unusable_positions:
+        total = parity.windows * parity.window_tokens
         yield f"logits: unusable (not a number, or a KL without bound) at {unusable} of {total} positions"
-    for size, chunk in figures["chunked_prefill"].items():
-        if chunk["argmax_equal_or_tied"] < 1:
-            share = 1 - chunk["argmax_equal_or_tied"]
+    for size, chunk in parity.chunked_prefill.items():
+        if chunk.argmax_equal_or_tied < 1:
+            share = 1 - chunk.argmax_equal_or_tied
             yield (
                 f"chunked prefill: fed in chunks of {size}, {share:.2%} of positions have another most likely token "
                 f"than token by token, by more than {_TIE_NATS} nats"
             )
 
 
-def _threshold_failures(figures: Mapping[str, Any], gate: Thresholds) -> Iterator[str]:
-    for figure, threshold, more_is_worse in _SENTENCES:
-        limit, value = getattr(gate, threshold), figures[figure]
-        if limit is None:
-            continue
-        if value is None:
-            yield f"{figure} could not be computed; its threshold {threshold} is {limit:.4g}"
-        elif more_is_worse and not value <= limit:
-            where = f" (worst at window {at['window']}, token {at['token']})" if (at := _worst(figures, figure)) else ""
-            yield f"{figure} {value:.4g} exceeds {limit:.4g} by {value - limit:.2g}{where}"
-        elif not more_is_worse and not value >= limit:
-            yield f"{figure} {value:.4g} is below {limit:.4g} by {limit - value:.2g}"
-
-
-def _worst(figures: Mapping[str, Any], figure: str) -> Mapping[str, int] | None:
-    return figures["kl_max_at"] if figure.startswith("kl_") else None
+def _missed(parity: Parity, metric: Metric, limit: float | None) -> str | None:
+    """What is said of a figure that is on the wrong side of its threshold."""
+    figure = parity.figure(metric.key)
+    if limit is None:
+        return None
+    if (value := figure.value) is None:
+        return f"{metric.key} could not be computed ({figure.reason}); its threshold {metric.gate} is {limit:.4g}"
+    if metric.better == "higher":
+        short = limit - value
+        return f"{metric.key} {value:.4g} is below {limit:.4g} by {short:.2g}" if short > 0 else None
+    at = parity.kl_max_at if metric.key.startswith("kl_") else None
+    where = f" (worst at window {at.window}, token {at.token})" if at else ""
+    return f"{metric.key} {value:.4g} exceeds {limit:.4g} by {value - limit:.2g}{where}" if value > limit else None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..conversation import TemplateRefused, chat_ids, render_chat
 from ..errors import EdgekdError
 from ..manifest import Contract
+from ..proof import Read, TextKind, TokenCheck, TokenDifference
 from ..session import Session
 
 if TYPE_CHECKING:
@@ -316,45 +317,45 @@ def golden_chats() -> list[list[dict[str, str]]]:
     ]
 
 
-def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract: Contract) -> dict[str, Any]:
+def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract: Contract) -> TokenCheck:
     """Compare the runtime's tokenizer with the Hugging Face one.
 
     A text counts as identical when all ids are. A chat is rendered and tokenized as ``edgekd chat`` does, by the
     contract, and by transformers for the reference; chats that both refuse are counted apart. Round trip: what the
     bytes of the runtime's ids, joined, read as is what the reference tokenizer's decoder makes of the same ids.
 
-    Returns:
-        Counts ``strings``, ``strings_identical``, ``chats``, ``chats_identical``, ``chats_refused``,
-        ``round_trips``, ``round_trips_identical``, and ``differences``: the first few, each with ``kind``,
-        ``text``, ``expected`` and ``runtime`` (id lists, texts, or a complaint).
-
     Raises:
         EdgekdError: the contract's template does not end.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    result: dict[str, Any] = {"differences": []}
+    differences: list[TokenDifference] = []
 
-    def compare(kind: str, text: str, expected: Any, runtime: Any) -> bool:
-        if expected != runtime and len(result["differences"]) < _SHOWN_DIFFERENCES:
-            result["differences"].append({"kind": kind, "text": text, "expected": expected, "runtime": runtime})
-        return bool(expected == runtime)
+    def compare(kind: TextKind, text: str, expected: Read, runtime: Read) -> bool:
+        if expected != runtime and len(differences) < _SHOWN_DIFFERENCES:
+            differences.append(TokenDifference(kind=kind, text=text, expected=expected, runtime=runtime))
+        return expected == runtime
 
-    strings = golden_strings(special)
-    ids = [_ids_or_complaint(partial(session.tokenize, text)) for text in strings]
-    same = [compare("string", text, tokenizer(text)["input_ids"], got) for text, got in zip(strings, ids, strict=True)]
-    result |= {"strings": len(same), "strings_identical": sum(same)}
-
-    chats = [_both_chats(session, tokenizer, contract, chat) for chat in _golden_chats_of(tokenizer, contract)]
-    same = [compare("chat", *case) for case in chats if case[1:] != (_REFUSED, _REFUSED)]
-    result |= {"chats": len(same), "chats_identical": sum(same), "chats_refused": len(chats) - len(same)}
-
+    texts = golden_strings(special)
+    ids = [_ids_or_complaint(partial(session.tokenize, text)) for text in texts]
+    strings = [compare("string", text, tokenizer(text)["input_ids"], got) for text, got in zip(texts, ids, strict=True)]
+    given = [_both_chats(session, tokenizer, contract, chat) for chat in _golden_chats_of(tokenizer, contract)]
+    chats = [compare("chat", *case) for case in given if case[1:] != (_REFUSED, _REFUSED)]
     reference = _Decoder(tokenizer)
-    same = [
+    round_trips = [
         compare("round trip", text, reference.text(got), _runtime_text(session, got))
-        for text, got in zip(strings, ids, strict=True)
+        for text, got in zip(texts, ids, strict=True)
         if isinstance(got, list)
     ]
-    return result | {"round_trips": len(same), "round_trips_identical": sum(same)}
+    return TokenCheck(
+        differences=differences,
+        strings=len(strings),
+        strings_identical=sum(strings),
+        chats=len(chats),
+        chats_identical=sum(chats),
+        chats_refused=len(given) - len(chats),
+        round_trips=len(round_trips),
+        round_trips_identical=sum(round_trips),
+    )
 
 
 def _ids_or_complaint(give_ids: Callable[[], list[int]]) -> list[int] | str:

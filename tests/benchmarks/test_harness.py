@@ -18,6 +18,7 @@ import pytest
 from edgekd.benchmarks.harness import bench, describe_machine
 from edgekd.errors import EdgekdError
 from edgekd.manifest import Contract, Traffic, write_artifact
+from edgekd.proof import Figure
 from edgekd.spec import BenchSpec
 
 HERE = Path(__file__).parent
@@ -60,28 +61,28 @@ def test_times_of_a_runtime_of_known_speed(runtime, artifact):
     events = []
     traffic = Traffic(weight_bytes=4000, kv_bytes_per_position=100)
     artifact = replace(artifact, manifest=artifact.manifest.model_copy(update={"traffic": traffic}))
-    result = bench(runtime.open_slow, artifact, SPEC, on_event=events.append)
-    json.dumps(result, allow_nan=False)
-    assert events == [{"run": 1, "runs": 2}, {"run": 2, "runs": 2}]
+    result = bench(runtime.open_slow, artifact, SPEC, on_run=lambda *told: events.append(told))
+    json.dumps(result.model_dump(), allow_nan=False)
+    assert events == [(1, 2), (2, 2)]
     # Sleeping is exact from below; above, a busy machine may add a good deal.
-    assert 0.1 <= result["load_s"]["value"] < 1
-    assert 0.005 <= result["ttft_s"]["5"]["value"] < 0.2
-    assert 0.02 <= result["ttft_s"]["20"]["value"] < 0.2
-    assert 100 < result["prefill_tokens_per_s"]["20"]["value"] <= 1000
-    assert 25 < result["decode_tokens_per_s"]["value"] <= 250
-    assert 0.004 <= result["inter_token_p50_s"]["value"] <= result["inter_token_p95_s"]["value"] < 0.2
-    assert len(result["inter_token_s"]["samples"]) == 2 * 12
+    assert 0.1 <= result.load_s.value < 1
+    assert 0.005 <= result.ttft_s["5"].value < 0.2
+    assert 0.02 <= result.ttft_s["20"].value < 0.2
+    assert 100 < result.prefill_tokens_per_s["20"].value <= 1000
+    assert 25 < result.decode_tokens_per_s.value <= 250
+    assert 0.004 <= result.inter_token_p50_s.value <= result.inter_token_p95_s.value < 0.2
+    assert len(result.inter_token_s.samples) == 2 * 12
     for key in ("load_s", "decode_tokens_per_s", "inter_token_p95_s", "peak_rss_bytes", "decode_roofline_fraction"):
-        assert len(result[key]["samples"]) == 2
-    grown = result["peak_rss_bytes"]["value"] - result["rss_before_load_bytes"]["value"]
+        assert len(getattr(result, key).samples) == 2
+    grown = result.peak_rss_bytes.value - result.rss_before_load_bytes.value
     assert 64 * 2**20 <= grown < 128 * 2**20
-    assert result["bytes_per_token"] == {"value": 4000 + 100 * (20 + 6), "source": "computed:manifest", "samples": []}
-    expected = result["decode_tokens_per_s"]["value"] * 4000 / result["bandwidth_bytes_per_s"]["value"]
-    assert result["decode_roofline_fraction"]["value"] == pytest.approx(expected * 6600 / 4000)
-    assert result["energy_j_per_token"] is None
-    assert result["settings"]["prompt_tokens"] == [5, 20]
-    assert result["settings"]["decode_after_tokens"] == 20
-    assert result["settings"]["torch_in_process"] is False
+    assert result.bytes_per_token == Figure(value=4000 + 100 * (20 + 6), unit="bytes", source="computed:manifest")
+    expected = result.decode_tokens_per_s.value * 4000 / result.bandwidth_bytes_per_s.value
+    assert result.decode_roofline_fraction.value == pytest.approx(expected * 6600 / 4000)
+    assert result.energy_j_per_token.value is None and result.energy_j_per_token.reason
+    assert result.settings.prompt_tokens == [5, 20]
+    assert result.settings.decode_after_tokens == 20
+    assert result.settings.torch_in_process is False
 
 
 def test_a_child_does_not_inherit_its_parents_peak(runtime, artifact):
@@ -89,9 +90,9 @@ def test_a_child_does_not_inherit_its_parents_peak(runtime, artifact):
     ballast = bytearray(b"x") * (300 * 2**20)
     result = bench(runtime.open_numpy, artifact, BenchSpec(prompt_tokens=[4], decode_tokens=2, runs=1, threads=1))
     assert len(ballast)
-    assert result["peak_rss_bytes"]["value"] < 250 * 2**20
+    assert result.peak_rss_bytes.value < 250 * 2**20
     # 1000 parameters of 32 bits
-    assert result["bytes_per_token"] == {"value": 4000, "source": "computed:manifest", "samples": []}
+    assert result.bytes_per_token == Figure(value=4000, unit="bytes", source="computed:manifest")
 
 
 def test_more_tokens_than_the_context_are_refused_before_work(artifact):
@@ -151,10 +152,10 @@ def _eventually(condition, timeout_s: float = 20.0):
 
 def test_the_machine_is_described():
     machine = describe_machine()
-    json.dumps(machine)
-    assert machine["cpu"]
-    assert machine["logical_cores"] >= 1
-    assert machine["ram_bytes"] > 2**28
+    json.dumps(machine.model_dump())
+    assert machine.cpu
+    assert machine.logical_cores >= 1
+    assert machine.ram_bytes > 2**28
 
 
 def test_a_real_gguf(tmp_path):
@@ -191,11 +192,11 @@ def test_a_real_gguf(tmp_path):
     artifact = export(tmp_path / "student", gguf, "int8", tmp_path / "artifact", name="tiny-q8_0")
 
     result = bench(open_artifact, artifact, SPEC)
-    json.dumps(result, allow_nan=False)
-    assert result["settings"]["torch_in_process"] is False
-    assert result["ttft_s"]["20"]["value"] > 0
-    assert result["decode_tokens_per_s"]["value"] > 10
-    assert result["peak_rss_bytes"]["value"] > result["rss_before_load_bytes"]["value"]
+    json.dumps(result.model_dump(), allow_nan=False)
+    assert result.settings.torch_in_process is False
+    assert result.ttft_s["20"].value > 0
+    assert result.decode_tokens_per_s.value > 10
+    assert result.peak_rss_bytes.value > result.rss_before_load_bytes.value
     weights = artifact.manifest.parameters * artifact.manifest.bits_per_weight / 8
     cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (20 + 12 / 2)
-    assert result["bytes_per_token"]["value"] == pytest.approx(weights + cache, abs=1)
+    assert result.bytes_per_token.value == pytest.approx(weights + cache, abs=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 
 import pytest
@@ -13,7 +12,6 @@ from edgekd.benchmarks.metrics import (
     bandwidth_buffer_bytes,
     bandwidth_samples,
     decode_roofline_fraction,
-    figure,
     median,
     percentile,
     tokens_per_s,
@@ -40,16 +38,6 @@ def test_no_samples_is_no_number():
         median([])
     with pytest.raises(ValueError, match="too coarse"):
         tokens_per_s(3, 0.0)
-
-
-def test_what_was_not_measured_is_null():
-    assert figure(None, "measured:clock") is None
-    assert figure(0.5, "measured:clock", [0.4, 0.6]) == {
-        "value": 0.5,
-        "source": "measured:clock",
-        "samples": [0.4, 0.6],
-    }
-    json.dumps(figure(0.5, "x", (0.5,)))
 
 
 def test_roofline_by_hand():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import plotly.graph_objects
@@ -12,15 +15,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgekd import formats as show
 from edgekd.benchmarks import report
-from edgekd.benchmarks.report import figures as show
-from edgekd.benchmarks.report.artifacts import points
+from edgekd.benchmarks.report.pareto import points
+from edgekd.benchmarks.report.sections import page as page_of
+from edgekd.benchmarks.report.tables import artifact_tables
 from edgekd.benchmarks.report.words import seed_words, summary
 from edgekd.errors import EdgekdError
+from edgekd.files import write_sealed
+from edgekd.proof import Quality
+from edgekd.results import MadeArtifact, Results
+from edgekd.runs.results import read_results
 
 
 def _figure(value: float, *samples: float) -> dict[str, Any]:
     return {"value": value, "source": "measured:clock", "samples": list(samples or (value,))}
+
+
+CONTRACT = {"context_length": 512, "vocab_size": 8192, "bos_id": None, "eos_ids": [0], "add_bos": False}
 
 
 def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[str] | None = None) -> dict[str, Any]:
@@ -32,18 +44,35 @@ def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[
             "target": "gguf",
             "target_title": "GGUF",
             "recipe": recipe,
+            "runtime": "llama.cpp",
+            "main_file": "model.gguf",
+            "files": {"model.gguf": "0" * 64},
+            "student_digest": "0" * 64,
+            "parameters": 6_030_000,
             "bits_per_weight": size * 8 / 6.03e6,
+            "contract": CONTRACT | {"chat_template": None},
+            "versions": {},
             "parity": {
+                "windows": 32,
+                "window_tokens": 256,
+                "unusable_positions": 0,
                 "kl_mean": kl,
                 "kl_p99": 11 * kl,
                 "kl_max": 40 * kl,
                 "kl_mean_ci95": [0.9 * kl, 1.12 * kl],
-                "top1_agreement": 1 - 2 * kl**0.8,
+                "top1_agreement": max(0.0, 1 - 2 * kl**0.8),
                 "perplexity_reference": 6.9312,
                 "perplexity_artifact": 6.9312 + kl,
                 "perplexity_ratio": (6.9312 + kl) / 6.9312,
                 "first_diverging_token": None if kl < 1e-3 else 11,
-                "tokens": {"strings": 231, "strings_identical": 231, "chats": 12, "chats_identical": 12},
+                "tokens": {
+                    "strings": 231,
+                    "strings_identical": 231,
+                    "chats": 12,
+                    "chats_identical": 12,
+                    "round_trips": 200,
+                    "round_trips_identical": 200,
+                },
                 "failures": failures or [],
             },
             "benchmark": {
@@ -64,6 +93,16 @@ def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[
     }
 
 
+def _model(perplexity: float, accuracy: float = 0.6) -> dict[str, Any]:
+    return {
+        "parameters": 6_030_000,
+        "loss": math.log(perplexity),
+        "perplexity": perplexity,
+        "next_token_accuracy": accuracy,
+        "tokens": 262144,
+    }
+
+
 def results() -> dict[str, Any]:
     """A run as ``runs.results`` tells it."""
     steps = range(100, 1300, 100)
@@ -73,9 +112,16 @@ def results() -> dict[str, Any]:
         "spec": {"name": "quickstart", "distill": {"steps": 1200}},
         "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "llama-cpp-python": "0.3.36"},
         "quality": {
-            "teacher": {"parameters": 15_900_000, "perplexity": 5.12, "next_token_accuracy": 0.6411, "tokens": 262144},
+            "teacher": {
+                "parameters": 15_900_000,
+                "loss": 1.633,
+                "perplexity": 5.12,
+                "next_token_accuracy": 0.6411,
+                "tokens": 262144,
+            },
             "student": {
                 "parameters": 6_030_000,
+                "loss": 1.936,
                 "perplexity": 6.93,
                 "next_token_accuracy": 0.5969,
                 "tokens": 262144,
@@ -84,6 +130,7 @@ def results() -> dict[str, Any]:
             },
             "baseline": {
                 "parameters": 6_030_000,
+                "loss": 2.043,
                 "perplexity": 7.71,
                 "next_token_accuracy": 0.5783,
                 "tokens": 262144,
@@ -94,8 +141,8 @@ def results() -> dict[str, Any]:
         "seeds": [
             {
                 "seed": seed,
-                "student": {"perplexity": 6.93 + d, "next_token_accuracy": 0.5969 - d / 40},
-                "baseline": {"perplexity": 7.71 - d, "next_token_accuracy": 0.5783 + d / 40},
+                "student": _model(6.93 + d, 0.5969 - d / 40),
+                "baseline": _model(7.71 - d, 0.5783 + d / 40),
             }
             for seed, d in enumerate((0.0, 0.04, -0.03))
         ],
@@ -145,6 +192,10 @@ def results() -> dict[str, Any]:
     }
 
 
+def _made(artifacts: list[dict[str, Any]]) -> list[MadeArtifact]:
+    return [MadeArtifact.model_validate(artifact) for artifact in artifacts]
+
+
 class _Page(HTMLParser):
     """Visible text, tags and attributes of a page."""
 
@@ -176,13 +227,13 @@ class _Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("report") / "made" / "report.html"
-    assert report.build(results(), out) == out
+    assert report.build(Results.model_validate(results()), out) == out
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
     return out.read_text("utf-8")
 
 
 def _words(found: dict[str, Any]) -> str:
-    return _Page(report.render(found)).words
+    return _Page(report.render(Results.model_validate(found))).words
 
 
 def test_it_begins_with_the_run_in_words(page: str) -> None:
@@ -227,7 +278,7 @@ def test_colours_of_the_charts_are_defined_for_light_dark_and_print(page: str) -
 def test_what_is_missing_is_not_measured_and_never_zero() -> None:
     found = results()
     found["quality"]["baseline"] = None
-    found["seeds"] = None
+    found["seeds"] = []
     found["artifacts"] = found["artifacts"][:1]
     found["artifacts"][0]["manifest"] |= {"parity": None, "benchmark": None}
     words = _words(found)
@@ -244,8 +295,8 @@ def test_what_ran_in_place_of_a_runtime_is_named() -> None:
     for artifact in given["artifacts"][:2]:
         artifact["manifest"] |= {"target": "coreml", "target_title": "Core ML", "runtime": "Core ML", "benchmark": None}
         artifact["manifest"]["parity"]["stand_in"] = "the.module, an interpreter"
-    given["artifacts"][2]["manifest"]["runtime"] = "llama.cpp"
-    words = _Page(report.render(given)).words
+    given["artifacts"][3]["manifest"]["parity"] = None
+    words = _Page(report.render(Results.model_validate(given))).words
     assert (
         "Core ML does not run on this machine; Core ML f16 and Core ML q8_0 were run by the.module, an interpreter: "
         "program and weights are proved, Core ML's own compiler, arithmetic and speed are not." in words
@@ -290,7 +341,7 @@ def test_text_from_outside_stays_text() -> None:
     found["artifacts"][0]["manifest"] |= {"recipe": HOSTILE, "target": HOSTILE}
     found["artifacts"][0]["manifest"]["parity"]["failures"] = [HOSTILE]
     found["artifacts"][0]["folder"] = HOSTILE
-    page = report.render(found)
+    page = report.render(Results.model_validate(found))
     assert _Page(page).tags.count("script") == 3
     assert "<script>alert" not in page
     assert HOSTILE[:40] in " ".join(_Page(page).text)
@@ -303,33 +354,33 @@ def test_the_front_is_what_nothing_beats() -> None:
         _artifact("c", 6e6, 0.02, 800),
         _artifact("d", 4e6, 0.5, 950, ["failed"]),
     ]
-    assert [p.on_front for p in points(artifacts)] == [True, True, False, False]
+    assert [p.on_front for p in points(_made(artifacts))] == [True, True, False, False]
     artifacts[1]["manifest"]["benchmark"] = None  # an unmeasured rival beats nobody
-    assert [p.on_front for p in points(artifacts)] == [True, False, True, False]
+    assert [p.on_front for p in points(_made(artifacts))] == [True, False, True, False]
 
 
 @given(st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=8))
 def test_the_front_is_never_empty_and_covers_the_rest(values: list[tuple[int, int, int]]) -> None:
-    marked = points([_artifact(str(i), size, kl, speed) for i, (size, kl, speed) in enumerate(values)])
+    marked = points(_made([_artifact(str(i), size, kl, speed) for i, (size, kl, speed) in enumerate(values)]))
     front = [v for v, p in zip(values, marked, strict=True) if p.on_front]
     for size, kl, speed in values:
         assert any(s <= size and k <= kl and v >= speed for s, k, v in front)
 
 
 def test_seeds_that_overlap_prove_nothing() -> None:
-    def rows(*values: float) -> list[dict[str, Any]]:
-        return [{"perplexity": v} for v in values]
+    def words(*pairs: tuple[float, float]) -> str:
+        return seed_words([Quality.model_validate({"student": _model(s), "baseline": _model(b)}) for s, b in pairs])
 
-    apart = seed_words({"student": rows(6.9, 7.0), "baseline": rows(7.5, 7.6)})
+    apart = words((6.9, 7.5), (7.0, 7.6))
     assert "beats the best label-only one by 0.50, more than the wider spread of 0.10" in apart
-    near = seed_words({"student": rows(6.9, 7.4), "baseline": rows(7.5, 7.6)})
+    near = words((6.9, 7.5), (7.4, 7.6))
     assert "but not more than the wider spread of 0.50" in near
-    assert "do not show that distilling helped" in seed_words({"student": rows(6.9, 7.5), "baseline": rows(7.5, 7.6)})
-    assert seed_words({"student": rows(6.9), "baseline": rows(7.5)}) == ""
+    assert "do not show that distilling helped" in words((6.9, 7.5), (7.5, 7.6))
+    assert words((6.9, 7.5)) == ""
 
 
 def test_the_summary_says_which_figure_is_missing() -> None:
-    words = " ".join(summary({"student": {"parameters": 6e6, "next_token_accuracy": 0.6}}, []))
+    words = " ".join(summary(Quality.model_validate({"student": _model(7.0)}), []))
     assert "was not measured" in words and "0 %" not in words
 
 
@@ -380,20 +431,29 @@ _JSON = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["kl_mean", "kl_mean_ci95", "top1_agreement", "first_diverging_token"]), _JSON, _JSON)
-def test_odd_figures_do_not_stop_the_report(key: str, parity: Any, quality: Any) -> None:
+def test_odd_figures_are_told_apart_or_refused_in_a_sentence(key: str, parity: Any, quality: Any) -> None:
     found = results()
     found["artifacts"][0]["manifest"]["parity"][key] = parity
     found["artifacts"][1]["manifest"]["benchmark"]["decode_tokens_per_s"] = parity
     found["quality"]["student"]["perplexity"] = quality
     found["training"]["student"][3]["validation_perplexity"] = quality
     found["ledger"][2]["kl_ci95"] = parity
-    json.dumps(report.view(found)["charts"], allow_nan=False)
+    with TemporaryDirectory() as folder:
+        write_sealed(path := Path(folder) / "results.json", found)
+        try:
+            read = read_results(path)
+        except EdgekdError as refusal:
+            sentence = refusal.cause
+        else:
+            sentence = str(path)
+            json.dumps(page_of(read).charts.drawn(), allow_nan=False)
+        assert str(path) in sentence
 
 
 def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EdgekdError, match="cannot be written"):
-        report.build({}, tmp_path / "file" / "report.html")
+        report.build(Results(), tmp_path / "file" / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -407,14 +467,17 @@ def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path: Any) -> None:
 )
 def test_the_privacy_audit_has_its_row(audit: Any, text: str) -> None:
     found = results()
-    found["artifacts"][0]["manifest"]["audit"] = audit
-    (group,) = (g for g in report.view(found)["artifacts"][0]["groups"] if g["title"] == "Privacy")
-    (row,) = group["rows"]
-    assert row["cells"][0]["text"] == text
-    assert text in _Page(report.render(found)).text or text == show.NOT_MEASURED
+    seen = {"opened": {}, "opened_outside": [], "written": [], "sockets": []}
+    found["artifacts"][0]["manifest"]["audit"] = audit and audit | seen
+    (group,) = (g for g in page_of(Results.model_validate(found)).artifacts[0].groups if g.title == "Privacy")
+    (row,) = group.rows
+    assert row.cells[0].text == text
+    assert text in _Page(report.render(Results.model_validate(found))).text or text == show.NOT_MEASURED
 
 
 def test_many_artifacts_are_split_evenly() -> None:
-    assert [len(part) for part in report.in_columns(list(range(13)))] == [5, 5, 3]
-    assert [len(part) for part in report.in_columns(list(range(6)))] == [6]
-    assert report.in_columns([]) == []
+    def widths(count: int) -> list[int]:
+        tables = artifact_tables(_made([_artifact(str(i), 5e6, 0.01, 900) for i in range(count)]))
+        return [len(table.columns) for table in tables]
+
+    assert widths(13) == [5, 5, 3] and widths(6) == [6] and widths(0) == []

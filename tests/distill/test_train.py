@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from edgekd.distill import train as module
-from edgekd.distill.checkpoint import read_log, validation_curve
+from edgekd.distill.checkpoint import Event, read_log, validation_curve
 from edgekd.distill.data import Windows
 from edgekd.distill.signals import OnlineTeacher
 from edgekd.distill.train import batch_indices, evaluate, learning_rate, train
@@ -137,9 +137,9 @@ def test_a_label_only_run_ignores_the_loss_of_the_spec_and_reads_the_same_window
             return index
 
         monkeypatch.setattr(module, "batch_indices", recorded)
-        events: list[dict] = []
+        events: list[Event] = []
         _train(_model(0), tmp_path / name, signal=teacher, on_event=events.append)
-        assert ("forward_kl" in events[0]) is (teacher is not None)
+        assert ("forward_kl" in events[0].figures) is (teacher is not None)
     assert read["student"] == read["baseline"] and len(read["student"]) == 4
 
 
@@ -207,7 +207,7 @@ def test_patience_keeps_the_best_weights(tmp_path):
         patience=3,
     )
     assert figures["stopped_early"] and figures["steps"] < 200
-    losses = [event["loss"] for event in read_log(tmp_path / "log.jsonl") if event["event"] == "validation"]
+    losses = [event.figures["loss"] for event in read_log(tmp_path / "log.jsonl") if event.event == "validation"]
     assert figures["best_step"] == 1 + losses.index(min(losses)) == figures["steps"] - 3
     assert evaluate(model, validation)["loss"] == pytest.approx(min(losses), rel=1e-6)
     # Started again, it knows that it is done, and gives the same weights.
@@ -233,7 +233,7 @@ def test_what_is_written_is_safetensors_and_json(tmp_path):
 
 def test_bfloat16_autocast_runs_and_learns(tmp_path):
     model = _model(0)
-    events: list[dict] = []
+    events: list[Event] = []
     figures = _train(
         model,
         tmp_path,
@@ -245,8 +245,8 @@ def test_bfloat16_autocast_runs_and_learns(tmp_path):
         validate_every=30,
         on_event=events.append,
     )
-    steps = [event for event in events if event["event"] == "step"]
-    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"] and figures["precision"] == "bfloat16"
+    steps = [event for event in events if event.event == "step"]
+    assert steps[-1].figures["loss"] < 0.8 * steps[0].figures["loss"] and figures["precision"] == "bfloat16"
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -288,9 +288,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage, older):
     work, keep = tmp_path / "work", tmp_path / "kept"
 
     def on_event(event):
-        if event["step"] == 3 and older:
+        if event.step == 3 and older:
             shutil.copytree(work / "checkpoint-2", keep)
-        if event["step"] == 5:
+        if event.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -301,9 +301,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage, older):
     (work / "checkpoint-x").mkdir()
     again, events = _model(0), []
     _train(again, work, steps=6, checkpoint_every=2, on_event=events.append)
-    assert events[0]["step"] == (3 if older else 1) and torch.equal(_weights(again), _weights(whole))
+    assert events[0].step == (3 if older else 1) and torch.equal(_weights(again), _weights(whole))
     assert "checkpoint-4" in caplog.text and "Training goes on from the checkpoint before it" in caplog.text
-    assert [event["step"] for event in read_log(work / "log.jsonl") if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in read_log(work / "log.jsonl") if event.event == "step"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_damaged_log_costs_only_its_damaged_lines(tmp_path):
@@ -386,7 +386,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_student(tmp_pat
     assert out.startswith(f"step {stopped_at + 1}\n") and lines["resumed"] == lines["reference"]
 
     def without_times(folder):
-        return [{k: v for k, v in event.items() if k != "tokens_per_s"} for event in read_log(folder / "log.jsonl")]
+        return [
+            (event.event, event.step, event.steps, {k: v for k, v in event.figures.items() if k != "tokens_per_s"})
+            for event in read_log(folder / "log.jsonl")
+        ]
 
     assert without_times(work) == without_times(tmp_path / "reference")
     _no_step_twice_in_tensorboard(work / "tensorboard")

@@ -63,8 +63,8 @@ def run(work_dir: Path, on_event) -> str:
 
 
 def tell(event) -> None:
-    if event["event"] == "step":
-        print("step", event["step"], flush=True)
+    if event.event == "step":
+        print("step", event.step, flush=True)
 
 
 def tell_slowly(event) -> None:

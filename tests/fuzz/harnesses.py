@@ -274,8 +274,8 @@ def manifest(folder: Path) -> Harness:
         "contract": contract,
         "versions": {"edgekd": "0.1.0"},
         "details": {"layers": 3, "tokenizer": {"used": "x", "texts": 3}},
-        "parity": {"kl_mean": 0.1},
-        "benchmark": {"runs": [{"ttft_s": 0.1}]},
+        "parity": {"windows": 2, "window_tokens": 8, "unusable_positions": 0, "kl_mean": 0.1},
+        "benchmark": {"ttft_s": {"8": {"value": 0.1, "source": "measured:clock", "samples": [0.1]}}, "load_s": None},
     }
     seeds = [whole, whole | {"target": "onnx"}, {k: v for k, v in whole.items() if v is not None and k != "parity"}]
 

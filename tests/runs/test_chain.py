@@ -156,3 +156,17 @@ def test_a_further_seed_trains_and_measures_and_no_more(folder, tiny_teacher):
     assert extra["student, seed 7"].folder == "seeds/7/student"
     assert extra["student, seed 7"].key != alone["student"].key
     assert set(extra["quality, seed 7"].reads) == {"data", "seeds/7/student", "seeds/7/baseline"}
+
+
+def test_the_log_of_a_training_that_has_begun_tells_the_time_left(folder, tiny_teacher, monkeypatch):
+    monkeypatch.chdir(folder)
+    distill = {"steps": 100, "batch_size": 4, "gradient_accumulation": 2}
+    fresh = chain(folder, tiny_teacher, distill=distill)["student"]
+    log = fresh.state / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"event": "validation", "step": 1, "steps": 100, "perplexity": 9.0}\n')
+    assert chain(folder, tiny_teacher, distill=distill)["student"].cost == fresh.cost
+    lines = (f'{{"event": "step", "step": {i}, "steps": 100, "tokens_per_s": 128}}\n' for i in range(1, 41))
+    log.write_text("".join(lines))
+    begun = chain(folder, tiny_teacher, distill=distill)["student"].cost
+    assert (begun.seconds, begun.source) == (60 * 8 * 32 / 128, "measured:steps")

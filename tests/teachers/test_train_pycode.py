@@ -76,7 +76,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
 
     def run(folder, stop_at=None):
         def on_event(event):
-            if event["step"] == stop_at and event["event"] == "validation":
+            if event.step == stop_at and event.event == "validation":
                 raise Stopped
 
         model = small_model()

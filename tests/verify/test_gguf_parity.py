@@ -63,15 +63,15 @@ def verified(student, tokenizer, recipe, out):
 
 def test_fp16_passes_a_tight_gate(student, tokenizer, tmp_path):
     figures, tokens = verified(student, tokenizer, "fp16", tmp_path / "fp16")
-    json.dumps([figures, tokens], allow_nan=False)
+    json.dumps([figures.model_dump(), tokens.model_dump()], allow_nan=False)
     assert judge(figures, tokens, Thresholds(kl_mean_max=1e-5, top1_min=0.98, perplexity_ratio_max=1.001)) == []
-    assert tokens["strings"] == tokens["strings_identical"] >= 300
-    assert tokens["chats"] == tokens["chats_identical"] == 10
-    assert tokens["round_trips"] == tokens["round_trips_identical"] >= 280
+    assert tokens.strings == tokens.strings_identical >= 300
+    assert tokens.chats == tokens.chats_identical == 10
+    assert tokens.round_trips == tokens.round_trips_identical >= 280
 
 
 def test_int4_costs_more_than_fp16_and_misses_that_gate(student, tokenizer, tmp_path):
     figures, tokens = verified(student, tokenizer, "portable-int4", tmp_path / "portable-int4")
-    assert 1e-5 < figures["kl_mean"] < 1
-    assert tokens["strings"] == tokens["strings_identical"]
+    assert 1e-5 < figures.kl_mean < 1
+    assert tokens.strings == tokens.strings_identical
     assert [failure.split()[0] for failure in judge(figures, tokens, Thresholds(kl_mean_max=1e-5))] == ["kl_mean"]

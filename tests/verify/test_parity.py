@@ -12,19 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from edgekd.errors import EdgekdError
+from edgekd.proof import TokenCheck
 from edgekd.spec import Thresholds
 from edgekd.verify.parity import bootstrap_ci95, judge, log_softmax, measure
 from edgekd.verify.tokens import check_tokens
 
-SAME = {
-    "strings": 2,
-    "strings_identical": 2,
-    "chats": 1,
-    "chats_identical": 1,
-    "round_trips": 0,
-    "round_trips_identical": 0,
-    "differences": [],
-}
+SAME = TokenCheck(strings=2, strings_identical=2, chats=1, chats_identical=1, round_trips=0, round_trips_identical=0)
 
 
 def probabilities(reference, windows) -> np.ndarray:
@@ -41,20 +34,20 @@ def test_log_softmax_is_pytorchs(logits):
 
 def test_the_model_against_itself(session, reference, windows):
     figures = measure(session, reference, windows, greedy_tokens=16)
-    assert 0 <= figures["kl_mean"] < 1e-9
-    assert figures["top1_agreement"] == 1
-    assert figures["perplexity_ratio"] == pytest.approx(1, abs=1e-6)
-    assert figures["first_diverging_token"] is None
-    assert figures["first_diverging_token_by_prompt"] == [None] * 4
-    assert set(figures["chunked_prefill"]) == {"7", "32", "all"}
-    for chunk in figures["chunked_prefill"].values():
-        assert chunk["argmax_equal"] == 1
-        assert chunk["max_abs_difference"] < 1e-3
+    assert 0 <= figures.kl_mean < 1e-9
+    assert figures.top1_agreement == 1
+    assert figures.perplexity_ratio == pytest.approx(1, abs=1e-6)
+    assert figures.first_diverging_token is None
+    assert figures.first_diverging_token_by_prompt == [None] * 4
+    assert set(figures.chunked_prefill) == {"7", "32", "all"}
+    for chunk in figures.chunked_prefill.values():
+        assert chunk.argmax_equal == 1
+        assert chunk.max_abs_difference < 1e-3
     assert (
         judge(figures, SAME, Thresholds(kl_mean_max=1e-6, kl_p99_max=1e-6, top1_min=1, perplexity_ratio_max=1.001))
         == []
     )
-    json.dumps(figures, allow_nan=False)
+    json.dumps(figures.model_dump(), allow_nan=False)
 
 
 def test_perplexity_is_pytorchs_cross_entropy(session, reference, windows):
@@ -62,7 +55,7 @@ def test_perplexity_is_pytorchs_cross_entropy(session, reference, windows):
     logits = torch.from_numpy(np.stack([reference(ids)[:-1] for ids in windows])).double()
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64))
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert figures["perplexity_reference"] == pytest.approx(loss.exp().item(), rel=1e-9)
+    assert figures.perplexity_reference == pytest.approx(loss.exp().item(), rel=1e-9)
 
 
 def test_kl_of_a_known_shift_is_its_closed_form(perturbed, reference, windows):
@@ -77,16 +70,17 @@ def test_kl_of_a_known_shift_is_its_closed_form(perturbed, reference, windows):
     mass = probabilities(reference, windows)[..., chosen].sum(-1)
     expected = np.log1p(mass * np.expm1(shift)) - shift * mass
     figures = measure(perturbed(perturb), reference, windows, greedy_tokens=4)
-    assert figures["kl_mean"] == pytest.approx(expected.mean(), rel=1e-5)
-    assert figures["kl_p50"] == pytest.approx(np.percentile(expected, 50), rel=1e-5)
-    assert figures["kl_p99"] == pytest.approx(np.percentile(expected, 99), rel=1e-5)
-    assert figures["kl_max"] == pytest.approx(expected.max(), rel=1e-5)
-    at = figures["kl_max_at"]
-    assert expected[at["window"], at["token"]] == expected.max()
-    low, high = figures["kl_mean_ci95"]
-    assert low < figures["kl_mean"] < high
-    assert figures["logit_max_abs_difference"] == pytest.approx(shift, abs=1e-5)
-    assert figures["logit_mean_abs_difference"] == pytest.approx(shift / 3, abs=1e-5)
+    assert figures.kl_mean == pytest.approx(expected.mean(), rel=1e-5)
+    assert figures.kl_p50 == pytest.approx(np.percentile(expected, 50), rel=1e-5)
+    assert figures.kl_p99 == pytest.approx(np.percentile(expected, 99), rel=1e-5)
+    assert figures.kl_max == pytest.approx(expected.max(), rel=1e-5)
+    at = figures.kl_max_at
+    assert expected[at.window, at.token] == expected.max()
+    assert figures.samples["kl_mean"] == pytest.approx(expected.mean(-1).tolist(), rel=1e-5)
+    low, high = figures.kl_mean_ci95
+    assert low < figures.kl_mean < high
+    assert figures.logit_max_abs_difference == pytest.approx(shift, abs=1e-5)
+    assert figures.logit_mean_abs_difference == pytest.approx(shift / 3, abs=1e-5)
 
 
 def test_kl_of_random_noise_is_pytorchs(perturbed, reference, windows):
@@ -98,15 +92,15 @@ def test_kl_of_random_noise_is_pytorchs(perturbed, reference, windows):
     kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     same = (logits.argmax(-1) == (logits + torch.from_numpy(noise)).argmax(-1)).double().mean()
     figures = measure(session, reference, windows, greedy_tokens=1)
-    assert figures["kl_mean"] == pytest.approx(kl.mean().item(), rel=1e-5)
-    assert figures["top1_agreement"] == pytest.approx(same.item())
+    assert figures.kl_mean == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert figures.top1_agreement == pytest.approx(same.item())
     assert 0 < same < 1
 
 
 def test_a_shift_of_all_logits_changes_nothing_but_the_logits(perturbed, reference, windows):
     figures = measure(perturbed(lambda logits, _: logits + 3), reference, windows, greedy_tokens=4)
-    assert figures["kl_mean"] < 1e-9
-    assert figures["logit_mean_abs_difference"] == pytest.approx(3, abs=1e-4)
+    assert figures.kl_mean < 1e-9
+    assert figures.logit_mean_abs_difference == pytest.approx(3, abs=1e-4)
 
 
 def test_greedy_divergence_is_where_two_generations_part(perturbed, session, reference, windows):
@@ -123,8 +117,8 @@ def test_greedy_divergence_is_where_two_generations_part(perturbed, session, ref
         theirs = list(other.generate(ids[:20].tolist(), 16))
         expected.append(next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None))
     figures = measure(other, reference, windows, greedy_tokens=16)
-    assert figures["first_diverging_token_by_prompt"] == expected
-    assert figures["first_diverging_token"] == min(e for e in expected if e is not None) >= 4
+    assert figures.first_diverging_token_by_prompt == expected
+    assert figures.first_diverging_token == min(e for e in expected if e is not None) >= 4
 
 
 def test_a_runtime_that_forgets_its_cache_fails_chunked_prefill(session, reference, windows):
@@ -137,7 +131,8 @@ def test_a_runtime_that_forgets_its_cache_fails_chunked_prefill(session, referen
 
     session.prefill = forgetful
     figures = measure(session, reference, windows, greedy_tokens=2)
-    assert figures["kl_mean"] < 1e-9  # one chunk alone looks right
+    assert figures.kl_mean < 1e-9  # one chunk alone looks right
+    assert judge(figures, None, Thresholds())[0] == "tokens: they were not compared"
     failures = judge(figures, SAME, Thresholds())
     assert len(failures) == 3
     assert all(sentence.startswith("chunked prefill") for sentence in failures)
@@ -154,7 +149,7 @@ def test_a_near_tie_is_not_a_failure(session, reference, windows):
 
     session.prefill = noisy
     figures = measure(session, reference, windows, greedy_tokens=2)
-    assert all(chunk["argmax_equal_or_tied"] == 1 for chunk in figures["chunked_prefill"].values())
+    assert all(chunk.argmax_equal_or_tied == 1 for chunk in figures.chunked_prefill.values())
     assert judge(figures, SAME, Thresholds()) == []
 
 
@@ -166,28 +161,26 @@ def test_logits_that_are_not_numbers_fail_and_stay_json(perturbed, reference, wi
         return spoiled
 
     figures = measure(perturbed(perturb), reference, windows, greedy_tokens=2)
-    assert figures["unusable_positions"] == len(windows)
-    assert figures["kl_mean"] < 1e-9
-    json.dumps(figures, allow_nan=False)
+    assert figures.unusable_positions == len(windows)
+    assert figures.kl_mean < 1e-9
+    json.dumps(figures.model_dump(), allow_nan=False)
     assert any("unusable" in failure for failure in judge(figures, SAME, Thresholds()))
 
 
 def test_all_logits_bad(perturbed, reference, windows):
     figures = measure(perturbed(lambda logits, _: logits * np.nan), reference, windows, greedy_tokens=2)
-    assert figures["kl_mean"] is None
-    json.dumps(figures, allow_nan=False)
+    assert figures.kl_mean is None and figures.reasons["kl_mean"] == "no position has usable logits"
+    assert figures.figure("kl_mean").reason == figures.reasons["kl_mean"]
+    json.dumps(figures.model_dump(), allow_nan=False)
     failures = judge(figures, SAME, Thresholds(kl_mean_max=0.1, perplexity_ratio_max=2, top1_min=0.5))
     assert any(failure.startswith("kl_mean could not be computed") for failure in failures)
     assert any(failure.startswith("top1_agreement") for failure in failures)
 
 
 def test_judge_says_what_where_and_by_how_much(session, reference, windows):
-    figures = measure(session, reference, windows, greedy_tokens=1) | {
-        "kl_mean": 0.031,
-        "kl_p99": 0.5,
-        "top1_agreement": 0.9,
-        "perplexity_ratio": 1.2,
-    }
+    figures = measure(session, reference, windows, greedy_tokens=1).model_copy(
+        update={"kl_mean": 0.031, "kl_p99": 0.5, "top1_agreement": 0.9, "perplexity_ratio": 1.2}
+    )
     assert judge(figures, SAME, Thresholds()) == []
     assert (
         judge(figures, SAME, Thresholds(kl_mean_max=0.031, kl_p99_max=0.5, top1_min=0.9, perplexity_ratio_max=1.2))
@@ -269,5 +262,5 @@ def test_a_large_vocabulary_needs_two_windows_of_memory():
     )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert figures["kl_mean"] == 0
+    assert figures.kl_mean == 0
     assert peak < 2 * logits.nbytes + 100 * 2**20

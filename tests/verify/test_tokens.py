@@ -65,22 +65,22 @@ def test_golden_chats_are_well_formed():
 
 def test_the_same_tokenizer_passes(session, tokenizer, contract):
     result = check_tokens(session, tokenizer, contract)
-    assert result["strings"] == result["strings_identical"] >= 300
-    assert result["chats"] == result["chats_identical"] == len(golden_chats())
-    assert result["round_trips"] == result["round_trips_identical"] >= 280
-    assert result["differences"] == []
-    json.dumps(result)
+    assert result.strings == result.strings_identical >= 300
+    assert result.chats == result.chats_identical == len(golden_chats())
+    assert result.round_trips == result.round_trips_identical >= 280
+    assert result.differences == []
+    json.dumps(result.model_dump())
 
 
 def test_a_runtime_that_does_not_parse_special_tokens_is_caught(session, tokenizer, contract):
     session.tokenize = lambda text: tokenizer.backend_tokenizer.encode(text.replace("<|im", "<\u200b|im")).ids
     result = check_tokens(session, tokenizer, contract)
-    assert 0 < result["strings_identical"] < result["strings"]
-    assert result["chats_identical"] == 0
-    first = result["differences"][0]
-    assert "<|im" in first["text"]
-    assert first["expected"] == tokenizer(first["text"])["input_ids"] != first["runtime"]
-    assert len(result["differences"]) == 5
+    assert 0 < result.strings_identical < result.strings
+    assert result.chats_identical == 0
+    first = result.differences[0]
+    assert "<|im" in first.text
+    assert first.expected == tokenizer(first.text)["input_ids"] != first.runtime
+    assert len(result.differences) == 5
 
 
 def test_a_runtime_that_refuses_a_text_is_a_difference_not_a_crash(session, tokenizer, contract):
@@ -91,24 +91,24 @@ def test_a_runtime_that_refuses_a_text_is_a_difference_not_a_crash(session, toke
 
     session.tokenize = tokenize
     result = check_tokens(session, tokenizer, contract)
-    assert result["strings"] - result["strings_identical"] == sum("\x00" in s for s in golden_strings(SPECIAL))
-    assert result["differences"][0]["runtime"] == "ValueError: embedded null"
-    json.dumps(result)
+    assert result.strings - result.strings_identical == sum("\x00" in s for s in golden_strings(SPECIAL))
+    assert result.differences[0].runtime == "ValueError: embedded null"
+    json.dumps(result.model_dump())
 
 
 def test_a_lossy_token_is_caught_by_the_round_trip_alone(session, tokenizer, contract):
     whole = session.token_bytes
     session.token_bytes = lambda token: whole(token).replace(b"\t", b" ")
     result = check_tokens(session, tokenizer, contract)
-    assert result["strings"] == result["strings_identical"]
-    assert result["round_trips"] - result["round_trips_identical"] >= 10
-    assert {d["kind"] for d in result["differences"]} == {"round trip"}
+    assert result.strings == result.strings_identical
+    assert result.round_trips - result.round_trips_identical >= 10
+    assert {d.kind for d in result.differences} == {"round trip"}
 
 
 def test_a_contract_without_the_template_fails_every_chat(session, tokenizer, contract):
     result = check_tokens(session, tokenizer, contract.model_copy(update={"chat_template": None}))
-    assert result["chats"] == len(golden_chats())
-    assert result["chats_identical"] == 0
+    assert result.chats == len(golden_chats())
+    assert result.chats_identical == 0
 
 
 def test_a_template_that_refuses_system_messages(session, tokenizer, contract):
@@ -122,8 +122,8 @@ def test_a_template_that_refuses_system_messages(session, tokenizer, contract):
     finally:
         tokenizer.chat_template = plain
     refused = sum(chat[0]["role"] == "system" for chat in golden_chats())
-    assert result["chats_refused"] == refused > 0
-    assert result["chats"] == result["chats_identical"] == len(golden_chats()) - refused
+    assert result.chats_refused == refused > 0
+    assert result.chats == result.chats_identical == len(golden_chats()) - refused
 
 
 def test_bos_is_not_doubled_in_chats(session, tokenizer, contract):
@@ -148,8 +148,8 @@ def test_bos_is_not_doubled_in_chats(session, tokenizer, contract):
         }
     )
     result = check_tokens(session, with_bos, told)
-    assert result["strings"] == result["strings_identical"]
-    assert result["chats"] == result["chats_identical"] == len(golden_chats())
+    assert result.strings == result.strings_identical
+    assert result.chats == result.chats_identical == len(golden_chats())
 
 
 def test_nfc_contract_compares_the_normal_form(session, tokenizer, contract):
@@ -160,11 +160,11 @@ def test_nfc_contract_compares_the_normal_form(session, tokenizer, contract):
     normal = copy.deepcopy(tokenizer)
     normal.backend_tokenizer.normalizer = NFC()
     plain = check_tokens(session, normal, contract)
-    assert plain["strings_identical"] < plain["strings"]  # the runtime did not normalize
+    assert plain.strings_identical < plain.strings  # the runtime did not normalize
     session.tokenize = lambda text: tokenizer(unicodedata.normalize("NFC", text))["input_ids"]
     result = check_tokens(session, normal, contract.model_copy(update={"normalizer": "NFC"}))
-    assert result["strings"] == result["strings_identical"]
-    assert result["round_trips"] == result["round_trips_identical"] >= 280
+    assert result.strings == result.strings_identical
+    assert result.round_trips == result.round_trips_identical >= 280
 
 
 def test_bytes_that_the_vocabulary_lacks_are_lost_in_the_reference_too(session, tokenizer, contract):
@@ -183,13 +183,13 @@ def test_bytes_that_the_vocabulary_lacks_are_lost_in_the_reference_too(session, 
     assert small("a\x07b")["input_ids"] == small("ab")["input_ids"]
     session.tokenizer = small
     result = check_tokens(session, small, contract)
-    assert result["strings"] == result["strings_identical"]
-    assert result["round_trips"] == result["round_trips_identical"] >= 300
+    assert result.strings == result.strings_identical
+    assert result.round_trips == result.round_trips_identical >= 300
     whole = session.token_bytes
     session.token_bytes = lambda token: whole(token).replace(b"\t", b" ")
     result = check_tokens(session, small, contract)
-    assert result["round_trips"] - result["round_trips_identical"] >= 10
-    assert result["differences"][0]["kind"] == "round trip"
+    assert result.round_trips - result.round_trips_identical >= 10
+    assert result.differences[0].kind == "round trip"
 
 
 @pytest.mark.parametrize("decoder", ["Strip", "Metaspace"])
@@ -219,11 +219,11 @@ def test_the_space_before_a_sentencepiece_text_is_no_difference(session, contrac
 
     session.tokenizer, session.token_bytes = tokenizer, token_bytes
     result = check_tokens(session, tokenizer, contract)
-    assert result["strings"] == result["strings_identical"]
-    assert result["round_trips"] == result["round_trips_identical"] >= 300, result["differences"]
+    assert result.strings == result.strings_identical
+    assert result.round_trips == result.round_trips_identical >= 300, result.differences
     session.token_bytes = lambda token: token_bytes(token).lstrip(b" ")
     result = check_tokens(session, tokenizer, contract)
-    assert result["round_trips"] - result["round_trips_identical"] >= 100
+    assert result.round_trips - result.round_trips_identical >= 100
 
 
 def test_chats_are_rendered_by_the_contract_as_edgekd_chat_renders_them(session, tokenizer, contract):
@@ -234,9 +234,9 @@ def test_chats_are_rendered_by_the_contract_as_edgekd_chat_renders_them(session,
         told = contract.model_copy(update={"chat_template": template})
         whole = told.model_copy(update={"special_tokens": tokenizer.special_tokens_map})
         result = check_tokens(session, tokenizer, whole)
-        assert result["chats"] == result["chats_identical"] == len(golden_chats())
+        assert result.chats == result.chats_identical == len(golden_chats())
         result = check_tokens(session, tokenizer, told)
-        assert result["chats"] == len(golden_chats()) and result["chats_identical"] == 0
-        assert "eos_token" in result["differences"][0]["text"]
+        assert result.chats == len(golden_chats()) and result.chats_identical == 0
+        assert "eos_token" in result.differences[0].text
     finally:
         tokenizer.chat_template = plain

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 NOT_MEASURED = "not measured"
 NBSP = "\u00a0"
 """Between a number and its unit, so that no line ends between them."""
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_ASCII = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹−–\u00a0\u202f", "-0123456789-- ,")
+Format = Callable[[object], str]
 
 
-def number(value: Any) -> float | None:
-    """A finite number out of a plain value or of a ``{"value", "source", "samples"}`` figure, else None."""
-    if isinstance(value, Mapping):
-        value = value.get("value")
+def number(value: object) -> float | None:
+    """A finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def samples(value: Any) -> list[float]:
-    """The finite raw samples of a figure."""
-    raw = value.get("samples") if isinstance(value, Mapping) else None
-    return [x for x in map(number, raw) if x is not None] if isinstance(raw, (list, tuple)) else []
-
-
-def significant(value: Any, digits: int = 3) -> str:
+def significant(value: object, digits: int = 3) -> str:
     """Rounded to significant digits; powers of ten below 0.001, digits grouped from 10,000 on."""
     x = number(value)
     if x is None:
@@ -42,13 +35,13 @@ def significant(value: Any, digits: int = 3) -> str:
     return text.replace(",", "\u202f" if abs(x) >= 1e4 else "").replace("-", "−")
 
 
-def percent(value: Any, decimals: int = 1) -> str:
+def percent(value: object, decimals: int = 1) -> str:
     """A share as percent."""
     x = number(value)
     return NOT_MEASURED if x is None else f"{100 * x:.{decimals}f}{NBSP}%".replace("-", "−")
 
 
-def size(value: Any) -> str:
+def size(value: object) -> str:
     """Bytes in decimal units, as shops and file managers count them."""
     x = number(value)
     if x is None:
@@ -59,7 +52,7 @@ def size(value: Any) -> str:
     return f"{x:.0f}{NBSP}B"
 
 
-def duration(value: Any) -> str:
+def duration(value: object) -> str:
     """Seconds as ms, s or min."""
     x = number(value)
     if x is None:
@@ -74,13 +67,13 @@ def duration(value: Any) -> str:
     return NBSP.join(f"{n}{NBSP}{unit}" for n, unit in parts)
 
 
-def count(value: Any) -> str:
+def count(value: object) -> str:
     """A whole number with its digits grouped."""
     x = number(value)
     return NOT_MEASURED if x is None else f"{x:,.0f}".replace(",", "\u202f")
 
 
-def parameters(value: Any) -> str:
+def parameters(value: object) -> str:
     """A number of weights: 6.0M, 7.2B."""
     x = number(value)
     if x is None:
@@ -91,7 +84,7 @@ def parameters(value: Any) -> str:
     return f"{x:.0f}"
 
 
-def spread(values: list[float], show: Any) -> str:
+def spread(values: Sequence[float], show: Format) -> str:
     """Least and greatest of several values, each by the formatter ``show``; empty for fewer than two."""
     if len(values) < 2:
         return ""
@@ -101,7 +94,12 @@ def spread(values: list[float], show: Any) -> str:
     return f"{number_part if same_unit else low}–{high}"
 
 
-def ratio(part: Any, whole: Any) -> float | None:
+def ratio(part: object, whole: object) -> float | None:
     """A quotient, None when one side is missing or the divisor zero."""
     a, b = number(part), number(whole)
     return a / b if a is not None and b else None
+
+
+def plain(text: str) -> str:
+    """A figure for a terminal, which may know no more than ASCII: ``4.1e-4``."""
+    return text.replace("×10", "e").translate(_ASCII)

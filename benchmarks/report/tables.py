@@ -1,0 +1,303 @@
+"""The report's tables, as finished text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ... import formats as show
+from ...formats import NOT_MEASURED
+from ...proof import METRICS, Benchmark, BenchSettings, Figure, Hop, Host, Metric, ModelQuality, Parity, Quality
+from ...results import MadeArtifact, StageTime
+from .charts import MODELS
+
+_COLUMNS = 6
+"""Most artifacts side by side: what a printed page holds."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, small below it the range of what it was made of, and why it is missing where it is."""
+
+    text: str
+    range: str = ""
+    reason: str = ""
+
+
+_MISSING = Cell(NOT_MEASURED)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table."""
+
+    title: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A line a figure or a hop, a column a model or a figure."""
+
+    columns: Sequence[str]
+    rows: Sequence[Row]
+
+
+# --- teacher, student, baseline ---------------------------------------------------------------------------------------
+
+
+def kept_share(model: ModelQuality | None, teacher: ModelQuality | None) -> float | None:
+    """Share of the teacher's next-token accuracy."""
+    return show.ratio(model and model.next_token_accuracy, teacher and teacher.next_token_accuracy)
+
+
+def model_table(quality: Quality, seeds: Sequence[Quality]) -> Table:
+    """Teacher, student and baseline side by side; the small line below a figure is its range over seeds."""
+    models = quality.models()
+    kept = Row("… of the teacher's", [Cell(show.percent(kept_share(m, quality.teacher))) for m in models.values()])
+    rows = [
+        _model_row("parameters", models, []),
+        _model_row("next_token_accuracy", models, seeds),
+        *([kept] if models else []),
+        _model_row("perplexity", models, seeds),
+        _model_row("kl_to_teacher", models, seeds),
+        _model_row("top1_agreement_with_teacher", models, seeds),
+        _model_row("tokens", models, []),
+    ]
+    return Table([MODELS[name] for name in models], rows)
+
+
+def _model_row(key: str, models: dict[str, ModelQuality], seeds: Sequence[Quality]) -> Row:
+    metric = METRICS[key]
+    cells = []
+    for name, model in models.items():
+        by_seed = [getattr(of_seed, key) for seed in seeds if (of_seed := seed.models().get(name))]
+        of_itself = name == "teacher" and key.endswith("teacher")
+        text = "–" if of_itself else metric.text(getattr(model, key))
+        cells.append(Cell(text, show.spread([x for x in by_seed if x is not None], metric.text)))
+    return Row(metric.label(), cells)
+
+
+# --- hops -------------------------------------------------------------------------------------------------------------
+
+
+def ledger_table(hops: Sequence[Hop]) -> Table:
+    """One line a hop; the small line below a figure is its 95 % interval."""
+    keys = ("bits_per_weight", "kl_mean", "top1", "perplexity_from", "perplexity_to")
+    rows = []
+    for hop in hops:
+        bits = METRICS["bits_per_weight"].text(hop.bits_per_weight) if hop.bits_per_weight else "–"
+        cells = [
+            Cell(bits),
+            _with_interval("kl_mean", hop.kl_mean, hop.kl_ci95),
+            _with_interval("top1", hop.top1, hop.top1_ci95),
+            _with_interval("perplexity_from", hop.perplexity_from, None),
+            _with_interval("perplexity_to", hop.perplexity_to, hop.perplexity_to_ci95),
+        ]
+        rows.append(Row(f"{hop.start} → {hop.end}", cells))
+    return Table([METRICS[key].label() for key in keys], rows)
+
+
+def _with_interval(key: str, value: float | None, interval: Sequence[float] | None) -> Cell:
+    metric = METRICS[key]
+    return Cell(metric.text(value), show.spread(interval or [], metric.text))
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether an artifact passed, in words."""
+
+    text: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one subject."""
+
+    title: str
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class ArtifactTable:
+    """A column an artifact: target and recipe, its gate, its figures."""
+
+    columns: Sequence[tuple[str, str]]
+    gates: Sequence[Gate]
+    groups: Sequence[Group]
+
+
+def artifact_tables(artifacts: Sequence[MadeArtifact]) -> list[ArtifactTable]:
+    """Tables of nearly equal width, each of which fits a printed page."""
+    parts = -(-len(artifacts) // _COLUMNS)
+    width = -(-len(artifacts) // max(1, parts))
+    return [_artifact_table(artifacts[i : i + width]) for i in range(0, len(artifacts), max(1, width))]
+
+
+def _artifact_table(artifacts: Sequence[MadeArtifact]) -> ArtifactTable:
+    groups = [
+        Group("Size", _size_rows(artifacts)),
+        Group("Against the fp32 student", _parity_rows(artifacts)),
+        Group("Privacy", [Row("Audit", [Cell(_audit(a)) for a in artifacts])]),
+        Group("Speed", _speed_rows(artifacts)),
+        Group("Memory and energy", _memory_rows(artifacts)),
+    ]
+    return ArtifactTable([a.column for a in artifacts], [_gate(a) for a in artifacts], groups)
+
+
+def _gate(artifact: MadeArtifact) -> Gate:
+    if not artifact.was_judged:
+        return Gate(NOT_MEASURED, "missing")
+    return Gate("failed", "gate-failed") if artifact.failures else Gate("passed", "passed")
+
+
+def _size_rows(artifacts: Sequence[MadeArtifact]) -> list[Row]:
+    size, bits = METRICS["size_bytes"], METRICS["bits_per_weight"]
+    return [
+        Row(size.label(), [Cell(size.text(a.size_bytes)) for a in artifacts]),
+        Row(bits.label(), [Cell(bits.text(a.manifest.bits_per_weight)) for a in artifacts]),
+    ]
+
+
+def _parity_rows(artifacts: Sequence[MadeArtifact]) -> list[Row]:
+    parities = [a.manifest.parity for a in artifacts]
+    tokens = [parity.tokens if parity else None for parity in parities]
+    keys = ("kl_mean", "kl_p99", "top1_agreement", "perplexity_artifact", "perplexity_ratio")
+    return [
+        Row("Run by", [Cell(_run_by(a)) for a in artifacts]),
+        *(Row(METRICS[key].label(), [_parity_cell(METRICS[key], parity) for parity in parities]) for key in keys),
+        Row("Token ids identical", [_identical(t.strings_identical, t.strings) if t else _MISSING for t in tokens]),
+        Row("Chats identical", [_identical(t.chats_identical, t.chats) if t else _MISSING for t in tokens]),
+    ]
+
+
+def _parity_cell(metric: Metric, parity: Parity | None) -> Cell:
+    if not parity:
+        return _MISSING
+    figure = parity.figure(metric.key)
+    return Cell(metric.text(figure.value), reason=figure.reason or "")
+
+
+def _run_by(artifact: MadeArtifact) -> str:
+    """Its own runtime, or the module that stood in."""
+    if not (parity := artifact.manifest.parity):
+        return NOT_MEASURED
+    return (parity.stand_in or "").partition(",")[0] or artifact.manifest.runtime
+
+
+def _identical(same: int, total: int) -> Cell:
+    return Cell(f"{same} of {total}") if total else _MISSING
+
+
+def _audit(artifact: MadeArtifact) -> str:
+    """The verdict of the privacy audit, and the first thing behind it."""
+    if not (audit := artifact.manifest.audit):
+        return NOT_MEASURED
+    reasons = audit.failures or audit.not_checked
+    return ": ".join([audit.status, *reasons[:1]])
+
+
+def _speed_rows(artifacts: Sequence[MadeArtifact]) -> list[Row]:
+    timed = [a.manifest.benchmark or Benchmark() for a in artifacts]
+    ttft, prefill = [b.ttft_s for b in timed], [b.prefill_tokens_per_s for b in timed]
+    return [
+        _figure_row("load_s", [b.load_s for b in timed]),
+        *_rows_by_prompt("ttft_s", ttft),
+        *_rows_by_prompt("prefill_tokens_per_s", prefill),
+        _figure_row("decode_tokens_per_s", [b.decode_tokens_per_s for b in timed]),
+        _figure_row("inter_token_p50_s", [b.inter_token_p50_s for b in timed]),
+        _figure_row("inter_token_p95_s", [b.inter_token_p95_s for b in timed]),
+        _figure_row("decode_roofline_fraction", [b.decode_roofline_fraction for b in timed]),
+    ]
+
+
+def _memory_rows(artifacts: Sequence[MadeArtifact]) -> list[Row]:
+    timed = [a.manifest.benchmark or Benchmark() for a in artifacts]
+    return [
+        _figure_row("peak_rss_bytes", [b.peak_rss_bytes for b in timed]),
+        _figure_row("bytes_per_token", [b.bytes_per_token for b in timed]),
+        _figure_row("energy_j_per_token", [b.energy_j_per_token for b in timed]),
+    ]
+
+
+def _rows_by_prompt(key: str, figures: Sequence[dict[str, Figure]]) -> Iterator[Row]:
+    """A row for each length of a prompt; one without, where nothing was timed."""
+    for length in sorted(set().union(*figures), key=int) or [""]:
+        yield _figure_row(key, [by_length.get(length) for by_length in figures], length)
+
+
+def _figure_row(key: str, figures: Sequence[Figure | None], prompt_tokens: str = "") -> Row:
+    metric = METRICS[key]
+    cells = [
+        Cell(metric.text(f.value), show.spread(f.samples, metric.text), f.reason or "") if f else _MISSING
+        for f in figures
+    ]
+    return Row(metric.label(prompt_tokens), cells)
+
+
+# --- how it was made --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """Where a figure of the benchmarks comes from, and how many samples are behind each."""
+
+    key: str
+    source: str
+    samples: str
+
+
+def source_table(artifacts: Sequence[MadeArtifact]) -> list[SourceRow]:
+    """Every figure of the benchmarks."""
+    found: dict[str, list[Figure]] = {}
+    for artifact in artifacts:
+        for key, value in artifact.manifest.benchmark or ():
+            figures = [value] if isinstance(value, Figure) else value.values() if isinstance(value, dict) else []
+            found.setdefault(key, []).extend(figures)
+    return [_source_row(key, figures) for key, figures in found.items() if figures]
+
+
+def _source_row(key: str, figures: Sequence[Figure]) -> SourceRow:
+    known = [figure for figure in figures if figure.value is not None]
+    counts = sorted({len(figure.samples) for figure in known})
+    named = ", ".join(sorted({str(figure.source) for figure in known})) or NOT_MEASURED
+    return SourceRow(key, named, "–".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "–")
+
+
+def machine_table(artifacts: Sequence[MadeArtifact]) -> list[tuple[str, str]]:
+    """The machine and the settings of the first benchmark."""
+    timed = next((a.manifest.benchmark for a in artifacts if a.manifest.benchmark), None)
+    return [*_machine_rows(timed.machine), *_settings_rows(timed.settings)] if timed else []
+
+
+def _machine_rows(machine: Host) -> list[tuple[str, str]]:
+    return [
+        ("CPU", machine.cpu or NOT_MEASURED),
+        ("Cores", show.count(machine.cores)),
+        ("Logical cores", show.count(machine.logical_cores)),
+        ("RAM", show.size(machine.ram_bytes)),
+        ("System", machine.os or NOT_MEASURED),
+        ("Last-level cache", show.size(machine.last_level_cache_bytes)),
+        ("Load average before", show.significant(machine.load_average_1min)),
+    ]
+
+
+def _settings_rows(settings: BenchSettings) -> list[tuple[str, str]]:
+    return [
+        ("Threads", show.count(settings.threads)),
+        ("Tokens decoded", show.count(settings.decode_tokens)),
+        ("Runs, a process each", show.count(settings.runs)),
+        ("Warm-up", settings.warm_up or NOT_MEASURED),
+    ]
+
+
+def stage_table(stages: Sequence[StageTime]) -> list[tuple[str, str]]:
+    """Stages with the time that each took when it was done, and the sum."""
+    if not stages:
+        return []
+    rows = [(stage.name, show.duration(stage.seconds)) for stage in stages]
+    return [*rows, ("all", show.duration(sum(stage.seconds for stage in stages)))]

@@ -1,0 +1,378 @@
+"""What is proved of a model or an artifact: every figure typed, and the one table that says what each of them is.
+
+A figure that is not known is null and says why; it is never zero. What stands in manifests, ledgers and ``--json`` are
+these models as JSON; those that an earlier version wrote are read as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from . import formats as show
+from .formats import NOT_MEASURED
+
+Source = Annotated[str, Field(pattern=r"^(measured|computed|estimated|predicted):.")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+"""Low and high of a 95 % interval."""
+
+
+class _Proof(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+# --- one figure -------------------------------------------------------------------------------------------------------
+
+
+class Figure(_Proof):
+    """A number, where it comes from, and the raw samples it was made of; or the reason why there is none."""
+
+    value: float | None
+    unit: str | None = None
+    """None: written before units were."""
+    source: Source | None = None
+    samples: list[float] = []
+    reason: str | None = None
+    """Why the value is null."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unknown(cls, given: object) -> object:
+        """Earlier versions wrote null in place of a figure."""
+        return {"value": None, "reason": NOT_MEASURED} if given is None else given
+
+    @model_validator(mode="after")
+    def _is_known_or_says_why_not(self) -> Self:
+        if self.value is None and not self.reason:
+            raise ValueError("a figure that is null has a reason")
+        if self.value is not None and not self.source:
+            raise ValueError("a figure has a source")
+        return self
+
+
+class Energy(Figure):
+    """Joules a token. Nothing reads an energy counter yet; what one tells beside it belongs here."""
+
+
+def figure(key: str, value: float, source: str, samples: Sequence[float] = ()) -> Figure:
+    """A figure of the table below."""
+    return Figure(value=value, unit=METRICS[key].unit, source=source, samples=list(samples))
+
+
+_UNKNOWN = Figure(value=None, reason=NOT_MEASURED)
+
+
+# --- an artifact against its reference --------------------------------------------------------------------------------
+
+
+class Position(_Proof):
+    """A place in the held-out windows."""
+
+    window: int
+    token: int
+
+
+class Comparison(_Proof):
+    """How far one model's logits are from another's: KL(reference || other) in nats per token."""
+
+    windows: int
+    window_tokens: int
+    unusable_positions: int
+    """Where the logits are not numbers, or give a KL without bound; the means leave them out."""
+    kl_mean: float | None = None
+    kl_mean_ci95: Interval | None = None
+    kl_p50: float | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    kl_max_at: Position | None = None
+    perplexity_reference: float | None = None
+    perplexity_artifact: float | None = None
+    perplexity_artifact_ci95: Interval | None = None
+    perplexity_ratio: float | None = None
+    top1_agreement: Share | None = None
+    top1_agreement_ci95: Interval | None = None
+    logit_max_abs_difference: float | None = None
+    logit_mean_abs_difference: float | None = None
+    source: Source = "measured:logits"
+    samples: dict[str, list[float]] = {}
+    """Of each window, by the figure that is made of them."""
+    reasons: dict[str, str] = {}
+    """Why a figure is null."""
+
+    def figure(self, key: str) -> Figure:
+        """One of the numbers above with all that is known of it."""
+        value, unit = getattr(self, key), METRICS[key].unit
+        if value is None:
+            return Figure(value=None, unit=unit, reason=self.reasons.get(key, NOT_MEASURED))
+        return Figure(value=value, unit=unit, source=self.source, samples=self.samples.get(key, []))
+
+
+class QuantizedComparison(Comparison):
+    """A quantized student against the student."""
+
+    recipe: str
+    method: str
+    bits_per_weight: float
+
+
+TextKind = Literal["string", "chat", "round trip"]
+Read = list[int] | str
+"""Ids; of a round trip a text; or a complaint."""
+
+
+class TokenDifference(_Proof):
+    """A text that the runtime reads otherwise than the reference tokenizer."""
+
+    kind: TextKind
+    text: str
+    expected: Read
+    runtime: Read
+
+
+class TokenCheck(_Proof):
+    """The runtime's tokenizer against the reference's."""
+
+    differences: list[TokenDifference] = []
+    """The first few."""
+    strings: int
+    strings_identical: int
+    chats: int
+    chats_identical: int
+    chats_refused: int | None = None
+    """By both; not among ``chats``."""
+    round_trips: int
+    round_trips_identical: int
+
+
+class ChunkedPrefill(_Proof):
+    """A prompt fed in pieces against token by token."""
+
+    max_abs_difference: float | None
+    argmax_equal: Share
+    argmax_equal_or_tied: Share
+
+
+class Parity(Comparison):
+    """An artifact, run by its runtime, against the student."""
+
+    greedy_tokens: int | None = None
+    greedy_prompts: int | None = None
+    first_diverging_token: int | None = None
+    """Null where none differs."""
+    first_diverging_token_by_prompt: list[int | None] = []
+    chunked_prefill: dict[str, ChunkedPrefill] = {}
+    """By the size of the pieces, ``all`` for one."""
+    stand_in: str | None = None
+    """What ran the artifact where its own runtime cannot."""
+    tokens: TokenCheck | None = None
+    runtime: Comparison | None = None
+    """Against the quantized student it was packed from: what the runtime alone costs."""
+    failures: list[str] | None = None
+    """What missed its gate, a sentence each; None: not judged."""
+
+
+# --- an artifact against the clock ------------------------------------------------------------------------------------
+
+
+class BenchSettings(_Proof):
+    """What was run."""
+
+    threads: int | None = None
+    prompt_tokens: list[int] = []
+    decode_tokens: int | None = None
+    decode_after_tokens: int | None = None
+    runs: int | None = None
+    warm_up: str | None = None
+    bandwidth_buffer_bytes: int | None = None
+    torch_in_process: bool | None = None
+
+
+class Host(_Proof):
+    """The machine that figures belong to, and how busy it was."""
+
+    cpu: str | None = None
+    cores: int | None = None
+    logical_cores: int | None = None
+    last_level_cache_bytes: int | None = None
+    ram_bytes: int | None = None
+    os: str | None = None
+    architecture: str | None = None
+    python: str | None = None
+    load_average_1min: float | None = None
+
+
+class Benchmark(_Proof):
+    """Medians over fresh processes; what depends on the prompt stands by its length in tokens."""
+
+    settings: BenchSettings = BenchSettings()
+    machine: Host = Host()
+    load_s: Figure = _UNKNOWN
+    tokenize_s: dict[str, Figure] = {}
+    ttft_s: dict[str, Figure] = {}
+    prefill_tokens_per_s: dict[str, Figure] = {}
+    decode_tokens_per_s: Figure = _UNKNOWN
+    inter_token_s: Figure = _UNKNOWN
+    sampling_s: Figure = _UNKNOWN
+    inter_token_p50_s: Figure = _UNKNOWN
+    inter_token_p95_s: Figure = _UNKNOWN
+    peak_rss_bytes: Figure = _UNKNOWN
+    rss_before_load_bytes: Figure = _UNKNOWN
+    bandwidth_bytes_per_s: Figure = _UNKNOWN
+    bytes_per_token: Figure = _UNKNOWN
+    decode_roofline_fraction: Figure = _UNKNOWN
+    energy_j_per_token: Energy = Energy(value=None, unit="J per token", reason="no energy counter was read")
+
+
+class Audit(_Proof):
+    """What an artifact did to a machine when it ran there: ``edgekd audit``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: Literal["passed", "failed", "not checked"]
+    failures: list[str]
+    """What it must not do: sockets, files written and files read, by name."""
+    not_checked: list[str]
+    """What could not be checked there, and why."""
+    opened: dict[str, int]
+    """Number of files read, by whose they are: ``artifact``, ``interpreter``, ``system``, ``temporary``, ``other``."""
+    opened_outside: list[str]
+    """Those that are neither the artifact's nor the interpreter's; ``~``, ``TMPDIR`` and ``.`` were the run's own."""
+    written: list[str]
+    sockets: list[str]
+
+
+# --- a model against held-out text ------------------------------------------------------------------------------------
+
+
+class Evaluation(_Proof):
+    """How well a model foresees held-out text. Losses and KL in nats per token."""
+
+    loss: float
+    perplexity: float
+    next_token_accuracy: Share
+    tokens: int
+    kl_to_teacher: float | None = None
+    top1_agreement_with_teacher: Share | None = None
+
+
+class ModelQuality(Evaluation):
+    """An evaluation, and the model's size."""
+
+    parameters: int
+
+
+class Quality(_Proof):
+    """What was trained with one seed, beside the teacher where that was measured."""
+
+    teacher: ModelQuality | None = None
+    student: ModelQuality | None = None
+    baseline: ModelQuality | None = None
+    """Trained on labels alone."""
+
+    def models(self) -> dict[str, ModelQuality]:
+        """Those that were measured, by their name."""
+        named = (("teacher", self.teacher), ("student", self.student), ("baseline", self.baseline))
+        return {name: model for name, model in named if model}
+
+
+class SeedQuality(Quality):
+    """The same, of one of several seeds."""
+
+    seed: int
+
+
+class Hop(_Proof):
+    """A row of the ledger: KL(start || end) in nats per token."""
+
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
+
+    start: str = Field(alias="from")
+    end: str = Field(alias="to")
+    bits_per_weight: float | None = None
+    """Of what stands at the end."""
+    kl_mean: float | None = None
+    kl_ci95: Interval | None = None
+    top1: Share | None = None
+    top1_ci95: Interval | None = None
+    perplexity_from: float | None = None
+    perplexity_to: float | None = None
+    perplexity_to_ci95: Interval | None = None
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+_UNITS_IN_THE_TEXT = ("bytes", "s", "share")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a figure is, for the console, the report, gates and whatever compares two runs."""
+
+    key: str
+    title: str
+    unit: str
+    """As it is stored; empty for a plain number."""
+    text: show.Format
+    """The value as people read it; sizes, times and shares with their unit."""
+    better: Literal["lower", "higher"] | None = None
+    gate: str | None = None
+    """The threshold of a gate on it: a key of ``spec.Thresholds``."""
+
+    def label(self, prompt_tokens: str = "") -> str:
+        """Title, length of the prompt if the figure depends on it, and the unit that the text lacks."""
+        length = f" at {prompt_tokens} tokens" if prompt_tokens else ""
+        unit = f", {self.unit}" if self.unit and self.unit not in _UNITS_IN_THE_TEXT else ""
+        return f"{self.title}{length}{unit}"
+
+
+def _digits(count: int) -> show.Format:
+    return partial(show.significant, digits=count)
+
+
+_SHARE_2 = partial(show.percent, decimals=2)
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        # a model
+        Metric("parameters", "Parameters", "", show.parameters, "lower"),
+        Metric("next_token_accuracy", "Next-token accuracy", "share", show.percent, "higher"),
+        Metric("perplexity", "Perplexity", "", _digits(4), "lower"),
+        Metric("kl_to_teacher", "KL to the teacher", "nats", show.significant, "lower"),
+        Metric("top1_agreement_with_teacher", "Same top token as the teacher", "share", show.percent, "higher"),
+        Metric("tokens", "Test tokens", "", show.count),
+        # a hop of the ledger, and an artifact's parity
+        Metric("kl_mean", "KL mean", "nats", show.significant, "lower", "kl_mean_max"),
+        Metric("kl_p99", "KL p99", "nats", show.significant, "lower", "kl_p99_max"),
+        Metric("top1_agreement", "Same top token", "share", _SHARE_2, "higher", "top1_min"),
+        Metric("top1", "Same top token", "share", _SHARE_2, "higher"),
+        Metric("perplexity_artifact", "Perplexity", "", _digits(4), "lower"),
+        Metric("perplexity_ratio", "Perplexity ratio", "", _digits(5), "lower", "perplexity_ratio_max"),
+        Metric("perplexity_from", "Perplexity before", "", _digits(5), "lower"),
+        Metric("perplexity_to", "after", "", _digits(5), "lower"),
+        # an artifact's size
+        Metric("size_bytes", "On disk", "bytes", show.size, "lower"),
+        Metric("bits_per_weight", "Bits per weight", "", show.significant, "lower"),
+        # its benchmark
+        Metric("load_s", "Load", "s", show.duration, "lower"),
+        Metric("tokenize_s", "Tokenize", "s", show.duration, "lower"),
+        Metric("ttft_s", "TTFT", "s", show.duration, "lower"),
+        Metric("prefill_tokens_per_s", "Prefill", "tok/s", show.significant, "higher"),
+        Metric("decode_tokens_per_s", "Decode", "tok/s", show.significant, "higher"),
+        Metric("inter_token_s", "Inter-token", "s", show.duration, "lower"),
+        Metric("inter_token_p50_s", "Inter-token p50", "s", show.duration, "lower"),
+        Metric("inter_token_p95_s", "Inter-token p95", "s", show.duration, "lower"),
+        Metric("sampling_s", "Sampling", "s", show.duration, "lower"),
+        Metric("decode_roofline_fraction", "Decode of roofline", "share", partial(show.percent, decimals=0), "higher"),
+        Metric("peak_rss_bytes", "Peak RSS", "bytes", show.size, "lower"),
+        Metric("rss_before_load_bytes", "RSS before load", "bytes", show.size),
+        Metric("bandwidth_bytes_per_s", "Read bandwidth", "bytes/s", show.significant),
+        Metric("bytes_per_token", "Read per token", "bytes", show.size, "lower"),
+        Metric("energy_j_per_token", "Energy", "J per token", show.significant, "lower"),
+    )
+}
