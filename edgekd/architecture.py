@@ -78,7 +78,7 @@ class Decoder(BaseModel):
     bos_token_id: Id | list[Id] | None = None
     eos_token_id: Id | list[Id] | None = None
     pad_token_id: Id | list[Id] | None = None
-    quantization_config: dict[str, Any] | None = None
+    quantization_config: dict[str, object] | None = None
     transformers_weights: str | None = None
     num_labels: Count | None = None
 
@@ -356,7 +356,7 @@ def _seen(layer: Attention | None, context_length: int) -> int:
     return 0 if layer is None else min(context_length, layer.window or context_length)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, object]:
     """A ``config.json`` as it stands, once it has been checked.
 
     Raises:
@@ -367,7 +367,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_decoder(config: Mapping[str, Any], subject: str = "config.json") -> Decoder:
+def read_decoder(config: Mapping[str, object], subject: str = "config.json") -> Decoder:
     """Check a ``config.json`` and read it.
 
     Args:
@@ -397,7 +397,7 @@ def _names(model_type: Any) -> dict[str, str]:
     return {key: aliases.get(key, key) for key in Decoder.model_fields}
 
 
-def _defaults(model_type: Any) -> dict[str, Any]:
+def _defaults(model_type: Any) -> dict[str, object]:
     """The numbers and switches that a model class takes where the file is silent. The ids are never among them: those
     of a class are another vocabulary's."""
     kind, names = _class(model_type), _names(model_type)
@@ -412,7 +412,7 @@ def _class(model_type: Any) -> Any:
     return CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
 
 
-def read_architecture(config: Mapping[str, Any], subject: str = "config.json") -> Architecture:
+def read_architecture(config: Mapping[str, object], subject: str = "config.json") -> Architecture:
     """Check a ``config.json`` and read it, by the reader of its ``model_type``. A family that ``FAMILIES`` lacks is
     read as a Llama, for estimates.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .architecture import EMBEDDING, HEAD, Architecture, Decoder, read_architecture, read_config, read_decoder
 from .errors import EdgekdError
@@ -57,7 +57,7 @@ class Checkpoint:
     beside: str = ""
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """``config.json``, checked. A tie of head and embedding that the weights contradict is no tie.
 
         Raises:
@@ -67,7 +67,7 @@ class Checkpoint:
         return {**self._config, "tie_word_embeddings": False} if broken else self._config
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> dict[str, object]:
         return read_config(self._file("config.json"))
 
     @cached_property

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from .errors import EdgekdError
 
@@ -29,7 +29,7 @@ MOST_MEMORY_BYTES = 512 * 2**20
 MOST_CHARACTERS = 2**24
 """Of a rendered chat: several times what the longest context holds."""
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 Span = tuple[int, int]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -68,8 +68,8 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = False,
     ) -> Rendered:
         """A chat as transformers' ``apply_chat_template`` renders it.
@@ -113,7 +113,7 @@ def text_ids(session: Session, contract: Contract, text: str) -> list[int]:
     return session.tokenize(text)[: int(contract.add_bos)] + chat_ids(session, contract, text)
 
 
-def _as_template_reads(message: Message) -> dict[str, Any]:
+def _as_template_reads(message: Message) -> dict[str, object]:
     """A message less its empty keys, its reasoning under every name that templates read it by."""
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
@@ -121,6 +121,14 @@ def _as_template_reads(message: Message) -> dict[str, Any]:
 
 
 # --- the caller's side ------------------------------------------------------------------------------------------------
+
+
+class _Answer(TypedDict, total=False):
+    """What the process says: why it does not render, or the text."""
+
+    refused: str
+    text: str
+    generated: list[Span]
 
 
 class _Worker:
@@ -131,7 +139,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, request: Mapping[str, object]) -> _Answer:
         """The answer to one request.
 
         Raises:

@@ -181,7 +181,7 @@ def _sync(path: Path) -> None:
 SEAL = "sha256"
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+def write_sealed(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON object together with the digest of itself, by which ``read_sealed`` sees damage."""
     plain = json.loads(json.dumps(value))  # as it will be read: every key a string
     write_json(path, {**plain, SEAL: digest(plain)})
@@ -219,7 +219,7 @@ def inside(folder: Path, name: str, error: type[EdgekdError] = EdgekdError) -> P
     return path
 
 
-def read_json(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = "Save it again.") -> dict[str, Any]:
+def read_json(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = "Save it again.") -> dict[str, object]:
     """The object in a JSON file that may be damaged or hostile.
 
     Raises:
@@ -239,7 +239,9 @@ def read_json(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = 
     return value
 
 
-def read_sealed(path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = "Save it again.") -> dict[str, Any]:
+def read_sealed(
+    path: Path, error: type[EdgekdError] = EdgekdError, remedy: str = "Save it again."
+) -> dict[str, object]:
     """What ``write_sealed`` wrote.
 
     Raises:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -91,7 +90,11 @@ def _flops_per_s(dtype: str) -> float:
 
 
 def training_cost(
-    student: Mapping[str, Any], teacher: Mapping[str, Any] | None, spec: TrainingSpec, context: int, machine: Machine
+    student: Mapping[str, object],
+    teacher: Mapping[str, object] | None,
+    spec: TrainingSpec,
+    context: int,
+    machine: Machine,
 ) -> Cost:
     """Cost of training: weights, gradients and two Adam moments in fp32, activations, logits, and the teacher."""
     arch, weights = read_architecture(student), read_architecture(student).parameters()
@@ -120,7 +123,7 @@ def with_measured_time(cost: Cost, speeds: Sequence[float], tokens_left: int) ->
     return replace(cost, seconds=tokens_left / statistics.median(speeds[-_RECENT_STEPS:]), source="measured:steps")
 
 
-def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: Machine) -> Cost:
+def inference_cost(configs: Sequence[Mapping[str, object]], tokens: int, machine: Machine) -> Cost:
     """Cost of running models in fp32 over ``tokens`` tokens each, in windows too short for attention to count."""
     archs = [read_architecture(config) for config in configs]
     logits = 2 * 2048 * max(arch.vocab_size for arch in archs)
@@ -132,7 +135,7 @@ def inference_cost(configs: Sequence[Mapping[str, Any]], tokens: int, machine: M
     )
 
 
-def calibration_cost(config: Mapping[str, Any], tokens: int, machine: Machine) -> Cost:
+def calibration_cost(config: Mapping[str, object], tokens: int, machine: Machine) -> Cost:
     """Cost of walking a model over calibration text one decoder layer at a time, some six passes over each, and of
     GPTQ's Hessians: the widest is square in the MLP's width."""
     arch = read_architecture(config)
@@ -146,7 +149,7 @@ def calibration_cost(config: Mapping[str, Any], tokens: int, machine: Machine) -
     )
 
 
-def export_cost(config: Mapping[str, Any], bits_per_weight: float) -> Cost:
+def export_cost(config: Mapping[str, object], bits_per_weight: float) -> Cost:
     """Cost of packing, one tensor in memory at a time; the largest is the embedding."""
     arch = read_architecture(config)
     size = int(arch.parameters() * bits_per_weight / 8)

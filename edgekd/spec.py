@@ -222,7 +222,7 @@ class TargetSpec(_Strict):
     context: Length | None = Field(None, description="Context length of the artifact; default: the student's.")
 
     @property
-    def own_keys(self) -> dict[str, Any]:
+    def own_keys(self) -> dict[str, object]:
         """The target's own keys that are not at their defaults."""
         return self.model_dump(mode="json", exclude=set(TargetSpec.model_fields), exclude_defaults=True)
 
@@ -350,13 +350,13 @@ def of_options(kind: type[M], **options: Any) -> M:
     return checked(kind, {name: value for name, value in options.items() if value is not None}, "the command line")
 
 
-def key_values(words: Sequence[str]) -> dict[str, Any]:
+def key_values(words: Sequence[str]) -> dict[str, object]:
     """What ``KEY=VALUE`` words say; a value is JSON, and else a word.
 
     Raises:
         SpecError: a word has no ``=``.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
@@ -368,7 +368,7 @@ def key_values(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def checked(kind: type[M], given: dict[str, Any], where: str) -> M:
+def checked(kind: type[M], given: dict[str, object], where: str) -> M:
     """A part of the spec from plain values.
 
     Args:
@@ -390,7 +390,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _explain(raw: dict[str, Any], error: ValidationError, model: type[BaseModel]) -> str:
+def _explain(raw: dict[str, object], error: ValidationError, model: type[BaseModel]) -> str:
     """One sentence for the first complaint, and a count of the rest."""
     # A mistyped key is both unknown and missing: the unknown one says more.
     complaints = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")

@@ -53,7 +53,7 @@ def read_yaml(path: Path, error: type[EdgekdError]) -> Any:
 def _build(events: Iterable[yaml.Event]) -> list[Any]:
     """The documents that events describe."""
     documents: list[Any] = []
-    open_values: list[list[Any] | dict[str, Any]] = [documents]
+    open_values: list[list[Any] | dict[str, object]] = [documents]
     keys: list[str | None] = [None]  # of each open value, the key that waits for its value
     for event in events:
         if isinstance(event, yaml.CollectionEndEvent):
@@ -78,7 +78,7 @@ def _build(events: Iterable[yaml.Event]) -> list[Any]:
     return documents
 
 
-def _key(event: yaml.Event, mapping: dict[str, Any]) -> str:
+def _key(event: yaml.Event, mapping: dict[str, object]) -> str:
     if not isinstance(event, yaml.ScalarEvent):
         raise _refusal(event, "a key is one word, not a list or mapping")
     _ = _value(event)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .architecture import FAMILIES, head_size, read_decoder
 from .checkpoint import EMBEDDING, Checkpoint
@@ -168,7 +168,11 @@ def check_model(folder: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def _fill(
-    checkpoint: Checkpoint, tensors: dict[str, Any], dtype: torch.dtype, device: str | None, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, object],
+    dtype: torch.dtype,
+    device: str | None,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """The model with these tensors, which transformers may take under other names of its own.
 
@@ -179,8 +183,8 @@ def _fill(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _check_plain(checkpoint)
-    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    trusted: dict[str, object] = {"trust_remote_code": trust_remote_code}
+    told: dict[str, object] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trusted)
@@ -213,12 +217,17 @@ def _check_plain(checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_whole(checkpoint: Checkpoint, said: Mapping[str, Any]) -> None:
-    """No weight may be left as it was made, none may be left over.
+class _LoadingInfo(TypedDict):
+    """What transformers says of the tensors it was given."""
 
-    Args:
-        said: transformers' loading information.
-    """
+    mismatched_keys: Collection[tuple[str, Sequence[int], Sequence[int]]]
+    missing_keys: Collection[str]
+    unexpected_keys: Collection[str]
+    error_msgs: Sequence[str]
+
+
+def _check_whole(checkpoint: Checkpoint, said: _LoadingInfo) -> None:
+    """No weight may be left as it was made, none may be left over."""
     remedy = "Save the model again, or check config.json against the weights."
     for name, found, expected in sorted(said["mismatched_keys"]):
         raise EdgekdError(
@@ -270,7 +279,7 @@ def generation_config(spec: StudentSpec, teacher_folder: Path, base: Path = Path
     return found
 
 
-def student_config(spec: StudentSpec, teacher: Mapping[str, Any], base: Path = Path()) -> dict[str, Any]:
+def student_config(spec: StudentSpec, teacher: Mapping[str, object], base: Path = Path()) -> dict[str, object]:
     """``config.json`` of the student that ``spec`` describes, without building it.
 
     Args:
@@ -287,7 +296,7 @@ def student_config(spec: StudentSpec, teacher: Mapping[str, Any], base: Path = P
     return config
 
 
-def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+def _transformers_config(config: Mapping[str, object]) -> PreTrainedConfig:
     """A ``config.json`` as transformers has it, once its own checks have passed."""
     from transformers import CONFIG_MAPPING
 
@@ -356,7 +365,7 @@ def kept_layers(teacher_layers: int, layers: int) -> list[int]:
     return [(2 * i * (teacher_layers - 1) + gaps) // (2 * gaps) for i in range(layers)]
 
 
-def _cut_config(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
+def _cut_config(spec: CutStudent, teacher: Mapping[str, object]) -> dict[str, object]:
     if "num_hidden_layers" not in teacher:
         raise SpecError("student.init: cut: the teacher's config.json has no num_hidden_layers.", "Use init: config.")
     layers = read_decoder(teacher).size("num_hidden_layers")
@@ -375,7 +384,7 @@ def _cut_config(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
     return config | _cut_layer_types(spec, teacher, layers) | _cut_widths(spec, teacher)
 
 
-def _cut_layer_types(spec: CutStudent, teacher: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def _cut_layer_types(spec: CutStudent, teacher: Mapping[str, object], layers: int) -> dict[str, object]:
     decoder = read_decoder(teacher)
     types = decoder.layer_types
     if types is None and decoder.use_sliding_window:
@@ -390,9 +399,9 @@ def _cut_layer_types(spec: CutStudent, teacher: Mapping[str, Any], layers: int) 
     return {"layer_types": [types[i] for i in kept_layers(layers, spec.layers)]}
 
 
-def _cut_widths(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
+def _cut_widths(spec: CutStudent, teacher: Mapping[str, object]) -> dict[str, object]:
     decoder = read_decoder(teacher)
-    widths: dict[str, int] = {}
+    widths: dict[str, object] = {}
     if spec.hidden_size is not None:
         hidden = decoder.size("hidden_size")
         if spec.hidden_size > hidden:
@@ -415,7 +424,7 @@ def _cut_widths(spec: CutStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
     return widths
 
 
-def _fresh_config(spec: ConfigStudent, teacher: Mapping[str, Any]) -> dict[str, Any]:
+def _fresh_config(spec: ConfigStudent, teacher: Mapping[str, object]) -> dict[str, object]:
     _check_heads(spec)
     decoder = read_decoder(teacher)
     rope = decoder.rope_parameters

@@ -42,7 +42,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
         }
 
-    def render_chat(self, template: Template, variables: dict[str, Any], now: datetime | None) -> str:
+    def render_chat(self, template: Template, variables: dict[str, object], now: datetime | None) -> str:
         """The text; ``generated`` then holds the marked characters."""
         self.now, self.characters, self.generated = now, 0, []
         pieces = []

@@ -37,7 +37,7 @@ def hard_texts(path: Path | None) -> list[str]:
     return [_PLAIN_TEXT, *(char * _RUN + "\x01" for char in list(chars)[:_MAX_STEPS])]
 
 
-def check_tokenizer_file(path: Path, error: type[EdgekdError] = EdgekdError) -> dict[str, Any]:
+def check_tokenizer_file(path: Path, error: type[EdgekdError] = EdgekdError) -> dict[str, object]:
     """Refuse a ``tokenizer.json`` that would take time or memory out of proportion; its content.
 
     Raises:
@@ -82,7 +82,7 @@ def run_trial(path: Path) -> None:
             tokenizer.decode(tokenizer.encode(text).ids)
 
 
-def read_tokenizer_file(path: Path, error: type[EdgekdError] = EdgekdError) -> tuple[Tokenizer, dict[str, Any]]:
+def read_tokenizer_file(path: Path, error: type[EdgekdError] = EdgekdError) -> tuple[Tokenizer, dict[str, object]]:
     """The tokenizers package's tokenizer, which pads and cuts nothing, and the file's content.
 
     Raises:
@@ -110,21 +110,21 @@ def tokenizer_errors(path: Path, error: type[EdgekdError] = EdgekdError) -> Iter
         raise error(f"{path}: the tokenizer fails: {reason!s:.200}.", "Use another tokenizer.") from reason
 
 
-def _steps(value: Any) -> list[dict[str, Any]]:
+def _steps(value: Any) -> list[dict[str, object]]:
     """Every object with a type, however deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     here = [value] if isinstance(value, dict) and "type" in value else []
     return here + [step for one in inner for step in _steps(one)]
 
 
-def _pattern(step: dict[str, Any]) -> str:
+def _pattern(step: dict[str, object]) -> str:
     """Its regular expression, if it has one."""
     pattern = step.get("pattern")
     expression = pattern.get("Regex") if isinstance(pattern, dict) else None
     return expression if isinstance(expression, str) else ""
 
 
-def _growth(step: dict[str, Any]) -> float:
+def _growth(step: dict[str, object]) -> float:
     """How many times as long a step makes a text, at most."""
     pattern, content = step.get("pattern"), step.get("content")
     if not isinstance(pattern, dict) or not isinstance(content, str):

@@ -15,7 +15,7 @@ from contextlib import suppress
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from ..errors import BadArtifact, SpecError
 from ..files import digest
@@ -163,7 +163,7 @@ def stand_in(target: str) -> str | None:
     return found
 
 
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: TargetSpec) -> None:
+def check(config: Mapping[str, object], tokenizer_folder: Path, spec: TargetSpec) -> None:
     """Refuse, before any work, a model that the target cannot hold.
 
     Args:

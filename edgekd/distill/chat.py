@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..conversation import ChatTemplate, Rendered, Span, TemplateRefused
 
@@ -31,8 +31,8 @@ class Unusable(Exception):
 class Chat:
     """A chat of the training data."""
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    messages: list[dict[str, object]]
+    tools: list[dict[str, object]] | None = None
     """JSON schemas of the tools that the assistant may call."""
 
     @property
@@ -67,7 +67,7 @@ class ChatReader:
         messages = chat.messages
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and any(m.get(key) for key in _GIVEN)]
         if not turns:
-            roles = ", ".join(sorted({message["role"] for message in messages}))
+            roles = ", ".join(sorted({str(message["role"]) for message in messages}))
             raise Unusable(f"no turn of the role assistant says anything (roles: {roles})")
         try:
             text, marked = self._render(chat, messages)
@@ -85,13 +85,13 @@ class ChatReader:
 
     @cached_property
     def _wants_lists(self) -> bool:
-        probe = [{"role": "user", "content": _SENTINEL}]
+        probe: list[dict[str, object]] = [{"role": "user", "content": _SENTINEL}]
         try:
             return _SENTINEL not in self._render(Chat(probe), probe).text
         except TemplateRefused:
             return False
 
-    def _render(self, chat: Chat, messages: Sequence[dict[str, Any]], prompt: bool = False) -> Rendered:
+    def _render(self, chat: Chat, messages: Sequence[dict[str, object]], prompt: bool = False) -> Rendered:
         template = ChatTemplate(
             self._tokenizer.get_chat_template(tools=chat.tools), self._tokenizer.special_tokens_map, TRAINING_TIME
         )
@@ -135,7 +135,7 @@ class ChatReader:
         return len(prompt), len(bare if bare.endswith(self._endings) else whole)
 
 
-def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+def _with_text(message: dict[str, object]) -> dict[str, object]:
     """The message with a content of text parts alone as one text."""
     parts = message.get("content")
     if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):

@@ -6,16 +6,18 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import EdgekdError
 from ..files import atomic_folder, file_sha256, read_sealed, remove, sweep, write_sealed, write_text
+from ..manifest import first_complaint
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,19 +37,29 @@ class Event:
         return json.dumps({"event": self.event, "step": self.step, "steps": self.steps, **self.figures}) + "\n"
 
 
-@dataclass
-class Progress:
+class Progress(BaseModel):
     """How far a run is, and the best it has seen."""
+
+    model_config = ConfigDict(extra="forbid")
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    validation: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, int | float] = {}
     best_loss: float | None = None
-    best_validation: dict[str, float] = field(default_factory=dict)
+    best_validation: dict[str, int | float] = {}
     best_step: int = 0
     validations_without_gain: int = 0
     stopped: bool = False
+
+
+class _Sealed(BaseModel):
+    """``progress.json``."""
+
+    key: str
+    files: dict[str, str]
+    """sha256 of the tensor files."""
+    progress: Progress
 
 
 def save_checkpoint(
@@ -71,7 +83,7 @@ def save_checkpoint(
         if best is not None:
             save_file(best, folder / "best.safetensors")
         files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-        write_sealed(folder / "progress.json", {"key": key, "files": files, "progress": asdict(progress)})
+        write_sealed(folder / "progress.json", {"key": key, "files": files, "progress": progress.model_dump()})
     for older in _checkpoints(work_dir):
         if older != final:
             remove(older)
@@ -110,13 +122,16 @@ def _read_checkpoint(folder: Path) -> tuple[str, Progress, dict[str, dict[str, T
     sealed = read_sealed(folder / "progress.json")
     states = {}
     try:
-        for name, expected in sealed["files"].items():
+        told = _Sealed.model_validate(sealed)
+        for name, expected in told.files.items():
             if file_sha256(folder / name) != expected:
                 raise EdgekdError(f"{folder / name}: is not what was written.")
             states[Path(name).stem] = load_file(folder / name)
-        return sealed["key"], Progress(**sealed["progress"]), states
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except ValidationError as error:
+        raise EdgekdError(f"{folder}: damaged ({first_complaint(error)}).") from error
+    except (OSError, SafetensorError) as error:
         raise EdgekdError(f"{folder}: damaged ({error}).") from error
+    return told.key, told.progress, states
 
 
 def drop_checkpoints(work_dir: Path) -> None:

@@ -80,7 +80,7 @@ def prepare(
     seed: int,
     base: Path,
     on_progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write ``train.safetensors``, ``validation.safetensors`` and ``test.safetensors`` into ``out_dir``.
 
     Documents are joined by the end-of-text id and cut to windows of ``spec.context`` tokens; the rest of a split
@@ -107,19 +107,20 @@ def prepare(
         raise SpecError("data.chat: the teacher's tokenizer has no chat template.", "Add chat_template.jinja to it.")
     skips: Counter[str] = Counter()
     packers = {split: _Packer(tokenizer, spec, skips) for split in SPLITS}
-    figures: dict[str, Any] = {"not_utf8_skipped": 0, "duplicates_dropped": 0}
+    dropped = Counter(not_utf8_skipped=0, duplicates_dropped=0)
+    figures: dict[str, object] = {}
     if spec.source == "stdlib":
         corpus = stdlib_corpus(spec.include_tests)
         figures |= corpus.stats
         parts: Iterable[tuple[str, Document]] = ((s, text) for s in SPLITS for text in getattr(corpus, s))
     else:
-        parts = _split(_documents(spec, base, figures, skips), spec, seed, figures)
+        parts = _split(_documents(spec, base, dropped, skips), spec, seed, dropped)
     for count, (split, document) in enumerate(parts, 1):
         packers[split].add(document)
         if on_progress and count % _BATCH_DOCUMENTS == 0:
             on_progress(count)
     windows = {split: packer.windows() for split, packer in packers.items()}
-    figures |= _skipped(skips, sum(packer.documents for packer in packers.values()), spec)
+    figures = {**dropped, **figures} | _skipped(skips, sum(packer.documents for packer in packers.values()), spec)
     for split, packer in packers.items():
         figures[f"{split}_documents"], figures[f"{split}_tokens"] = packer.documents, packer.tokens
         figures[f"{split}_bytes"], figures[f"{split}_windows"] = packer.bytes, len(windows[split][0])
@@ -135,7 +136,7 @@ def prepare(
     return figures
 
 
-def _skipped(skips: Counter[str], documents: int, spec: DataSpec) -> dict[str, Any]:
+def _skipped(skips: Counter[str], documents: int, spec: DataSpec) -> dict[str, object]:
     """Figures of the rows that nothing is learned from.
 
     Raises:
@@ -230,7 +231,7 @@ def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) 
 
 
 def _split(
-    documents: Iterable[Document], spec: DataSpec, seed: int, figures: dict[str, Any]
+    documents: Iterable[Document], spec: DataSpec, seed: int, dropped: Counter[str]
 ) -> Iterator[tuple[str, Document]]:
     """The split of each document, by the hash of seed and text; exact duplicates are dropped and counted."""
     seen: set[bytes] = set()
@@ -238,7 +239,7 @@ def _split(
         text = document if isinstance(document, str) else document.text
         digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
         if digest in seen:
-            figures["duplicates_dropped"] += 1
+            dropped["duplicates_dropped"] += 1
             continue
         seen.add(digest)
         place = int.from_bytes(digest[:8], "big") / 2**64
@@ -250,10 +251,10 @@ def _split(
             yield "train", document
 
 
-def _documents(spec: DataSpec, base: Path, figures: dict[str, Any], skips: Counter[str]) -> Iterator[Document]:
+def _documents(spec: DataSpec, base: Path, dropped: Counter[str], skips: Counter[str]) -> Iterator[Document]:
     """The documents of every source but the standard library; empty texts are left out, empty chats counted."""
     if spec.source == "text":
-        yield from _text_documents(spec.files(base), figures)
+        yield from _text_documents(spec.files(base), dropped)
         return
     for number, row in enumerate(_rows(spec, base), 1):
         if spec.column not in row and (number == 1 or spec.source == "parquet"):
@@ -270,7 +271,7 @@ def _documents(spec: DataSpec, base: Path, figures: dict[str, Any], skips: Count
             yield _text(value, spec, number)
 
 
-def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
+def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, object]]:
     """The rows of every source, each with the keys that it really has."""
     files = spec.files(base) if spec.source != "hub" else []
     if spec.source == "jsonl":
@@ -282,7 +283,7 @@ def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, Any]]:
             yield {key: _without_nulls(value) for key, value in row.items()}
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path) -> Iterator[dict[str, object]]:
     """Objects, one a line or all in one list, as they stand; a byte order mark and compression are seen."""
     opener: Callable[..., IO[str]] = _OPENERS.get(path.suffix, open)
     number = 0
@@ -297,7 +298,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise SpecError(f"data: {path} cannot be read as jsonl: line {number}: {error}.", "Mend the file.") from error
 
 
-def _json_object(value: Any) -> dict[str, Any]:
+def _json_object(value: Any) -> dict[str, object]:
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__}, not an object")
     json.dumps(value, ensure_ascii=False).encode()  # half a character is a ValueError
@@ -310,7 +311,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _hub_rows(spec: DataSpec) -> Iterator[dict[str, Any]]:
+def _hub_rows(spec: DataSpec) -> Iterator[dict[str, object]]:
     try:
         import datasets
     except ImportError as error:
@@ -324,7 +325,7 @@ def _hub_rows(spec: DataSpec) -> Iterator[dict[str, Any]]:
         raise _unreadable(spec, _named(spec), error) from error
 
 
-def _parquet_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _parquet_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, object]]:
     """The rows of each file by its own schema, and of its columns only those that are asked for: a column that is empty
     in one file and text in the next is nobody's business."""
     try:
@@ -355,7 +356,7 @@ def _unreadable(spec: DataSpec, what: str, error: Exception) -> SpecError:
     return SpecError(f"data: {what} cannot be read as {spec.source}: {reason}", "Mend the file.")
 
 
-def _text_documents(files: Iterable[Path], figures: dict[str, Any]) -> Iterator[str]:
+def _text_documents(files: Iterable[Path], dropped: Counter[str]) -> Iterator[str]:
     """A file is a document; a long one is cut, so that a single file can be split too."""
     files = list(files)
     most = sum(path.stat().st_size for path in files) // _PIECES
@@ -364,7 +365,7 @@ def _text_documents(files: Iterable[Path], figures: dict[str, Any]) -> Iterator[
         try:
             text = path.read_text("utf-8-sig")
         except UnicodeDecodeError:
-            figures["not_utf8_skipped"] += 1
+            dropped["not_utf8_skipped"] += 1
             continue
         yield from _pieces(text, most)
 
@@ -394,7 +395,7 @@ def _text(value: Any, spec: DataSpec, number: int) -> str:
     )
 
 
-def _messages(value: Any, spec: DataSpec) -> list[dict[str, Any]]:
+def _messages(value: Any, spec: DataSpec) -> list[dict[str, object]]:
     """The messages of a chat, without their empty keys, as transformers hands them to a template."""
     wanted = f"{spec.column!r} is not a chat, which is a list of mappings with role and content"
     if value is None or value == "" or value == []:
@@ -404,7 +405,7 @@ def _messages(value: Any, spec: DataSpec) -> list[dict[str, Any]]:
     return [_message(message, wanted) for message in value]
 
 
-def _message(message: Any, wanted: str) -> dict[str, Any]:
+def _message(message: Any, wanted: str) -> dict[str, object]:
     """One turn; ShareGPT's ``from`` and ``value`` under the names that templates read."""
     if not isinstance(message, dict):
         raise Unusable(f"{wanted}: a message is a {type(message).__name__}")
@@ -417,7 +418,7 @@ def _message(message: Any, wanted: str) -> dict[str, Any]:
     return plain
 
 
-def _tools(value: Any) -> list[dict[str, Any]] | None:
+def _tools(value: Any) -> list[dict[str, object]] | None:
     """The tools of a row, which some data sets hold as JSON in a string; None where it has none."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value else value

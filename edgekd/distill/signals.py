@@ -102,7 +102,7 @@ def _id(vocab: dict[str, int], token: str) -> str:
     return f"id {vocab[token]}" if token in vocab else "absent"
 
 
-def _rules(tokenizer: Any, folder: Path) -> dict[str, Any]:
+def _rules(tokenizer: Any, folder: Path) -> dict[str, object]:
     """How text becomes tokens, beside the vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -38,7 +38,7 @@ def deployment(
         EdgekdError: there is no such model, a named target refuses it, or all do.
     """
     folder = resolve_model(model)
-    longest = Checkpoint(folder).config.get("max_position_embeddings")
+    longest = Checkpoint(folder).decoder.max_position_embeddings
     most = context or min(longest or MOST_CONTEXT, MOST_CONTEXT)
     if longest and most > longest:
         raise SpecError(f"--context {most}: the model holds {longest} tokens.", "Lower it.")

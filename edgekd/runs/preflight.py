@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..architecture import read_decoder
 from ..errors import EdgekdError, SpecError
 from ..spec import Spec
 from ..student import check_model
@@ -58,7 +59,7 @@ def _check_student(run: Run) -> None:
 
 def _check_lengths(run: Run) -> None:
     """Refuse lengths that the student, or an artifact's context, cannot hold."""
-    spec, most = run.spec, run.student_config.get("max_position_embeddings")
+    spec, most = run.spec, read_decoder(run.student_config).max_position_embeddings
     wanted = {"data.context": spec.data.context}
     for target in spec.targets:
         most = min(filter(None, (most, target.context)), default=None)

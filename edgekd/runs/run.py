@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoint import Checkpoint
 from ..spec import Method, Spec, TargetSpec
@@ -31,7 +31,7 @@ class Model:
         return self.checkpoint.folder
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Mapping[str, object]:
         """Its ``config.json``."""
         return self.checkpoint.config
 
@@ -105,7 +105,7 @@ class Run:
     """None: the initial checkpoint is the student, and nothing is trained."""
     initial: Model | None
     """The checkpoint that the student starts from, if there is one."""
-    student_config: Mapping[str, Any]
+    student_config: Mapping[str, object]
     """``config.json`` of the student that will be."""
     quantizations: Sequence[Quantization]
     """Of a recipe, the exported one comes last."""

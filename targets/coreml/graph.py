@@ -86,7 +86,7 @@ class _Writer:
     settings: Settings
     mb: Any
     stored: dict[str, Stored] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
 
     def const(self, name: str, stored: Stored) -> Any:
         """A constant without storage: one number, repeated with stride zero."""

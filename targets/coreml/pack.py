@@ -111,7 +111,7 @@ def _program(graph: Graph, blobs: WeightFile, pieces: _Pieces) -> Any:
     return exporter.export()
 
 
-def _manifest() -> dict[str, Any]:
+def _manifest() -> dict[str, object]:
     """``Manifest.json``. Identifiers are the same in every package, so that equal exports are equal files."""
     parts = {
         "model.mlmodel": ("CoreML Model Specification", MODEL_FILE),

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -70,7 +70,7 @@ class CoremlDetails(Details):
     weight_bytes: int = Field(ge=0)
 
 
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
+def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
 
     Raises:
@@ -125,7 +125,7 @@ def export(
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
     chosen = load_recipe(recipe, "coreml")
 
-    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, object]:
         return _write(checkpoint, source, spec, chosen, folder, name)
 
     return build_artifact(
@@ -192,7 +192,7 @@ def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:
 
 def _write(
     checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, recipe: Recipe, folder: Path, name: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write everything but the manifest, and return the manifest's fields."""
     from .pack import WEIGHT_FILE, write_package
 

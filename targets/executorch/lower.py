@@ -38,7 +38,7 @@ class Lowered:
         return [name for name in self.undelegated if name.split(".")[-1] in _HEAVY]
 
 
-def lower(decoder: Decoder, backend: str, constants: Mapping[str, Any]) -> Lowered:
+def lower(decoder: Decoder, backend: str, constants: Mapping[str, object]) -> Lowered:
     """Lower both methods: ``forward``, logits of the last token, and ``all_logits``, which share cache and weights.
 
     Args:
@@ -114,7 +114,7 @@ def _of_all(forward: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _bounds() -> dict[str, Any]:
+def _bounds() -> dict[str, object]:
     """How many tokens memory is planned for, by method: the runtime fills all of it with zeros, and a row of logits is
     large."""
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -91,7 +91,7 @@ class ExecutorchDetails(Details):
     head_sha256: str
 
 
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
+def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
 
     Raises:
@@ -144,7 +144,7 @@ def export(
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
     chosen = load_recipe(recipe, "executorch")
 
-    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, object]:
         return _write(checkpoint, source, spec, real_of(chosen), folder)
 
     return build_artifact(
@@ -187,7 +187,7 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
 
 def _write(
     checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, real: Real, folder: Path
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write everything but the manifest, and return the manifest's fields."""
     from .lower import lower
     from .model import Decoder, Weights, table_bytes
@@ -232,7 +232,7 @@ def _write(
     }
 
 
-def runner_methods(arch: Architecture, contract: Contract) -> dict[str, Any]:
+def runner_methods(arch: Architecture, contract: Contract) -> dict[str, object]:
     """The methods by which an app's runner learns what the program is."""
     bos = contract.eos_ids[0] if contract.bos_id is None else contract.bos_id
     return {

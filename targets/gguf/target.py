@@ -56,7 +56,7 @@ FEATURES = arch_.FEATURES
 _CACHE_BYTES = 2  # llama.cpp's cache is float16 unless told otherwise
 
 
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
+def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what GGUF cannot hold, from ``config.json`` and ``tokenizer.json`` alone.
 
     Raises:
@@ -106,7 +106,7 @@ def export(
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
     chosen = load_recipe(recipe, "gguf")
 
-    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, object]:
         return _write(checkpoint, source, spec, chosen, folder, name, moments)
 
     return build_artifact(
@@ -143,7 +143,7 @@ def _write(
     folder: Path,
     name: str,
     moments: Path | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write everything but the manifest, and return the manifest's fields."""
     from .pack import write_file
 

@@ -126,7 +126,7 @@ def check_graph(path: Path, artifact: Artifact, context_length: int | None = Non
             )
 
 
-def _check_nodes(path: Path, inputs: Sequence[Any], outputs: Mapping[str, Any]) -> None:
+def _check_nodes(path: Path, inputs: Sequence[Any], outputs: Mapping[str, object]) -> None:
     """Refuse a graph that is not a decoder with a cache, by its inputs and outputs.
 
     Raises:
@@ -198,7 +198,7 @@ class OnnxEngine:
         self._wants_positions = any(node.name == POSITIONS for node in self._session.get_inputs())
         self._capacity = 0
         self._arrays: dict[str, np.ndarray] = {}
-        self._present: dict[str, Any] = {}
+        self._present: dict[str, object] = {}
         self._logits = np.empty((1, 1, logits.shape[2]), _NUMPY[logits.type])
         self._token = np.zeros((1, 1), np.int64)
         self._mask = np.ones((1, self._context), np.int64)

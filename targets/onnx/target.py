@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -95,7 +95,7 @@ class OnnxDetails(Details):
     chat: ChatProof | None
 
 
-def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
+def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what the exporter cannot write, from ``config.json`` and the tokenizer's files alone.
 
     Raises:
@@ -145,7 +145,7 @@ def export(
     check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
     chosen = load_recipe(recipe, "onnx")
 
-    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, Any]:
+    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, object]:
         return _write(checkpoint, source, spec, real_of(chosen), folder)
 
     return build_artifact(
@@ -195,7 +195,7 @@ def inspect(artifact: Artifact) -> None:
 
 def _write(
     checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, plain: Real, folder: Path
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write everything but the manifest, and return the manifest's fields."""
     from .pack import write_data
 
@@ -238,9 +238,9 @@ def _write(
 
 def genai_config(
     arch: Architecture, contract: Contract, pad_id: int | None, providers: list[str], *, positions: bool
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """``genai_config.json``, with which onnxruntime-genai runs the same files; ``positions``: the graph takes them."""
-    provider_options: list[dict[str, Any]] = [{name: {}} for name in providers[:1] if name != "cpu"]
+    provider_options: list[dict[str, object]] = [{name: {}} for name in providers[:1] if name != "cpu"]
     past, present = "past_key_values.%d.", "present.%d."
     return {
         "model": {

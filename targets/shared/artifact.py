@@ -31,7 +31,7 @@ def build_artifact(
     checkpoint: Checkpoint,
     recipe: Recipe,
     grid: Path | None,
-    write: Callable[[Checkpoint | Grid, Path], dict[str, Any]],
+    write: Callable[[Checkpoint | Grid, Path], dict[str, object]],
     **fields: Any,
 ) -> Artifact:
     """Make an artifact that appears only when whole.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import ValidationError
@@ -36,7 +36,7 @@ def load_recipe(name: str, target: str | None = None) -> Recipe:
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}."
         raise SpecError(f"targets: {target or 'edgekd'} has no recipe {name!r}; {hint}")
     try:
-        recipe = Recipe(name=name, **_read(path))
+        recipe = Recipe.model_validate({**_read(path), "name": name})
     except ValidationError as error:
         raise SpecError(f"{path}: {first_complaint(error)}.", "Correct the recipe.") from error
     if target is not None and not _takes(target, recipe):
@@ -57,7 +57,7 @@ def _takes(target: str, recipe: Recipe) -> bool:
     return recipe.native is None or recipe.native.target == target
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     raw = yaml.safe_load(path.read_text("utf-8"))
     # Rules are an immutable tuple; YAML knows lists.
     return raw | {"rules": tuple(raw["rules"])} if "rules" in raw else raw

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...checkpoint import Checkpoint
 from ...errors import EdgekdError
@@ -45,7 +45,7 @@ def open_source(checkpoint: Checkpoint, recipe: Recipe, grid: Path | None, scrat
     return opened
 
 
-def source_fields(checkpoint: Checkpoint, source: Checkpoint | Grid) -> dict[str, Any]:
+def source_fields(checkpoint: Checkpoint, source: Checkpoint | Grid) -> dict[str, object]:
     """The manifest's fields that say what was packed."""
     fields = {"student_digest": checkpoint.digest, "parameters": checkpoint.parameters}
     if isinstance(source, Checkpoint):

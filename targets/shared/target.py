@@ -42,7 +42,7 @@ class Target(Protocol):
     Options: type[TargetOptions]
     """Its section of the spec."""
 
-    def check(self, config: Mapping[str, Any], tokenizer_folder: Path, spec: Any) -> None:
+    def check(self, config: Mapping[str, object], tokenizer_folder: Path, spec: Any) -> None:
         """As ``targets.check``; ``spec`` is of ``Options``."""
 
     def export(

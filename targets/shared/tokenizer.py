@@ -166,10 +166,12 @@ def eos_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[int]:
 def _named_eos_ids(path: Path) -> list[int] | None:
     """``eos_token_id`` of a model's file, one or many; None where the file or the key is missing."""
     value = read_json(path, remedy="Save the model again.").get("eos_token_id") if path.is_file() else None
-    ids = value if isinstance(value, list) or value is None else [value]
-    if ids is not None and not all(type(i) is int for i in ids):
+    if value is None:
+        return None
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
         raise EdgekdError(f"{path}: key 'eos_token_id' is {value!r:.60}, not an id or a list of ids.", "Correct it.")
-    return ids
+    return list(ids)
 
 
 def compare_tokenizers(
@@ -211,9 +213,11 @@ class JsonTokenizer:
             raise MissingExtra("tokenizers", extra) from error
         self._path = path
         self._level = _byte_level(data)
-        if not self._level and not data["model"].get("byte_fallback"):
+        model = data["model"]
+        assert isinstance(model, dict)  # checked as it was read
+        if not self._level and not model.get("byte_fallback"):
             raise Unsupported(
-                f"{path}: tokens of a {data['model'].get('type')} tokenizer without bytes cannot be streamed.",
+                f"{path}: tokens of a {model.get('type')} tokenizer without bytes cannot be streamed.",
                 "Use a byte-level BPE or a SentencePiece BPE tokenizer.",
             )
         added = self._tokenizer.get_added_tokens_decoder()

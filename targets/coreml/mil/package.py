@@ -10,11 +10,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import BaseModel, StrictStr, ValidationError
+
 from ....errors import BadArtifact, MissingExtra, Unsupported
 from ....files import read_json
+from ....manifest import first_complaint
 from .weights import WeightFile
 
 MODEL_PATH = "@model_path/"  # how a program names the folder of its specification
+
+
+class _Item(BaseModel):
+    path: StrictStr
+
+
+class _Contents(BaseModel):
+    """What ``Manifest.json`` says of the package's files."""
+
+    rootModelIdentifier: StrictStr
+    itemInfoEntries: dict[str, _Item]
 
 
 @cache
@@ -84,12 +98,12 @@ class Package:
         manifest = self.path / "Manifest.json"
         content = read_json(manifest, BadArtifact, "Export the package again.")
         try:
-            path = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
-        except (KeyError, TypeError) as error:
-            raise self._damaged(manifest, f"does not name a model: {error!r}") from error
-        if not isinstance(path, str):
-            raise self._damaged(manifest, f"gives {path!r} as the model's path")
-        return path
+            told = _Contents.model_validate(content)
+            return told.itemInfoEntries[told.rootModelIdentifier].path
+        except ValidationError as error:
+            raise self._damaged(manifest, f"does not name a model: {first_complaint(error)}") from error
+        except KeyError as error:
+            raise self._damaged(manifest, f"does not name a model: {error}") from error
 
     def _inside(self, path: Path) -> Path:
         if "\0" in str(path) or not path.resolve().is_relative_to(self.path.resolve()):

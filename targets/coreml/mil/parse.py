@@ -97,7 +97,7 @@ class Step:
     type: str
     outputs: tuple[Declared, ...]
     tensors: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     dynamic: Mapping[str, str] = field(default_factory=dict)
     state: str = ""
     dying: tuple[str, ...] = ()

@@ -154,22 +154,26 @@ class Interpreter:
     def _results(self, step: Step, values: dict[str, Tensor], states: Mapping[str, Tensor]) -> Sequence[Tensor]:
         if step.state and step.type != READ:
             _make_writable(states[step.state], step, values)
-        args: dict[str, Any] = {
+        args: dict[str, Tensor | list[Tensor]] = {
             key: self._value(names, values) if isinstance(names, str) else [self._value(one, values) for one in names]
             for key, names in step.tensors.items()
         }
         if step.type in STATE_INPUTS:
             memory = states[step.state]
             for data in args.values():
-                if data is not memory:
+                if isinstance(data, Tensor) and data is not memory:
                     memory.copy_(data)
             return [memory] * len(step.outputs)
         settings = {**step.settings, **{k: self._value(name, values).tolist() for k, name in step.dynamic.items()}}
         if compute := COMPUTED.get(step.type):
-            results = compute(**{k: v.float() if v.dtype == torch.float16 else v for k, v in args.items()}, **settings)
+            results = compute(**{k: _widened(v) for k, v in args.items()}, **settings)
         else:
             results = MOVED[step.type](**args, **settings)
         return results if isinstance(results, tuple) else [results]
+
+
+def _widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
 
 
 def _make_writable(memory: Tensor, step: Step, values: dict[str, Tensor]) -> None:
@@ -187,7 +191,9 @@ def _make_writable(memory: Tensor, step: Step, values: dict[str, Tensor]) -> Non
             values[name] = value.clone()
 
 
-def _check(kind: str, features: Mapping[str, Feature], given: Mapping[str, Any], *, widened: bool = False) -> None:
+def _check(
+    kind: str, features: Mapping[str, Feature], given: Mapping[str, np.ndarray | Tensor], *, widened: bool = False
+) -> None:
     """Every feature is given, no other, each of its type and of a shape it allows."""
     for name in sorted({*features, *given}):
         if name not in given:
