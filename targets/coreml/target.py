@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ...architecture import Architecture, Feature, read_architecture
+from ...architecture import Architecture, Feature
 from ...checkpoint import Checkpoint
 from ...errors import Unsupported
 from ...files import file_sha256, write_json
 from ...manifest import Artifact, Contract
 from ...session import Session
 from ...student import load_tokenizer
-from ..shared.artifact import Details, build_artifact, check_installed, details_of, installed, main_file
+from ..shared.artifact import Details, Job, Written, build_artifact, check_installed, details_of, main_file
 from ..shared.decoder import (
     EMBEDDING,
     MAX_CACHE_BYTES,
-    check_context,
+    asked_for,
     check_features,
     check_head_dim,
     check_weights,
-    traffic,
 )
 from ..shared.proto import messages
 from ..shared.recipes import load_recipe
@@ -80,17 +79,16 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
         EdgekdError: no tokenizer.
         MissingExtra: a package of the extra is not installed.
     """
-    recipes = [load_recipe(recipe, "coreml") for recipe in spec.recipes]
+    arch, context_length = asked_for(config, spec)
     if spec.minimum_ios < MINIMUM_IOS:
-        needs = [f"int4 in blocks ({r.name})" for r in recipes if r.has_int4] + ["a key-value cache kept as state"]
+        needs = [f"int4 in blocks ({name})" for name in spec.recipes if load_recipe(name, "coreml").has_int4]
+        needs.append("a key-value cache kept as state")
         raise Unsupported(
             f"targets: minimum_ios {spec.minimum_ios}: {' and '.join(needs)} came with iOS 18 and macOS 15.",
             "Set minimum_ios: 18.",
         )
-    arch = read_architecture(config)
-    check_context(spec, arch)
-    check_features(arch, FEATURES, "Core ML", spec.context or arch.context_length)
-    _check_sizes(arch, spec.context or arch.context_length)
+    check_features(arch, FEATURES, TITLE, context_length)
+    _check_sizes(arch, context_length)
     check_has_tokenizer(tokenizer_folder)
     check_installed("coreml", "coremltools", "tokenizers")
 
@@ -121,22 +119,17 @@ def export(
 
     Needs memory for a tensor, not for the model.
     """
-    checkpoint = Checkpoint(student)
-    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
-    chosen = load_recipe(recipe, "coreml")
-
-    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, object]:
-        return _write(checkpoint, source, spec, chosen, folder, name)
-
+    check(Checkpoint(student).config, student, spec.model_copy(update={"recipes": [recipe]}))
     return build_artifact(
+        student,
+        spec,
+        recipe,
         out_dir,
-        checkpoint,
-        chosen,
         grid,
-        write,
+        lambda job: _write(job, spec),
         name=name,
-        target="coreml",
-        target_title=TITLE,
+        title=TITLE,
+        packages=PACKAGES,
         runtime="Core ML",
         main_file=f"{PACKAGE}/Manifest.json",
     )
@@ -190,36 +183,33 @@ def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:
     return {name: form(name) for name in source}
 
 
-def _write(
-    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, recipe: Recipe, folder: Path, name: str
-) -> dict[str, object]:
-    """Write everything but the manifest, and return the manifest's fields."""
+def _write(job: Job, spec: Options) -> Written:
+    """Write everything but the manifest."""
     from .pack import WEIGHT_FILE, write_package
 
-    arch = checkpoint.architecture
-    check_weights(arch, source, "Core ML")
-    settings = graph_.Settings(_forms(recipe, source), source.tied, spec.context or arch.context_length)
+    checkpoint, source, folder, arch = job.checkpoint, job.source, job.folder, job.checkpoint.architecture
+    check_weights(arch, source, TITLE)
+    settings = graph_.Settings(_forms(job.recipe, source), source.tied, spec.context or arch.context_length)
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
     _save_tokenizer(tokenizer, contract, folder)
     shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
 
     graph = graph_.build(arch, settings)
-    description = graph_.describe(arch, settings, _metadata(contract, name, recipe.name, folder))
+    description = graph_.describe(arch, settings, _metadata(contract, job.name, job.recipe.name, folder))
     write_package(folder / PACKAGE, graph, description, source, arch)
-    weight_bytes = sum(stored.size_bytes for stored in graph.stored.values() if stored.source)
     table = () if arch.tied else (stored for stored in graph.stored.values() if stored.source == EMBEDDING)
-    return {
-        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
-        "traffic": traffic(arch, weight_bytes, sum(stored.size_bytes for stored in table), _CACHE_BYTES),
-        "contract": contract,
-        "versions": installed("edgekd", *PACKAGES),
-        "details": CoremlDetails(
+    return Written(
+        contract=contract,
+        weight_bytes=sum(stored.size_bytes for stored in graph.stored.values() if stored.source),
+        table_bytes=sum(stored.size_bytes for stored in table),
+        cache_value_bytes=_CACHE_BYTES,
+        details=CoremlDetails(
             minimum={"ios": "18", "macos": "15"},
             compute_units={"cpuAndGPU": "not run", "cpuAndNeuralEngine": "not run"},
             weight_bytes=(folder / PACKAGE / WEIGHT_FILE).stat().st_size,
-        ).model_dump(),
-    }
+        ),
+    )
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, contract: Contract, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ...architecture import Architecture, Feature, read_architecture
+from ...architecture import Architecture, Feature
 from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from ...manifest import Artifact, Contract
@@ -22,25 +22,25 @@ from ...spec import Name
 from ...student import load_tokenizer
 from ..shared.artifact import (
     Details,
+    Job,
     TokenizerProof,
+    Written,
     build_artifact,
     check_contract,
     check_installed,
     check_size,
     cores,
     details_of,
-    installed,
     main_file,
 )
 from ..shared.decoder import (
     MAX_CACHE_BYTES,
-    check_context,
+    asked_for,
     check_features,
     check_head_dim,
     check_weights,
-    traffic,
 )
-from ..shared.recipes import Real, load_recipe, real_of
+from ..shared.recipes import real_of
 from ..shared.session import DecoderSession
 from ..shared.target import TargetOptions
 from ..shared.tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, compare_tokenizers, contract_of
@@ -48,7 +48,7 @@ from .selftest import self_test
 from .session import CHUNK, ExecutorchEngine, head_sha256, runner_tokenizer
 
 if TYPE_CHECKING:
-    from ...quant.folder import Grid
+    pass
 
 __all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test"]
 
@@ -101,8 +101,7 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
         EdgekdError: no tokenizer.
         MissingExtra: a package of the extra is not installed.
     """
-    for recipe in spec.recipes:
-        load_recipe(recipe, "executorch")
+    arch, context_length = asked_for(config, spec)
     if len(spec.providers) != 1 or spec.providers[0] not in PROVIDERS:
         raise SpecError(
             f"targets: providers {spec.providers} for executorch: a program is lowered for one, "
@@ -110,11 +109,9 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
         )
     if spec.providers == ["vulkan"] and "fp16" in spec.recipes:
         raise SpecError("targets: recipe 'fp16' for vulkan is not written yet; take executorch-fp32.")
-    arch = read_architecture(config)
-    check_context(spec, arch)
-    check_features(arch, FEATURES, "ExecuTorch", spec.context or arch.context_length)
+    check_features(arch, FEATURES, TITLE, context_length)
     check_head_dim(arch)
-    _check_cache(arch, spec.context or arch.context_length)
+    _check_cache(arch, context_length)
     check_has_tokenizer(tokenizer_folder)
     check_installed("executorch", "executorch", "torchao", "pytorch-tokenizers", "tokenizers")
 
@@ -140,22 +137,17 @@ def export(
     moments: Path | None = None,  # of native recipes: ExecuTorch has none
 ) -> Artifact:
     """Write ``model.pte``, the tokenizer and the manifest; see ``targets.export``."""
-    checkpoint = Checkpoint(student)
-    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
-    chosen = load_recipe(recipe, "executorch")
-
-    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, object]:
-        return _write(checkpoint, source, spec, real_of(chosen), folder)
-
+    check(Checkpoint(student).config, student, spec.model_copy(update={"recipes": [recipe]}))
     return build_artifact(
+        student,
+        spec,
+        recipe,
         out_dir,
-        checkpoint,
-        chosen,
         grid,
-        write,
+        lambda job: _write(job, spec),
         name=name,
-        target="executorch",
-        target_title=TITLE,
+        title=TITLE,
+        packages=PACKAGES,
         runtime="executorch",
         main_file=MAIN_FILE,
     )
@@ -185,16 +177,14 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     return DecoderSession(engine, SessionTokenizer(tokenizer, "executorch", encoder), contract)
 
 
-def _write(
-    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, real: Real, folder: Path
-) -> dict[str, object]:
-    """Write everything but the manifest, and return the manifest's fields."""
+def _write(job: Job, spec: Options) -> Written:
+    """Write everything but the manifest."""
     from .lower import lower
     from .model import Decoder, Weights, table_bytes
     from .pack import write_program
 
-    arch = checkpoint.architecture
-    check_weights(arch, source, "ExecuTorch")
+    checkpoint, folder, arch = job.checkpoint, job.folder, job.checkpoint.architecture
+    check_weights(arch, job.source, TITLE)
     context, (provider,) = spec.context or arch.context_length, spec.providers
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
@@ -202,7 +192,7 @@ def _write(
     told = compare_tokenizers(tokenizer, "executorch", partial(runner_tokenizer, folder / "tokenizer.json", contract))
 
     cpu = provider == "cpu"
-    weights = Weights(source, real if cpu else "float32", stand_ins=cpu)
+    weights = Weights(job.source, real_of(job.recipe) if cpu else "float32", stand_ins=cpu)
     weights.check()
     lowered = lower(Decoder(weights, arch, context).eval(), provider, runner_methods(arch, contract))
     if lowered.heavy:
@@ -210,13 +200,12 @@ def _write(
             f"{provider} does not run {', '.join(lowered.heavy)} of this model: generation will be slow.", stacklevel=2
         )
     written = write_program(folder / MAIN_FILE, lowered.manager, weights)
-    weight_bytes = written.tensor_bytes - 2 * 4 * context * arch.head_dim  # without cosines and sines, float32
-    return {
-        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
-        "traffic": traffic(arch, weight_bytes, table_bytes(weights), _CACHE_BYTES),
-        "contract": contract,
-        "versions": installed("edgekd", *PACKAGES),
-        "details": ExecutorchDetails(
+    return Written(
+        contract=contract,
+        weight_bytes=written.tensor_bytes - 2 * 4 * context * arch.head_dim,  # without cosines and sines, float32
+        table_bytes=table_bytes(weights),
+        cache_value_bytes=_CACHE_BYTES,
+        details=ExecutorchDetails(
             providers={provider: PROVIDERS[provider]},
             delegates=lowered.delegates,
             delegated=lowered.delegated,
@@ -228,8 +217,8 @@ def _write(
             file_bytes=(folder / MAIN_FILE).stat().st_size,
             head_bytes=written.head_bytes,
             head_sha256=head_sha256(folder / MAIN_FILE, written.head_bytes),
-        ).model_dump(),
-    }
+        ),
+    )
 
 
 def runner_methods(arch: Architecture, contract: Contract) -> dict[str, object]:

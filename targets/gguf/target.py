@@ -9,15 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ...architecture import Architecture, read_architecture
+from ...architecture import Architecture
 from ...checkpoint import Checkpoint
-from ...errors import EdgekdError, MissingExtra, Unsupported
+from ...errors import EdgekdError, Unsupported
 from ...manifest import Artifact
 from ...session import Session
 from ...student import load_tokenizer
-from ..shared.artifact import build_artifact, cores, installed, main_file
-from ..shared.decoder import check_context, traffic
-from ..shared.recipes import load_recipe
+from ..shared.artifact import Job, Written, build_artifact, check_installed, cores, main_file
+from ..shared.decoder import asked_for
 from ..shared.session import DecoderSession
 from ..shared.target import TargetOptions
 from . import names as arch_
@@ -29,9 +28,6 @@ from .session import GgufEngine, load_model, runtime, said, tokenize
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFWriter
-
-    from ...quant.folder import Grid
-    from ...quant.recipe import Recipe
 
 __all__ = [
     "EXTRA",
@@ -64,16 +60,10 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
         Unsupported: an architecture, setting or tokenizer that the exporter does not write.
         MissingExtra: gguf or llama-cpp-python is not installed.
     """
-    for recipe in spec.recipes:
-        load_recipe(recipe, "gguf")
-    arch = read_architecture(config)
-    check_context(spec, arch)
-    arch_.check(arch, spec.context or arch.context_length)
+    arch, context_length = asked_for(config, spec)
+    arch_.check(arch, context_length)
     vocab_.check_tokenizer(tokenizer_folder)
-    try:
-        import gguf  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingExtra("gguf", "gguf") from error
+    check_installed("gguf", "gguf")
     runtime()
     if not (tokenizer_folder / "tokenizer.json").is_file():
         _try_tokenizer(arch, tokenizer_folder)
@@ -102,22 +92,17 @@ def export(
 
     The tokenizer's ids are proved against llama.cpp before any weight is written.
     """
-    checkpoint = Checkpoint(student)
-    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
-    chosen = load_recipe(recipe, "gguf")
-
-    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, object]:
-        return _write(checkpoint, source, spec, chosen, folder, name, moments)
-
+    check(Checkpoint(student).config, student, spec.model_copy(update={"recipes": [recipe]}))
     return build_artifact(
+        student,
+        spec,
+        recipe,
         out_dir,
-        checkpoint,
-        chosen,
         grid,
-        write,
+        lambda job: _write(job, spec, moments),
         name=name,
-        target="gguf",
-        target_title=TITLE,
+        title=TITLE,
+        packages=PACKAGES,
         runtime="llama.cpp",
         main_file=MAIN_FILE,
     )
@@ -135,45 +120,37 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     return DecoderSession(engine, engine, contract)
 
 
-def _write(
-    checkpoint: Checkpoint,
-    source: Checkpoint | Grid,
-    spec: Options,
-    recipe: Recipe,
-    folder: Path,
-    name: str,
-    moments: Path | None,
-) -> dict[str, object]:
-    """Write everything but the manifest, and return the manifest's fields."""
+def _write(job: Job, spec: Options, moments: Path | None) -> Written:
+    """Write everything but the manifest."""
     from .pack import write_file
 
+    checkpoint, recipe, folder = job.checkpoint, job.recipe, job.folder
     arch = checkpoint.architecture
-    plan = arch_.weights(arch, source)
+    plan = arch_.weights(arch, job.source)
     tokenizer = load_tokenizer(checkpoint.folder)
     vocabulary = vocab_.read_tokenizer(tokenizer, checkpoint.folder, arch.vocab_size)
     context_length = spec.context or arch.context_length
 
     def writer(pre: str, file_type: int | None = None) -> GGUFWriter:
-        return _writer(arch, context_length, vocabulary, pre, name, file_type)
+        return _writer(arch, context_length, vocabulary, pre, job.name, file_type)
 
     pre = _prove(writer, vocabulary, tokenizer, folder / "vocabulary.gguf")
     path = folder / MAIN_FILE
     packed = folder / "f16.gguf" if recipe.native else path
     file_type = "q4_0" if recipe.has_int4 else "q8_0" if recipe.on_grid else "f16"
-    write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, source, rope_factors=arch.rotary.factors)
+    write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, job.source, rope_factors=arch.rotary.factors)
     if recipe.native:
         importance = _importance(plan, checkpoint, moments) if recipe.needs_moments else {}
         _quantize(packed, path, FILE_TYPES[recipe.native.type], importance)
         packed.unlink()
     tokenizer.save_pretrained(folder)
     sizes = _tensor_bytes(path)
-    weight_bytes = sum(sizes.values())
-    return {
-        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
-        "traffic": traffic(arch, weight_bytes, 0 if arch.tied else sizes["token_embd.weight"], _CACHE_BYTES),
-        "contract": vocab_.contract(vocabulary, context_length),
-        "versions": installed("edgekd", *PACKAGES),
-    }
+    return Written(
+        contract=vocab_.contract(vocabulary, context_length),
+        weight_bytes=sum(sizes.values()),
+        table_bytes=0 if arch.tied else sizes["token_embd.weight"],
+        cache_value_bytes=_CACHE_BYTES,
+    )
 
 
 def _writer(

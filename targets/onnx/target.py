@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ...architecture import Architecture, Feature, read_architecture
+from ...architecture import Architecture, Feature
 from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, SpecError, Unsupported
 from ...files import write_json
@@ -21,17 +21,18 @@ from ...spec import Name
 from ...student import load_tokenizer
 from ..shared.artifact import (
     Details,
+    Job,
     TokenizerProof,
+    Written,
     build_artifact,
     check_installed,
     check_size,
     cores,
     details_of,
-    installed,
     main_file,
 )
-from ..shared.decoder import check_context, check_features, check_weights, traffic
-from ..shared.recipes import Real, load_recipe, real_of
+from ..shared.decoder import asked_for, check_features, check_weights
+from ..shared.recipes import Real, real_of
 from ..shared.session import DecoderSession
 from ..shared.target import TargetOptions
 from ..shared.tokenizer import (
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from transformers import PreTrainedTokenizerFast
 
-    from ...quant.folder import Grid
     from ...quant.recipe import Kind
 
 __all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "inspect", "open", "self_test"]
@@ -104,12 +104,9 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
         EdgekdError: no tokenizer.
         MissingExtra: a package of the extra is not installed.
     """
-    for recipe in spec.recipes:
-        load_recipe(recipe, "onnx")
+    arch, context_length = asked_for(config, spec)
     _check_providers(spec.providers)
-    arch = read_architecture(config)
-    check_context(spec, arch)
-    check_features(arch, FEATURES, "ONNX", spec.context or arch.context_length)
+    check_features(arch, FEATURES, TITLE, context_length)
     check_has_tokenizer(tokenizer_folder)
     check_installed("onnx", "onnx", GENAI, "tokenizers")
     runtime()
@@ -141,22 +138,17 @@ def export(
 
     Needs memory for a tensor, not for the model.
     """
-    checkpoint = Checkpoint(student)
-    check(checkpoint.config, student, spec.model_copy(update={"recipes": [recipe]}))
-    chosen = load_recipe(recipe, "onnx")
-
-    def write(source: Checkpoint | Grid, folder: Path) -> dict[str, object]:
-        return _write(checkpoint, source, spec, real_of(chosen), folder)
-
+    check(Checkpoint(student).config, student, spec.model_copy(update={"recipes": [recipe]}))
     return build_artifact(
+        student,
+        spec,
+        recipe,
         out_dir,
-        checkpoint,
-        chosen,
         grid,
-        write,
+        lambda job: _write(job, spec),
         name=name,
-        target="onnx",
-        target_title=TITLE,
+        title=TITLE,
+        packages=PACKAGES,
         runtime="onnxruntime",
         main_file=MAIN_FILE,
     )
@@ -193,19 +185,17 @@ def inspect(artifact: Artifact) -> None:
     check_graph(artifact.path(graph_.HEAD_FILE), artifact)
 
 
-def _write(
-    checkpoint: Checkpoint, source: Checkpoint | Grid, spec: Options, plain: Real, folder: Path
-) -> dict[str, object]:
-    """Write everything but the manifest, and return the manifest's fields."""
+def _write(job: Job, spec: Options) -> Written:
+    """Write everything but the manifest."""
     from .pack import write_data
 
-    arch = checkpoint.architecture
-    check_weights(arch, source, "ONNX")
+    checkpoint, source, folder, arch = job.checkpoint, job.source, job.folder, job.checkpoint.architecture
+    check_weights(arch, source, TITLE)
     kinds: dict[str, Kind] = dict.fromkeys(source, "plain") if isinstance(source, Checkpoint) else source.kinds
     activations: Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
     context = spec.context or arch.context_length
     apart = "dml" in spec.providers
-    settings = graph_.Settings(kinds, source.tied, activations, context, plain, rotary_apart=apart)
+    settings = graph_.Settings(kinds, source.tied, activations, context, real_of(job.recipe), rotary_apart=apart)
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
     tokenizer.save_pretrained(folder)
@@ -218,22 +208,20 @@ def _write(
     _prove(folder)
     places = graph_.offsets(models.stored)
     sizes = {places[item.name]: item.size_bytes for item in models.stored if item.sources}
-    weight_bytes = sum(sizes.values())
-    table_bytes = sum(sizes[place] for place in graph_.only_looked_up(models.stored, source.tied))
-    return {
-        "bits_per_weight": round(8 * weight_bytes / checkpoint.parameters, 4),
-        "traffic": traffic(arch, weight_bytes, table_bytes, 2 if activations == "float16" else 4),
-        "contract": contract,
-        "versions": installed("edgekd", *PACKAGES),
-        "details": OnnxDetails(
+    return Written(
+        contract=contract,
+        weight_bytes=sum(sizes.values()),
+        table_bytes=sum(sizes[place] for place in graph_.only_looked_up(models.stored, source.tied)),
+        cache_value_bytes=2 if activations == "float16" else 4,
+        details=OnnxDetails(
             providers={name: "tested" if name in TESTED else "not run" for name in spec.providers},
             activations=activations,
             ops=_histogram(models.decoder),
             data_bytes=(folder / graph_.DATA_FILE).stat().st_size,
             tokenizer=compare_tokenizers(tokenizer, GENAI, partial(genai_tokenizer, folder)),
             chat=_compare_chats(tokenizer, folder),
-        ).model_dump(),
-    }
+        ),
+    )
 
 
 def genai_config(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,45 +19,102 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, EdgekdError, MissingExtra
 from ...files import atomic_folder
-from ...manifest import MANIFEST, Artifact, Contract, first_complaint, write_artifact
+from ...manifest import MANIFEST, Artifact, Contract, Traffic, first_complaint, write_artifact
 from ...quant.recipe import Recipe
+from ...spec import TargetSpec
+from .recipes import load_recipe
 from .source import open_source, source_fields
 
 if TYPE_CHECKING:
     from ...quant.folder import Grid
 
 
+@dataclass(frozen=True)
+class Job:
+    """An artifact to write."""
+
+    checkpoint: Checkpoint
+    """The student."""
+    source: Checkpoint | Grid
+    """What its tensors are read from: the student, or its quantized form."""
+    recipe: Recipe
+    name: str
+    folder: Path
+    """Where every file but the manifest goes."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a target says of the files that it wrote."""
+
+    contract: Contract
+    weight_bytes: int
+    """Of all weights, as the runtime's file holds them."""
+    table_bytes: int
+    """Of them, an embedding's whose bytes are not the head's too: one row of it is read for a token."""
+    cache_value_bytes: int
+    """Of a number in the runtime's key-value cache."""
+    details: Details | None = None
+
+
 def build_artifact(
+    student: Path,
+    spec: TargetSpec,
+    recipe: str,
     out_dir: Path,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
     grid: Path | None,
-    write: Callable[[Checkpoint | Grid, Path], dict[str, object]],
-    **fields: Any,
+    write: Callable[[Job], Written],
+    *,
+    name: str,
+    title: str,
+    packages: Sequence[str],
+    runtime: str,
+    main_file: str,
 ) -> Artifact:
-    """Make an artifact that appears only when whole.
+    """Make an artifact that appears only when whole; what the target's ``check`` refuses must have been refused.
 
     Args:
         out_dir: its folder, which must not exist.
         grid: the quantized student's folder, for a recipe on the grid; None rounds the student to nearest.
-        write: writes every file but the manifest into a folder, its tensors from the student or its quantized form,
-            and returns fields of the manifest.
-        fields: further fields of the manifest.
+        write: writes every file but the manifest.
+        packages: whose versions decide what is made.
 
     Raises:
         EdgekdError: ``out_dir`` exists, or cannot be written; ``grid`` is of another student or recipe.
     """
     if out_dir.exists():
         raise EdgekdError(f"{out_dir} exists already.", "Remove it, or choose another folder.")
+    checkpoint, chosen = Checkpoint(student), load_recipe(recipe, spec.target)
     try:
         with atomic_folder(out_dir) as folder:
-            source = open_source(checkpoint, recipe, grid, folder / "grid")
-            fields |= {"recipe": recipe.name, **source_fields(checkpoint, source), **write(source, folder)}
+            source = open_source(checkpoint, chosen, grid, folder / "grid")
+            told, written = source_fields(checkpoint, source), write(Job(checkpoint, source, chosen, name, folder))
             shutil.rmtree(folder / "grid", ignore_errors=True)
-            artifact = write_artifact(folder, **fields)
+            artifact = write_artifact(
+                folder,
+                name=name,
+                target=spec.target,
+                target_title=title,
+                recipe=recipe,
+                runtime=runtime,
+                main_file=main_file,
+                **told,
+                bits_per_weight=round(8 * written.weight_bytes / checkpoint.parameters, 4),
+                traffic=_traffic(checkpoint, written),
+                contract=written.contract,
+                versions=installed("edgekd", *packages),
+                details=written.details and written.details.model_dump(),
+            )
     except OSError as error:
         raise EdgekdError(f"{out_dir}: cannot be written: {error}.", "Free disk space, or check the folder.") from error
     return Artifact(out_dir, artifact.manifest)
+
+
+def _traffic(checkpoint: Checkpoint, written: Written) -> Traffic:
+    """What decoding a token reads."""
+    arch = checkpoint.architecture
+    read = written.weight_bytes - written.table_bytes + written.table_bytes // arch.vocab_size
+    return Traffic(weight_bytes=read, kv_bytes_per_position=arch.kv_bytes(1, written.cache_value_bytes))
 
 
 def check_installed(extra: str, *packages: str) -> None:

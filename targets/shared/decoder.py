@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...architecture import EMBEDDING, HEAD, Architecture, Feature
+from ...architecture import EMBEDDING, HEAD, Architecture, Feature, read_architecture
 from ...checkpoint import Checkpoint
 from ...errors import EdgekdError, SpecError, Unsupported
-from ...manifest import Traffic
 from ...spec import TargetSpec
+from .recipes import load_recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,18 +53,22 @@ def _remedy(arch: Architecture, missing: frozenset[Feature]) -> str:
     return "Train a student without it, or export another target."
 
 
-def check_context(spec: TargetSpec, arch: Architecture) -> None:
-    """Refuse a context longer than the student's.
+def asked_for(config: Mapping[str, object], spec: TargetSpec) -> tuple[Architecture, int]:
+    """The student's architecture, and the context length of the artifact: what every target's ``check`` begins with.
 
     Raises:
-        SpecError: it is.
+        SpecError: the target has no such recipe, or the context is longer than the student's.
     """
+    for recipe in spec.recipes:
+        load_recipe(recipe, spec.target)
+    arch = read_architecture(config)
     if spec.context and spec.context > arch.context_length:
         raise SpecError(
             f"targets: context {spec.context} is longer than the student's {arch.context_length} "
             "(config.json: max_position_embeddings).",
             "Ask for a shorter one.",
         )
+    return arch, spec.context or arch.context_length
 
 
 def check_head_dim(arch: Architecture) -> None:
@@ -76,18 +81,6 @@ def check_head_dim(arch: Architecture) -> None:
         raise Unsupported(
             f"config.json: head_dim {arch.head_dim} is odd: the rotary embedding turns pairs.", "Use an even head_dim."
         )
-
-
-def traffic(arch: Architecture, weight_bytes: int, table_bytes: int, cache_value_bytes: int) -> Traffic:
-    """What decoding a token reads.
-
-    Args:
-        weight_bytes: of all weights, as the file holds them.
-        table_bytes: of them, an embedding's whose bytes are not the head's too: one row of it is read.
-        cache_value_bytes: bytes of a number in the runtime's key-value cache.
-    """
-    read = weight_bytes - table_bytes + table_bytes // arch.vocab_size
-    return Traffic(weight_bytes=read, kv_bytes_per_position=arch.kv_bytes(1, cache_value_bytes))
 
 
 def rotary_tables(arch: Architecture, context_length: int) -> tuple[np.ndarray, np.ndarray]:

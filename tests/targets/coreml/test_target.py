@@ -475,7 +475,7 @@ def test_tokens_are_the_students(
     session = targets.open_artifact(artifact, threads=1)
     result = check_tokens(session, load_tokenizer(student), artifact.manifest.contract)
     session.close()
-    assert not result["differences"], result["differences"]
+    assert not result.differences, result.differences
 
 
 def test_what_stands_in_for_core_ml_is_told_and_not_timed(tmp_path: Path, tiny_student: Path) -> None:
@@ -487,9 +487,9 @@ def test_what_stands_in_for_core_ml_is_told_and_not_timed(tmp_path: Path, tiny_s
         bench_artifact(artifact, BenchSpec(prompt_tokens=[8], decode_tokens=2, runs=1), lambda share, note: None)
     windows, asked = np.array([IDS[:64], IDS[64:128]]), VerifySpec(windows=2, context=64, greedy_tokens=4)
     figures = verify_artifact(artifact, tiny_student, windows, asked, lambda share, note: None, tmp_path / "grid")
-    assert "interpreter" in figures["stand_in"]
-    assert figures["runtime"]["kl_mean"] < 1e-4 < figures["kl_mean"]
-    assert figures["tokens"]["strings_identical"] == figures["tokens"]["strings"]
+    assert "interpreter" in figures.stand_in
+    assert figures.runtime.kl_mean < 1e-4 < figures.kl_mean
+    assert figures.tokens.strings_identical == figures.tokens.strings
     assert targets.stand_in("gguf") is targets.stand_in("onnx") is None
 
 

@@ -496,4 +496,4 @@ def test_tokens_are_the_students(
     session = targets.open_artifact(artifact, threads=1)
     result = check_tokens(session, load_tokenizer(student), artifact.manifest.contract)
     session.close()
-    assert not result["differences"], result["differences"]
+    assert not result.differences, result.differences

@@ -15,11 +15,10 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
-from edgekd.checkpoint import Checkpoint
 from edgekd.errors import Unsupported
 from edgekd.manifest import Artifact
 from edgekd.student import load_tokenizer
-from edgekd.targets.shared.artifact import build_artifact, installed, main_file
+from edgekd.targets.shared.artifact import Details, Job, Written, build_artifact, main_file
 from edgekd.targets.shared.recipes import load_recipe
 from edgekd.targets.shared.session import DecoderSession
 from edgekd.targets.shared.target import TargetOptions
@@ -34,6 +33,10 @@ class Options(TargetOptions):
     """A toy target."""
 
     colour: str = Field("red", description="Of the toy.")
+
+
+class ToyDetails(Details):
+    colour: str
 
 
 def check(config: Mapping[str, Any], tokenizer_folder: Path, spec: Options) -> None:
@@ -54,23 +57,24 @@ def export(
     grid: Path | None = None,
     moments: Path | None = None,
 ) -> Artifact:
-    checkpoint = Checkpoint(student)
+    def write(job: Job) -> Written:
+        weights = {name: job.source.tensor(name).float().numpy() for name in job.source}
+        save_file(weights, job.folder / MAIN_FILE)
+        tokenizer, config = load_tokenizer(student), job.checkpoint.config
+        (job.folder / "config.json").write_text(json.dumps(config))
+        tokenizer.save_pretrained(job.folder)
+        return Written(
+            contract=contract_of(
+                tokenizer, student, config["vocab_size"], spec.context or config["max_position_embeddings"]
+            ),
+            weight_bytes=sum(weight.nbytes for weight in weights.values()),
+            table_bytes=0,
+            cache_value_bytes=0,
+            details=ToyDetails(colour=spec.colour),
+        )
 
-    def write(source: Checkpoint, folder: Path) -> dict[str, Any]:
-        save_file({name: source.tensor(name).float().numpy() for name in source}, folder / MAIN_FILE)
-        (folder / "config.json").write_text(json.dumps(checkpoint.config))
-        tokenizer, config = load_tokenizer(student), checkpoint.config
-        tokenizer.save_pretrained(folder)
-        context = spec.context or config["max_position_embeddings"]
-        return {
-            "bits_per_weight": 32.0,
-            "contract": contract_of(tokenizer, student, config["vocab_size"], context),
-            "versions": installed("edgekd", *PACKAGES),
-            "details": {"colour": spec.colour},
-        }
-
-    fields = {"name": name, "target": "toy", "target_title": TITLE, "runtime": "NumPy", "main_file": MAIN_FILE}
-    return build_artifact(out_dir, checkpoint, load_recipe(recipe, "toy"), grid, write, **fields)
+    told = {"name": name, "title": TITLE, "packages": PACKAGES, "runtime": "NumPy", "main_file": MAIN_FILE}
+    return build_artifact(student, spec, recipe, out_dir, grid, write, **told)
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> DecoderSession:
