@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from edgekd import targets
 from edgekd.manifest import Artifact
-from edgekd.quant.folder import load_dequantized, open_grid
+from edgekd.quant.folder import Grid, load_dequantized, open_grid
 from edgekd.quant.quantize import quantize
 from edgekd.spec import TargetSpec
 from edgekd.student import load_model
@@ -41,6 +42,12 @@ ODD_WIDTH = {"intermediate_size": 80, "hidden_size": 72, "head_dim": 32}
 """No whole blocks of 32: such matrices are int8."""
 
 
+def skip_without(target: str) -> None:
+    """Skip a test of a target whose packages are not installed."""
+    if missing := targets.absent(targets.load_target(target).PACKAGES):
+        pytest.skip(f"not installed: {missing}")
+
+
 def spec_of(target: str, *recipes: str, **options: Any) -> TargetSpec:
     return TargetSpec(target=target, recipes=list(recipes) or ["fp16"], **options)
 
@@ -69,6 +76,14 @@ def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
         return session.prefill(ids, all_logits=True)
     finally:
         session.close()
+
+
+def held(grid: Grid, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The grid's integers ``(O, I)`` and scales ``(O, G)``, of int8 rows ``(O, 1)``."""
+    pair = grid.int4(name) or grid.int8(name)
+    assert pair is not None
+    q, scale = (part.numpy() for part in pair)
+    return q, scale.reshape(len(q), -1)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cases import IDS, export_to, reference
+from cases import IDS, export_to, reference, skip_without
 from edgekd import targets
 from edgekd.manifest import Artifact
 from edgekd.session import Session, stream_text
+from edgekd.student import load_tokenizer
+from edgekd.verify.tokens import check_tokens
 
 CONTEXT, VOCAB = 1100, 700
 LONG = (IDS * 6)[:CONTEXT]
@@ -22,15 +25,25 @@ TOLERANCES = {"gguf": 0.1, "onnx": 2e-4, "executorch": 1e-4}
 every tensor to it, which adds up to some roundings of the largest logit."""
 
 
+NOT_LOADED = {
+    "gguf": ("torch", "transformers", "gguf", "safetensors"),
+    "onnx": ("torch", "transformers", "onnx", "onnxruntime_genai", "safetensors"),
+    "coreml": ("transformers", "safetensors", "coremltools"),
+    "executorch": ("transformers", "safetensors"),
+}
+
+
+def skip_without_session(target: str) -> None:
+    skip_without(target)
+    if target == "coreml" and sys.platform == "darwin":
+        pytest.skip("there, sessions use Core ML itself")
+
+
 @pytest.fixture(scope="module", params=targets.TARGETS)
 def artifact(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, student_factory: Callable[..., Path]
 ) -> Artifact:
-    target = targets.load_target(request.param)
-    if missing := targets.absent(target.PACKAGES):
-        pytest.skip(f"not installed: {missing}")
-    if request.param == "coreml" and sys.platform == "darwin":
-        pytest.skip("there, sessions use Core ML itself")
+    skip_without_session(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     student = student_factory(folder / "student", max_position_embeddings=CONTEXT)
     return export_to(request.param, student, "fp16", folder / "out")
@@ -170,6 +183,35 @@ def test_a_full_context_takes_no_more(session: Session) -> None:
             call()
     session.reset()
     assert session.decode(3).shape == (VOCAB,)
+
+
+def test_opening_loads_what_the_runtime_needs_alone(artifact: Artifact) -> None:
+    opener = targets.open_artifact  # a spawned process finds it by name
+    assert getattr(sys.modules[opener.__module__], opener.__qualname__) is opener
+    code = (
+        "import sys; from pathlib import Path; from edgekd.targets import open_artifact\n"
+        "session = open_artifact(Path(sys.argv[1]), threads=1); session.prefill([3, 4]); session.decode(5)\n"
+        "session.prefill([3, 4], all_logits=True); session.tokenize('a'); session.close()\n"
+        "print(*(name for name in sys.argv[2:] if name in sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(artifact.folder), *NOT_LOADED[artifact.manifest.target]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("", "")  # and the runtime is silent
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+@pytest.mark.parametrize("target", ["gguf", "onnx", "coreml"])
+def test_tokens_are_the_students(
+    target: str, kind: str, tmp_path: Path, student_factory: Callable[..., Path], request: pytest.FixtureRequest
+) -> None:
+    skip_without_session(target)
+    factory = request.getfixturevalue("tokenizer_factory" if kind == "byte level" else "sentencepiece_factory")
+    student = student_factory(tmp_path / "student", "llama", factory(nfc=True) if kind == "byte level" else factory())
+    artifact = export_to(target, student, "fp16", tmp_path / "out")
+    session = targets.open_artifact(artifact, threads=1)
+    result = check_tokens(session, load_tokenizer(student), artifact.manifest.contract)
+    session.close()
+    assert not result.differences, result.differences
 
 
 def test_a_closed_session_does_nothing(session: Session) -> None:

@@ -26,6 +26,7 @@ from cases import (
     ODD_WIDTH,
     UNTIED,
     export_to,
+    held,
     logits,
     quantized,
     reference,
@@ -33,9 +34,9 @@ from cases import (
 )
 from edgekd import targets
 from edgekd.checkpoint import Checkpoint
-from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
+from edgekd.errors import BadArtifact, EdgekdError, Unsupported
 from edgekd.manifest import Artifact, load_artifact
-from edgekd.quant.folder import Grid, open_grid
+from edgekd.quant.folder import open_grid
 from edgekd.quant.grid import quantize_int8_rows
 from edgekd.session import Session
 from edgekd.student import load_model
@@ -99,14 +100,6 @@ def test_large_and_small_activations(factor: float, tmp_path: Path, student_fact
         hidden = load_model(student)(torch.tensor([IDS]), output_hidden_states=True).hidden_states[-2]
     assert (hidden.abs().max() > 500) if factor > 1 else (hidden.abs().max() < 0.02)
     assert_near(logits(export(student, "fp16", tmp_path / "out"), IDS), reference(student, IDS))
-
-
-def held(grid: Grid, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The grid's integers ``(O, I)`` and scales ``(O, G)``, of int8 rows ``(O, 1)``."""
-    pair = grid.int4(name) or grid.int8(name)
-    assert pair is not None
-    q, scale = (part.numpy() for part in pair)
-    return q, scale.reshape(len(q), -1)
 
 
 @pytest.mark.parametrize("recipe", GRID_RECIPES)
@@ -396,86 +389,14 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path, tiny_student: Path) -> No
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize(
-    ("change", "cause"),
-    [
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "Core ML cannot hold: .*GPT2LMHeadModel"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
-        ({"head_dim": 31}, "head_dim 31 is odd"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 is not divisible by num_key_value_heads 3"),
-        ({"max_position_embeddings": 2**24}, r"context of 16777216 makes .* 8.6 GB.*Set context: 4194304 or less"),
-    ],
-)
-def test_what_core_ml_cannot_hold_is_refused(change: dict[str, Any], cause: str, tiny_student: Path) -> None:
-    config = Checkpoint(tiny_student).config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    targets.check(config, tiny_student, spec("fp16", *GRID_RECIPES, "coreml-palettize-4"))
-    with pytest.raises(Unsupported, match=cause):
-        targets.check(config | change, tiny_student, spec())
-
-
-def test_wrong_specs_are_refused(tiny_student: Path, tmp_path: Path) -> None:
+def test_an_ios_without_the_operators(tiny_student: Path) -> None:
     config = Checkpoint(tiny_student).config
-    with pytest.raises(SpecError, match="coreml has no recipe 'gguf-q4_0'"):
-        targets.check(config, tiny_student, spec("gguf-q4_0"))
-    with pytest.raises(SpecError, match="context 512 is longer than the student's 256"):
-        targets.check(config, tiny_student, spec(context=512))
     with pytest.raises(
         Unsupported, match=r"minimum_ios 17: int4 in blocks \(portable-int4\) and .* iOS 18 and macOS 15"
     ):
         targets.check(config, tiny_student, spec("portable-int4", minimum_ios=17))
     with pytest.raises(Unsupported, match="minimum_ios 16: a key-value cache kept as state came with iOS 18"):
         targets.check(config, tiny_student, spec("fp16", minimum_ios=16))
-    with pytest.raises(EdgekdError, match="no tokenizer"):
-        targets.check(config, tmp_path, spec())
-
-
-@pytest.mark.parametrize("recipe", ["fp16", "coreml-palettize-4"])
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "nan"])
-def test_a_student_that_does_not_fit_leaves_nothing_behind(
-    damage: str, recipe: str, tmp_path: Path, student_factory: Any, damage_student: Any
-) -> None:
-    student = student_factory(tmp_path / "student", num_hidden_layers=1)
-    name = damage_student(student, damage)
-    with pytest.raises(EdgekdError, match=name):
-        export(student, recipe, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
-
-
-def test_a_weight_beyond_float16_is_refused(tmp_path: Path, student_factory: Any, damage_student: Any) -> None:
-    student = student_factory(tmp_path / "student", num_hidden_layers=1)
-    name = damage_student(student, "overflow")
-    with pytest.raises(EdgekdError, match=name):
-        export(student, "fp16", tmp_path / "out")
-    with pytest.raises(EdgekdError, match=name):
-        export(student, "coreml-palettize-4", tmp_path / "out")
-
-
-def test_the_wrong_grid_is_refused(tmp_path: Path, tiny_student: Path, student_factory: Any) -> None:
-    other = quantized(student_factory(tmp_path / "other", num_hidden_layers=1), tmp_path / "grid")
-    with pytest.raises(EdgekdError, match="another student"):
-        export(tiny_student, "portable-int4", tmp_path / "out", other)
-    with pytest.raises(EdgekdError, match="for the recipe portable-int4, not int8"):
-        export(tiny_student, "int8", tmp_path / "out", quantized(tiny_student, tmp_path / "own"))
-
-
-@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
-def test_tokens_are_the_students(
-    kind: str, tmp_path: Path, student_factory: Any, request: pytest.FixtureRequest
-) -> None:
-    from edgekd.student import load_tokenizer
-    from edgekd.verify.tokens import check_tokens
-
-    factory = request.getfixturevalue("tokenizer_factory" if kind == "byte level" else "sentencepiece_factory")
-    tokenizer = factory(nfc=True) if kind == "byte level" else factory()
-    student = student_factory(tmp_path / "student", "llama", tokenizer)
-    artifact = export(student, "fp16", tmp_path / "out")
-    session = targets.open_artifact(artifact, threads=1)
-    result = check_tokens(session, load_tokenizer(student), artifact.manifest.contract)
-    session.close()
-    assert not result.differences, result.differences
 
 
 def test_what_stands_in_for_core_ml_is_told_and_not_timed(tmp_path: Path, tiny_student: Path) -> None:
