@@ -154,7 +154,14 @@ class ChunkedPrefill(_Proof):
 
     max_abs_difference: float | None
     argmax_equal: Share
-    argmax_equal_or_tied: Share
+    kl_mean: float | None = None
+    """KL(token by token || in pieces), nats per token; null where logits are not usable, or written before it was."""
+    kl_to_reference: float | None = None
+    """KL(reference || in pieces)."""
+    kl_to_reference_token_by_token: float | None = None
+    """KL(reference || token by token)."""
+    kl_to_reference_change_error: float | None = None
+    """Standard error, over the positions, of what the two have between them."""
 
 
 class Parity(Comparison):
@@ -172,6 +179,10 @@ class Parity(Comparison):
     tokens: TokenCheck | None = None
     runtime: Comparison | None = None
     """Against the quantized student it was packed from: what the runtime alone costs."""
+    arithmetic_kl_mean: float | None = None
+    """What rounding as the runtime does costs the model it should compute, on the first windows; null: not known."""
+    runtime_kl_mean: float | None = None
+    """KL to the model it should compute, on the same windows; null: the runtime's own quantizer made it."""
     failures: list[str] | None = None
     """What missed its gate, a sentence each; None: not judged."""
 

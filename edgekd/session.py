@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+
+Arithmetic = Literal["float32", "float16", "int8 by 32", "int8 by token"]
+"""What a runtime makes of the inputs of a matrix product: as they are, in half precision, or in 8 bits, with a scale
+for 32 of them or for all inputs of a token."""
 
 
 class Session(Protocol):

@@ -20,7 +20,7 @@ from typing import cast
 from ..errors import BadArtifact, SpecError
 from ..files import digest
 from ..manifest import Artifact, load_artifact
-from ..session import Session
+from ..session import Arithmetic, Session
 from ..spec import Spec, TargetSpec, checked, spec_of
 from ..tokenizer_file import hard_texts
 from ..trial import mark, try_once
@@ -160,6 +160,12 @@ def label(target: str, recipe: str) -> str:
 def stand_in(target: str) -> str | None:
     """What opens a target's artifacts on this machine in place of their own runtime, which cannot run here; or None."""
     found: str | None = getattr(load_target(target), "stand_in", lambda: None)()
+    return found
+
+
+def arithmetic(target: str, recipe: str) -> Arithmetic:
+    """The precision in which a target's runtime multiplies with a recipe's matrices."""
+    found: Arithmetic = getattr(load_target(target), "arithmetic", lambda _: "float32")(load_recipe(recipe, target))
     return found
 
 

@@ -130,28 +130,42 @@ def verify_artifact(
         Parity that is not judged yet.
     """
     from ..quant.folder import load_dequantized, open_grid
-    from ..targets import open_artifact, stand_in
-    from ..verify.parity import compare, measure, session_logits
+    from ..targets import arithmetic, load_recipe, open_artifact, stand_in
+    from ..verify.noise import noise_of
+    from ..verify.parity import compare, first_windows, measure, session_logits
     from ..verify.reference import logits_of
     from ..verify.tokens import check_tokens
 
-    tokenizer = load_tokenizer(reference)
+    tokenizer, manifest = load_tokenizer(reference), artifact.manifest
     session = open_artifact(artifact)
     try:
         tell(0.1, "tokens")
-        tokens = check_tokens(session, tokenizer, artifact.manifest.contract)
+        tokens = check_tokens(session, tokenizer, manifest.contract)
         tell(0.3, "logits")
         # One model after the other: beside the artifact, memory holds one of them.
-        parity = measure(session, logits_of(load_model(reference)), windows, greedy_tokens=spec.greedy_tokens)
+        model = load_model(reference)
+        parity = measure(session, logits_of(model), windows, greedy_tokens=spec.greedy_tokens)
         runtime = None
         if grid is not None:
-            tell(0.8, "against the grid")
-            dequantized = logits_of(load_dequantized(open_grid(grid)))
-            runtime = compare(dequantized, session_logits(session), windows)
+            tell(0.7, "against the grid")
+            model = load_dequantized(open_grid(grid))
+            runtime = compare(logits_of(model), session_logits(session), windows)
     finally:
         session.close()
-    instead = stand_in(artifact.manifest.target)
-    return parity.model_copy(update={"stand_in": instead, "tokens": tokens, "runtime": runtime})
+    tell(0.9, "rounding")
+    noise = noise_of(model, arithmetic(manifest.target, manifest.recipe), windows)
+    native = load_recipe(manifest.recipe, manifest.target).native
+    # What a runtime's own quantizer made of the weights, nobody here knows.
+    expected = runtime or (None if native and native.type != "fp32" else parity)
+    return parity.model_copy(
+        update={
+            "stand_in": stand_in(manifest.target),
+            "tokens": tokens,
+            "runtime": runtime,
+            "arithmetic_kl_mean": noise,
+            "runtime_kl_mean": first_windows(expected) if expected else None,
+        }
+    )
 
 
 def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None]) -> Benchmark:

@@ -15,7 +15,7 @@ from ...checkpoint import Checkpoint
 from ...errors import Unsupported
 from ...files import file_sha256, write_json
 from ...manifest import Artifact, Contract
-from ...session import Session
+from ...session import Arithmetic, Session
 from ...student import load_tokenizer
 from ..shared.artifact import Details, Job, Written, build_artifact, check_installed, details_of, main_file
 from ..shared.decoder import (
@@ -67,6 +67,11 @@ class CoremlDetails(Details):
     """Version by system."""
     compute_units: dict[str, str]
     weight_bytes: int = Field(ge=0)
+
+
+def arithmetic(recipe: Recipe) -> Arithmetic:
+    """The program computes in fp16 throughout; its compressed weights are fp16 when they are read."""
+    return "float16"
 
 
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:

@@ -17,7 +17,7 @@ from ...architecture import Architecture, Feature
 from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from ...manifest import Artifact, Contract
-from ...session import Session
+from ...session import Arithmetic, Session
 from ...spec import Name
 from ...student import load_tokenizer
 from ..shared.artifact import (
@@ -48,7 +48,7 @@ from .selftest import self_test
 from .session import CHUNK, ExecutorchEngine, head_sha256, runner_tokenizer
 
 if TYPE_CHECKING:
-    pass
+    from ...quant.recipe import Recipe
 
 __all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test"]
 
@@ -89,6 +89,13 @@ class ExecutorchDetails(Details):
     head_bytes: int = Field(ge=0)
     """What the runtime parses, before the weights; and its sum."""
     head_sha256: str
+
+
+def arithmetic(recipe: Recipe) -> Arithmetic:
+    """XNNPACK's dynamic quantization gives the inputs of a token one scale and one zero point."""
+    if recipe.native:
+        return "float32"
+    return "int8 by token" if recipe.on_grid else "float16"
 
 
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:

@@ -13,7 +13,7 @@ from ...architecture import Architecture
 from ...checkpoint import Checkpoint
 from ...errors import EdgekdError, Unsupported
 from ...manifest import Artifact
-from ...session import Session
+from ...session import Arithmetic, Session
 from ...student import load_tokenizer
 from ..shared.artifact import Job, Written, build_artifact, check_installed, cores, main_file
 from ..shared.decoder import asked_for
@@ -28,6 +28,8 @@ from .session import GgufEngine, load_model, runtime, said, tokenize
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFWriter
+
+    from ...quant.recipe import Recipe
 
 __all__ = [
     "EXTRA",
@@ -50,6 +52,11 @@ FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k"
 MAIN_FILE = "model.gguf"
 FEATURES = arch_.FEATURES
 _CACHE_BYTES = 2  # llama.cpp's cache is float16 unless told otherwise
+
+
+def arithmetic(recipe: Recipe) -> Arithmetic:
+    """llama.cpp rounds the inputs of quantized matrices to 8 bits in blocks of 32, those of others to fp16."""
+    return "int8 by 32" if recipe.on_grid or recipe.native else "float16"
 
 
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:

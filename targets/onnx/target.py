@@ -16,7 +16,7 @@ from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, SpecError, Unsupported
 from ...files import write_json
 from ...manifest import Artifact, Contract
-from ...session import Session
+from ...session import Arithmetic, Session
 from ...spec import Name
 from ...student import load_tokenizer
 from ..shared.artifact import (
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from transformers import PreTrainedTokenizerFast
 
-    from ...quant.recipe import Kind
+    from ...quant.recipe import Kind, Recipe
 
 __all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "inspect", "open", "self_test"]
 
@@ -93,6 +93,13 @@ class OnnxDetails(Details):
     data_bytes: int = Field(ge=0)
     tokenizer: TokenizerProof
     chat: ChatProof | None
+
+
+def arithmetic(recipe: Recipe) -> Arithmetic:
+    """MatMulNBits of accuracy level 4 rounds its inputs to 8 bits in blocks as long as the weights' groups."""
+    if recipe.native:
+        return "float32"
+    return "int8 by 32" if recipe.on_grid else "float16"
 
 
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:

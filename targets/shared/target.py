@@ -22,7 +22,7 @@ class TargetOptions(TargetSpec):
 class Target(Protocol):
     """A target's module. It imports its runtime in the functions that need it, and nothing else that is heavy.
 
-    Four more functions are optional:
+    Five more functions are optional:
 
     - ``inspect(artifact)``: what an artifact is refused for before its runtime sees it; raises ``BadArtifact``.
     - ``stand_in() -> str | None``: what opens artifacts on this machine in place of their own runtime, which is bound
@@ -30,6 +30,8 @@ class Target(Protocol):
       so it is never timed.
     - ``install(again: bool) -> str``: the command that installs its packages here, or replaces them, where
       ``pip install`` alone does not do.
+    - ``arithmetic(recipe: Recipe) -> Arithmetic``: in what precision its runtime multiplies, from which verification
+      knows how much of a difference is rounding; default: float32.
     - ``explain_crash(signal: str) -> tuple[str, str] | None``: why its runtime died, and the remedy.
     """
 

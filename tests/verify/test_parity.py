@@ -121,25 +121,8 @@ def test_greedy_divergence_is_where_two_generations_part(perturbed, session, ref
     assert figures.first_diverging_token == min(e for e in expected if e is not None) >= 4
 
 
-def test_a_runtime_that_forgets_its_cache_fails_chunked_prefill(session, reference, windows):
-    """A real bug of chunked prefill: each chunk starts at position 0 again."""
-    whole = type(session).prefill
-
-    def forgetful(ids, *, all_logits=False):
-        session.reset()
-        return whole(session, ids, all_logits=all_logits)
-
-    session.prefill = forgetful
-    figures = measure(session, reference, windows, greedy_tokens=2)
-    assert figures.kl_mean < 1e-9  # one chunk alone looks right
-    assert judge(figures, None, Thresholds())[0] == "tokens: they were not compared"
-    failures = judge(figures, SAME, Thresholds())
-    assert len(failures) == 3
-    assert all(sentence.startswith("chunked prefill") for sentence in failures)
-
-
-def test_a_near_tie_is_not_a_failure(session, reference, windows):
-    """Rounding that depends on the chunk's length flips near-equal tokens only."""
+def test_rounding_that_depends_on_the_chunk_is_not_a_failure(session, reference, windows):
+    """It moves the logits about, as far from the reference as they were."""
     whole = type(session).prefill
     rng = np.random.default_rng(0)
 
@@ -149,8 +132,9 @@ def test_a_near_tie_is_not_a_failure(session, reference, windows):
 
     session.prefill = noisy
     figures = measure(session, reference, windows, greedy_tokens=2)
-    assert all(chunk.argmax_equal_or_tied == 1 for chunk in figures.chunked_prefill.values())
+    assert all(chunk.kl_mean > 1e-5 for chunk in figures.chunked_prefill.values())
     assert judge(figures, SAME, Thresholds()) == []
+    assert judge(figures, None, Thresholds())[0] == "tokens: they were not compared"
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
