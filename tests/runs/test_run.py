@@ -157,9 +157,9 @@ def test_an_interrupted_run_ends_with_the_same_student(project, whole, where, fo
     out = project / f"{where}-{how.name}"
     process = start(project, "--out", out.name)
     deadline = time.monotonic() + 300
-    while not any(out.glob(f".edgekd/{where}-*/log.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
+    while not any(log.stat().st_size for log in out.glob(f".edgekd/{where}-*/log.jsonl")):  # a first step is done
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     process.send_signal(how)
     code, _, err = finish(process)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL), err
