@@ -341,6 +341,30 @@ def export(
     typer.echo(f"{out}: {artifact.size_bytes / 1e6:.1f} MB, {artifact.manifest.bits_per_weight:.2f} bits per weight")
 
 
+@app.command("import", epilog="Example: edgekd import SmolLM2-135M-Instruct.Q4_1.gguf smollm2")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the model to; must not exist.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a model folder of a GGUF file, dequantized; prove its ids and logits through llama.cpp on the file."""
+    from .console import watching
+    from .files import check_writable
+    from .runs.verbs import import_gguf
+
+    if os.path.lexists(out):
+        raise EdgekdError(f"{out} exists.", "Remove it, or name another folder.")
+    check_writable(out)
+    with watching() as watcher:
+        watcher.begin("import")
+        origin = import_gguf(path, out, lambda fraction, note: watcher.progress("import", fraction, note))
+    if as_json:
+        return _print_json({"folder": str(out), **origin.model_dump()})
+    typer.echo(f"{out}: ids as llama.cpp's on {origin.tokenizer_texts} texts, KL {origin.logits.kl_mean:.2g} nats")
+    if origin.remark:
+        typer.echo(f"weights: {origin.remark}")
+
+
 @app.command(epilog="Example: edgekd verify model-q4 --reference runs/quickstart/student --text notes.txt")
 def verify(
     artifact: ArtifactArgument,

@@ -14,7 +14,7 @@ LAYERS = [
     {"", "errors"},  # the package itself begins with privacy
     {"files", "formats", "strict_yaml", "strace", "trial", "tokenizer_file"},
     {"spec", "architecture", "proof"},
-    {"checkpoint", "student", "manifest", "results", "plan", "session", "conversation", "template_process"},
+    {"checkpoint", "student", "manifest", "origin", "results", "plan", "session", "conversation", "template_process"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest", "audit"},

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import EdgekdError
+from ..files import atomic_folder, write_json
 from ..manifest import Artifact
-from ..proof import Benchmark, Parity
+from ..origin import ORIGIN, Origin
+from ..proof import Benchmark, Comparison, Parity
 from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
 from ..student import load_model, load_tokenizer, vocabulary_size
 from .records import Figures
@@ -197,3 +199,70 @@ def telling(tell: Callable[[float, str], None]) -> Callable[[Event], None]:
             tell(event.step / event.steps, f"loss {loss:.3f}  {speed:,.0f} tok/s")
 
     return on_event
+
+
+_MOST_KL_NATS = 1e-3
+"""Between two runtimes in float32, llama.cpp's cache in fp16: 1e-6 on real models; a matrix out of order gives 0.1."""
+
+
+def import_gguf(path: Path, out: Path, tell: Callable[[float, str], None]) -> Origin:
+    """Make a model folder of a GGUF file, proved: its tokenizer's ids are llama.cpp's on the file, and so are its
+    logits.
+
+    Args:
+        out: must not exist; appears only when whole.
+
+    Raises:
+        EdgekdError: the file is damaged, or its tokenizer or its logits come out otherwise.
+        Unsupported: an architecture, feature, tokenizer or quantization that is not read.
+    """
+    from ..targets.gguf.importer import try_file, write_folder
+
+    sha256 = try_file(path)
+    with atomic_folder(out) as folder:
+        tell(0.1, "tokenizer and weights")
+        file, texts = write_folder(path, folder)
+        tell(0.5, "logits")
+        logits = _imported_logits(path, folder)
+        origin = Origin(
+            format="gguf",
+            file=path.name,
+            file_sha256=sha256,
+            name=file.get("general.name", str),
+            license=file.get("general.license", str),
+            dequantized_from=file.dequantized,
+            tokenizer_texts=texts,
+            logits=logits,
+        )
+        write_json(folder / ORIGIN, origin.model_dump())
+    return origin
+
+
+def _imported_logits(path: Path, folder: Path) -> Comparison:
+    """An imported model's logits in float32 against the file's in llama.cpp.
+
+    Raises:
+        EdgekdError: they differ by more than rounding.
+    """
+    from ..targets.gguf.importer import open_dequantized
+    from ..verify.parity import compare, session_logits
+    from ..verify.reference import held_out_windows, logits_of
+    from ..verify.tokens import golden_strings
+
+    tokenizer = load_tokenizer(folder)
+    ids = np.asarray(tokenizer("\n".join(golden_strings([])), verbose=False)["input_ids"])
+    windows = held_out_windows(ids, 4, min(64, len(ids)))
+    scratch = folder / "dequantized.gguf"
+    session = open_dequantized(path, folder, scratch, windows.shape[1])
+    try:
+        found = compare(logits_of(load_model(folder)), session_logits(session), windows)
+    finally:
+        session.close()
+        scratch.unlink()
+    if found.unusable_positions or found.kl_mean is None or found.kl_mean > _MOST_KL_NATS:
+        kl = "no KL" if found.kl_mean is None else f"a KL of {found.kl_mean:.3g} nats"
+        raise EdgekdError(
+            f"{path}: the import's logits are not llama.cpp's on the file ({kl}, at most {_MOST_KL_NATS:g}).",
+            "Report the file: it holds something that edgekd reads otherwise.",
+        )
+    return found

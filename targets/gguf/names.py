@@ -91,10 +91,14 @@ def weights(arch: Architecture, checkpoint: Checkpoint | Grid) -> list[Weight]:
         EdgekdError: a tensor is missing or has another shape than config.json says.
         Unsupported: a tensor that has no place in the architecture.
     """
+    _decoder.check_weights(arch, checkpoint, "GGUF")
+    return plan(arch, runtime_of(arch))
+
+
+def plan(arch: Architecture, runtime: str) -> list[Weight]:
+    """Every weight that an architecture has, in file order, and its place in a file of llama.cpp's architecture."""
     import gguf
 
-    _decoder.check_weights(arch, checkpoint, "GGUF")
-    runtime = runtime_of(arch)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[runtime.upper()], arch.layers)
     reordered = {"q": arch.heads, "k": arch.kv_heads} if RUNTIMES[runtime].pairs else {}
     found = []
