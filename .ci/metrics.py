@@ -108,7 +108,7 @@ def measure() -> dict[str, float]:
             for text in texts.values()
         ),
         "lines that say dict[str, Any]": lines(r"dict\[str, Any\]|Mapping\[str, Any\]", texts),
-        "isinstance of Checkpoint or Grid": lines(r"isinstance\([^)]*(Checkpoint|Grid|QuantizedStudent)", texts),
+        "isinstance of Checkpoint or QuantizedStudent": lines(r"isinstance\([^)]*(Checkpoint|QuantizedStudent)", texts),
         "modules that rename or replace files": files(
             r"os\.(replace|rename)\(|\.(replace|rename)\((out|path|final|partial)\w*\)", texts
         ),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .architecture import EMBEDDING, HEAD, Architecture, Decoder, read_architecture, read_config, read_decoder
 from .errors import EdgekdError
@@ -176,6 +176,11 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self.tensors)
 
+    @cached_property
+    def kinds(self) -> dict[str, Literal["plain"]]:
+        """How each tensor is stored, in the words of ``quant.recipe.Kind``: as it is."""
+        return dict.fromkeys(self, "plain")
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return self.tensors[name].shape
@@ -197,6 +202,10 @@ class Checkpoint:
             matrix = file.get_slice(stored.name)
             for start in range(0, stored.shape[0], count):
                 yield matrix[start : start + count].contiguous()
+
+    def blocks(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The integers and scales of a quantized matrix, of which there are none here."""
+        raise ValueError(f"{self.folder}: tensor {name!r} is not quantized")
 
     @contextmanager
     def naming(self, name: str) -> Iterator[None]:

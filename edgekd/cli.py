@@ -244,10 +244,10 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="For qad.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the grid's integers once, for every target. A stopped qad goes on when the command is given again."""
+    """Choose the integers once, for every target. A stopped qad goes on when the command is given again."""
     from .console import watching
     from .files import check_writable
-    from .quant.folder import check_quantizes
+    from .quant.store.writer import check_quantizes
     from .runs.verbs import quantize_model
     from .spec import QadSpec, of_options
     from .student import resolve_model
@@ -309,7 +309,7 @@ def export(
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the target's section of the spec.")
     ] = None,
-    grid: Annotated[
+    quantized: Annotated[
         Path | None, typer.Option(help="A quantized student whose integers to pack. Default: round to nearest.")
     ] = None,
     moments: Annotated[
@@ -335,7 +335,7 @@ def export(
     check(Checkpoint(folder).config, folder, spec)
     needs_text = load_recipe(recipe, target).needs_moments and moments is None
     ids = _windows(folder, _documents(text, "train"), 64, 256) if needs_text else None
-    artifact = export_model(folder, spec, recipe, out, grid=grid, moments=moments, ids=ids)
+    artifact = export_model(folder, spec, recipe, out, quantized=quantized, moments=moments, ids=ids)
     if as_json:
         return _print_json({"folder": str(out), "size_bytes": artifact.size_bytes, **artifact.manifest.model_dump()})
     typer.echo(f"{out}: {artifact.size_bytes / 1e6:.1f} MB, {artifact.manifest.bits_per_weight:.2f} bits per weight")

@@ -77,7 +77,7 @@ class SelfTest:
 
 OWN_TESTS = (
     SelfTest("training", ("torch", "transformers"), partial(pip_install, "edgekd[train]")),
-    SelfTest("grid", ("torch", "transformers", "accelerate"), partial(pip_install, "edgekd[train]")),
+    SelfTest("quantization", ("torch", "transformers", "accelerate"), partial(pip_install, "edgekd[train]")),
 )
 """What needs no target."""
 

@@ -84,9 +84,9 @@ class Manifest(BaseModel):
     student_digest: str
     grid_digest: str | None = None
     method: str | None = None
-    """How the grid's integers were chosen."""
+    """How the integers were chosen."""
     int8_by_width: list[str] = []
-    """int8 matrices of the grid whose input width is not divisible by 32."""
+    """int8 matrices whose input width is not divisible by 32."""
     parameters: int = Field(ge=1, le=10**15)
     bits_per_weight: float = Field(gt=0, le=128, allow_inf_nan=False)
     traffic: Traffic | None = None

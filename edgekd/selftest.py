@@ -1,7 +1,7 @@
 """Small proofs that a runtime works here, each to be run in a process of its own: ``python -m edgekd.selftest NAME``.
 
 A broken build ends its process by a signal, without a message; so ``doctor`` runs this file as a child and reads one
-JSON line from it. Nothing is written but a temporary folder. Training and the grid
+JSON line from it. Nothing is written but a temporary folder. Training and quantization
 are tested here, a runtime by its target.
 """
 
@@ -38,14 +38,14 @@ def training() -> str:
     return "a tiny model was trained for a step in float32 and in bfloat16"
 
 
-def grid() -> str:
+def quantization() -> str:
     """Quantize a tiny model by GPTQ, read its integers back, and take one step of quantization-aware training."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from .distill.qad import QuantizedStudent
-    from .quant.folder import load_dequantized, open_grid
+    from .distill.qad import FakeQuantized
     from .quant.quantize import quantize
+    from .quant.store.reader import load_dequantized, open_quantized
     from .targets import load_recipe
 
     torch.manual_seed(0)
@@ -63,11 +63,11 @@ def grid() -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder / "student")
-        quantize(folder / "student", folder / "grid", load_recipe("portable-int4-head4"), method="gptq", ids=ids)
-        opened = open_grid(folder / "grid")
-        scales = {name: pair[1] for name in opened.names() if (pair := opened.int4(name))}
+        quantize(folder / "student", folder / "quantized", load_recipe("portable-int4-head4"), method="gptq", ids=ids)
+        opened = open_quantized(folder / "quantized")
+        scales = {name: opened.integers(name)[1] for name, kind in opened.kinds.items() if kind == "int4"}
         dequantized = load_dequantized(opened)
-    student = QuantizedStudent(dequantized, opened.kinds, scales)
+    student = FakeQuantized(dequantized, opened.kinds, scales)
     with torch.no_grad():
         if not torch.equal(student(input_ids=ids).logits, dequantized(input_ids=ids).logits):
             raise RuntimeError("fake quantization does not give the grid's own values")
@@ -78,7 +78,7 @@ def grid() -> str:
     return "a tiny model was quantized by GPTQ, read back bit for bit, and trained for a step on the grid"
 
 
-TESTS = {"training": training, "grid": grid}
+TESTS = {"training": training, "quantization": quantization}
 """What needs no target. Each target has its own."""
 
 

@@ -193,7 +193,7 @@ class QadSpec(TrainingSpec):
 
 
 class QuantizeSpec(_Strict):
-    """How the int4 grid's integers are chosen, once for every target. int8 rows are always rounded to nearest."""
+    """How the int4 integers are chosen, once for every target. int8 rows are always rounded to nearest."""
 
     method: Method = Field(
         "gptq",

@@ -191,7 +191,7 @@ def export(
     out_dir: Path,
     *,
     name: str,
-    grid: Path | None = None,
+    quantized: Path | None = None,
     moments: Path | None = None,
 ) -> Artifact:
     """Write one artifact of a student.
@@ -201,8 +201,8 @@ def export(
         recipe: one of the target's recipes.
         out_dir: the artifact's folder; it must not exist yet, and appears only when whole.
         name: the artifact's name.
-        grid: folder of the quantized student; recipes on the portable grid pack its integers as they are. Without it
-            the student is rounded to nearest.
+        quantized: folder of the quantized student; recipes on the portable grid pack its integers as they are. Without
+            it the student is rounded to nearest.
         moments: safetensors of the activations' second moments by parameter name, for native recipes with an
             importance matrix.
 
@@ -210,7 +210,7 @@ def export(
         EdgekdError: and its children, as ``check``; also when ``out_dir`` exists or the runtime refuses the file.
     """
     target, own = load_target(spec.target), section(spec)
-    artifact = target.export(student, own, recipe, out_dir, name=name, grid=grid, moments=moments)
+    artifact = target.export(student, own, recipe, out_dir, name=name, quantized=quantized, moments=moments)
     mark(_key(artifact))
     return artifact
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quant.folder import describe, new_grid
 from ..quant.gptq import gptq_student
 from ..quant.grid import GROUP, fake_quant_int4, fake_quant_int8_rows, quantize_int4, quantize_int8_rows, round_int4
 from ..quant.recipe import Kind, Recipe
+from ..quant.store.reader import describe
+from ..quant.store.writer import new_quantized
 from ..spec import QadSpec
 from ..student import load_model
 from .checkpoint import Event
@@ -32,7 +33,7 @@ _INSIDE = 0.49
 """Of a step, from the integer to where a weight still rounds to it."""
 
 
-class QuantizedStudent(nn.Module):
+class FakeQuantized(nn.Module):
     """A model whose matrices are what the grid makes of them. A tied head follows its embedding.
 
     Args:
@@ -61,7 +62,7 @@ class QuantizedStudent(nn.Module):
         return self.log_scales[name.replace(".", "/")].view(self._shapes[name])
 
     def forward(self, **inputs: Any) -> Any:
-        """The model's own output, computed from the grid's weights."""
+        """The model's own output, computed from its weights on the grid."""
         weights = {name: self._on_grid(name, weight) for name, weight in self.model.named_parameters()}
         return torch.func.functional_call(self.model, weights, kwargs=inputs)
 
@@ -127,15 +128,15 @@ def quantize_aware_distill(
         signal: the teacher, or the student before quantization.
 
     Returns:
-        ``train``'s figures and ``folder.describe``'s.
+        ``train``'s figures and ``describe``'s.
 
     Raises:
-        EdgekdError: as ``train`` and ``folder.new_grid``.
+        EdgekdError: as ``train`` and ``new_quantized``.
     """
-    with new_grid(student, out, recipe, "qad") as writer:
+    with new_quantized(student, out, recipe, "qad") as writer:
         plain = load_model(student)
         scales = start_from_gptq(plain, student, evenly_spaced(windows, calibration_windows).ids, writer.kinds)
-        model = QuantizedStudent(plain, writer.kinds, scales)
+        model = FakeQuantized(plain, writer.kinds, scales)
         figures = train(
             model,
             windows,

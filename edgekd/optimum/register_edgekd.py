@@ -32,7 +32,9 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
             action="append",
             help="Execution provider, the preferred first, for a target that has them.",
         )
-        parser.add_argument("--grid", type=Path, help="A quantized student whose integers to pack. Default: round.")
+        parser.add_argument(
+            "--quantized", type=Path, help="A quantized student whose integers to pack. Default: round."
+        )
         parser.add_argument(
             "--moments", type=Path, help="Second moments from a run's calibration, where a recipe asks."
         )
@@ -51,7 +53,13 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
             spec = of_options(own, **given, context=args.context, providers=args.provider)
             folder = resolve_model(args.model)
             artifact = export(
-                folder, spec, args.recipe, args.out, name=folder.resolve().name, grid=args.grid, moments=args.moments
+                folder,
+                spec,
+                args.recipe,
+                args.out,
+                name=folder.resolve().name,
+                quantized=args.quantized,
+                moments=args.moments,
             )
         except EdgekdError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -15,11 +15,12 @@ import torch
 
 from ..errors import EdgekdError
 from .calibrate import second_moments
-from .folder import GridWriter, describe, new_grid
 from .gptq import gptq_student
 from .grid import quantize_int4, quantize_int8_rows
 from .recipe import Recipe
 from .search import search_int4
+from .store.reader import describe
+from .store.writer import Writer, new_quantized
 
 Progress = Callable[[float, str], None]
 
@@ -47,7 +48,7 @@ def quantize(
         on_progress: called with the share done and what is being done.
 
     Returns:
-        ``folder.describe``'s figures.
+        ``describe``'s figures.
 
     Raises:
         EdgekdError: ``out`` exists, an unknown method, no or too short calibration text, a student that is quantized
@@ -56,7 +57,7 @@ def quantize(
     """
     if method not in ("rtn", "search", "gptq"):
         raise EdgekdError(f"quantize.method: {method!r} is unknown here.", "There are: rtn, search, gptq.")
-    with new_grid(student, out, recipe, method) as writer:
+    with new_quantized(student, out, recipe, method) as writer:
         moments: Mapping[str, torch.Tensor] = {}
         given: set[str] = set()
         if method != "rtn":
@@ -73,7 +74,7 @@ def quantize(
     return describe(out)
 
 
-def _gptq(student: Path, writer: GridWriter, ids: torch.Tensor, on_progress: Progress) -> set[str]:
+def _gptq(student: Path, writer: Writer, ids: torch.Tensor, on_progress: Progress) -> set[str]:
     """Write what GPTQ chooses; the names of it."""
     given: set[str] = set()
     count = sum(kind == "int4" for kind in writer.kinds.values())
@@ -84,8 +85,8 @@ def _gptq(student: Path, writer: GridWriter, ids: torch.Tensor, on_progress: Pro
     return given
 
 
-def _put_rows(writer: GridWriter, name: str, moments: torch.Tensor | None) -> None:
-    """One tensor, row block by row block: the grid's scales searched where there are moments."""
+def _put_rows(writer: Writer, name: str, moments: torch.Tensor | None) -> None:
+    """One tensor, row block by row block: int4 scales searched where there are moments."""
     if writer.kinds[name] == "plain":
         return writer.put_plain(name, writer.source.tensor(name))
     for rows in writer.rows(name):

@@ -32,13 +32,13 @@ _TRAINING = (*_LOOP, "distill/checkpoint.py", "student.py", "checkpoint.py", "ar
 _OF_TEACHER = ("loss", "temperature", "jsd_beta")
 _PROOF = "proof.py"
 _CALIBRATION = ("quant/calibrate.py",)
-_STORE = ("quant/folder.py",)
-_GRID = (*_STORE, "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
+_STORE = ("quant/store",)
+_QUANTIZE = (*_STORE, "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
 _METHODS: dict[Method, Sequence[str]] = {
-    "rtn": _GRID,
-    "search": (*_GRID, *_CALIBRATION, "quant/search.py"),
-    "gptq": (*_GRID, *_CALIBRATION, "quant/gptq.py"),
-    "qad": (*_GRID, *_CALIBRATION, "quant/gptq.py", "distill/qad.py", *_LOOP, "distill/checkpoint.py"),
+    "rtn": _QUANTIZE,
+    "search": (*_QUANTIZE, *_CALIBRATION, "quant/search.py"),
+    "gptq": (*_QUANTIZE, *_CALIBRATION, "quant/gptq.py"),
+    "qad": (*_QUANTIZE, *_CALIBRATION, "quant/gptq.py", "distill/qad.py", *_LOOP, "distill/checkpoint.py"),
 }
 
 
@@ -67,11 +67,11 @@ def stages(run: Run, machine: Machine) -> list[Stage]:
     student = by_seed[0] if by_seed else _taken(run)
     trained = by_seed or [student]
     calibration = _calibration(run, data, student, machine)
-    grids = {wanted: _quantized(run, wanted, data, student, machine) for wanted in run.quantizations}
-    chain = [data, *trained, *calibration, *grids.values()]
-    chain.append(_ledger(run, [data, student, *grids.values()], machine))
+    quantized = {wanted: _quantized(run, wanted, data, student, machine) for wanted in run.quantizations}
+    chain = [data, *trained, *calibration, *quantized.values()]
+    chain.append(_ledger(run, [data, student, *quantized.values()], machine))
     for export in run.exports:
-        made_from = [student, *([grids[export.packs]] if export.packs else [])]
+        made_from = [student, *([quantized[export.packs]] if export.packs else [])]
         moments = calibration if export.recipe.needs_moments else []
         chain += _artifact(run, export, data, made_from, moments, machine)
     return sorted(chain, key=lambda stage: stage.phase == "bench")

@@ -143,7 +143,7 @@ def _commands(run: Run) -> list[str]:
         line = ["edgekd", "export", run.student, "OUT"]
         line += ["--target", target.target, "--recipe", export.recipe.name]
         if export.packs:
-            line += ["--grid", run.path(export.packs.folder)]
+            line += ["--quantized", run.path(export.packs.folder)]
         elif export.recipe.needs_moments:
             line += ["--moments", run.path("calibration") / MOMENTS]
         line += ["--context", target.context] if target.context else []

@@ -88,7 +88,7 @@ def export_model(
     recipe: str,
     out: Path,
     *,
-    grid: Path | None,
+    quantized: Path | None,
     moments: Path | None,
     ids: np.ndarray | None,
 ) -> Artifact:
@@ -101,7 +101,7 @@ def export_model(
 
     name = student.resolve().name
     if ids is None:
-        return export(student, spec, recipe, out, name=name, grid=grid, moments=moments)
+        return export(student, spec, recipe, out, name=name, quantized=quantized, moments=moments)
     import torch
     from safetensors.torch import save_file
 
@@ -110,7 +110,7 @@ def export_model(
     with TemporaryDirectory() as folder:
         made = Path(folder) / "moments.safetensors"
         save_file(second_moments(student, torch.from_numpy(ids)), made)
-        return export(student, spec, recipe, out, name=name, grid=grid, moments=made)
+        return export(student, spec, recipe, out, name=name, quantized=quantized, moments=made)
 
 
 def verify_artifact(
@@ -119,19 +119,19 @@ def verify_artifact(
     windows: np.ndarray,
     spec: VerifySpec,
     tell: Callable[[float, str], None],
-    grid: Path | None = None,
+    quantized: Path | None = None,
 ) -> Parity:
     """Compare an artifact, run by its own runtime, with the Hugging Face model it was made from, in fp32.
 
     Args:
         reference: the model folder.
         windows: held-out ids ``(N, T)``.
-        grid: the quantized student that was packed, to tell what the runtime alone costs.
+        quantized: the quantized student that was packed, to tell what the runtime alone costs.
 
     Returns:
         Parity that is not judged yet.
     """
-    from ..quant.folder import load_dequantized, open_grid
+    from ..quant.store.reader import load_dequantized, open_quantized
     from ..targets import arithmetic, load_recipe, open_artifact, stand_in
     from ..verify.noise import noise_of
     from ..verify.parity import compare, first_windows, measure, session_logits
@@ -148,9 +148,9 @@ def verify_artifact(
         model = load_model(reference)
         parity = measure(session, logits_of(model), windows, greedy_tokens=spec.greedy_tokens)
         runtime = None
-        if grid is not None:
-            tell(0.7, "against the grid")
-            model = load_dequantized(open_grid(grid))
+        if quantized is not None:
+            tell(0.7, "against the quantized student")
+            model = load_dequantized(open_quantized(quantized))
             runtime = compare(logits_of(model), session_logits(session), windows)
     finally:
         session.close()

@@ -120,7 +120,7 @@ def calibrate(run: Run, out: Path, tell: Tell) -> Figures:
 
 
 def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> Figures:
-    """Choose a grid's integers without training."""
+    """Make a quantized student without training."""
     from ..quant.quantize import quantize as quantize_folder
 
     out.rmdir()
@@ -130,7 +130,7 @@ def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> Fig
 
 
 def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path, tell: Tell) -> Figures:
-    """Choose a grid's integers by training."""
+    """Make a quantized student by training."""
     from ..distill.data import load_windows
     from ..distill.qad import quantize_aware_distill
     from ..distill.signals import OnlineTeacher
@@ -164,8 +164,8 @@ def _verify_windows(run: Run) -> np.ndarray:
 
 
 def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
-    """The hops that no runtime takes part in, in fp32: from the teacher to the student, and on to each grid."""
-    from ..quant.folder import load_dequantized, open_grid
+    """The hops without a runtime, in fp32: from the teacher to the student, and on to each quantized student."""
+    from ..quant.store.reader import load_dequantized, open_quantized
     from ..verify.parity import compare
     from ..verify.reference import logits_of
 
@@ -177,11 +177,11 @@ def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
         write_json(out / "student.json", taught.model_dump())
     for number, quantization in enumerate(run.quantizations, 1):
         tell(number / (1 + len(run.quantizations)), quantization.name)
-        grid = open_grid(run.path(quantization.folder))
-        figures = compare(logits_of(student), logits_of(load_dequantized(grid)), windows)
+        quantized = open_quantized(run.path(quantization.folder))
+        figures = compare(logits_of(student), logits_of(load_dequantized(quantized)), windows)
         recipe, method = quantization.recipe.name, quantization.method
         hop = QuantizedComparison(
-            recipe=recipe, method=method, bits_per_weight=grid.bits_per_weight, **figures.model_dump()
+            recipe=recipe, method=method, bits_per_weight=quantized.record.bits_per_weight, **figures.model_dump()
         )
         write_json(out / f"{recipe}-{method}.json", hop.model_dump())
     return {}
@@ -198,7 +198,7 @@ def export(run: Run, wanted: Export, out: Path, tell: Tell) -> Figures:
         wanted.recipe.name,
         out,
         name=run.spec.name,
-        grid=run.path(wanted.packs.folder) if wanted.packs else None,
+        quantized=run.path(wanted.packs.folder) if wanted.packs else None,
         moments=run.path("calibration") / MOMENTS if wanted.recipe.needs_moments else None,
     )
     return {"size_bytes": artifact.size_bytes, "bits_per_weight": artifact.manifest.bits_per_weight}
@@ -207,8 +207,8 @@ def export(run: Run, wanted: Export, out: Path, tell: Tell) -> Figures:
 def verify(run: Run, exported: Export, out: Path, tell: Tell) -> Figures:
     """Compare an artifact with the student."""
     artifact = load_artifact(run.path(exported.folder))
-    grid = run.path(exported.packs.folder) if exported.packs else None
-    parity = verbs.verify_artifact(artifact, run.student, _verify_windows(run), run.spec.verify, tell, grid)
+    packed = run.path(exported.packs.folder) if exported.packs else None
+    parity = verbs.verify_artifact(artifact, run.student, _verify_windows(run), run.spec.verify, tell, packed)
     write_json(out / "parity.json", parity.model_dump())
     return {}
 

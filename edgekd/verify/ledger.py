@@ -1,4 +1,4 @@
-"""The ledger of quality: what each hop, from teacher to student to grid to artifact, cost."""
+"""The ledger of quality: what each hop, from teacher to student to quantized student to artifact, cost."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def hop(start: str, end: str, compared: Comparison, bits_per_weight: float | Non
 def ledger(
     student: Comparison | None, quantized: Sequence[QuantizedComparison], manifests: Mapping[str, Manifest]
 ) -> list[Hop]:
-    """Every hop of a run: teacher → student → grid, by each method → runtime; and student → what is not on the grid.
+    """Every hop of a run: teacher → student → quantized student, by each method → runtime; and student → what has none.
 
     Args:
         student: of the first hop.
-        quantized: of each hop to a grid.
+        quantized: of each hop to a quantized student.
         manifests: of the artifacts, by name; those without parity figures are left out.
     """
     rows = [hop("teacher", "student", student, None)] if student else []
-    rows += [hop("student", f"{grid.recipe} {grid.method}", grid, grid.bits_per_weight) for grid in quantized]
+    rows += [hop("student", f"{made.recipe} {made.method}", made, made.bits_per_weight) for made in quantized]
     for name, manifest in manifests.items():
         parity, bits = manifest.parity, manifest.bits_per_weight
         if parity and parity.runtime:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ...checkpoint import Checkpoint
+from ...quant.source import Source
 from ..shared.decoder import Architecture, rotary_tables
 from ..shared.source import exact_half, narrow
 from .graph import Graph, Stored, palette_rows
@@ -26,8 +26,6 @@ from .tools import builder
 if TYPE_CHECKING:
     import torch
     from coremltools.proto.Model_pb2 import ModelDescription
-
-    from ...quant.folder import Grid
 
 SPECIFICATION_VERSION = 9
 """Of iOS 18 and macOS 15, the first with states and with four-bit blocks."""
@@ -64,7 +62,7 @@ class WeightFile:
 
 
 def write_package(
-    folder: Path, graph: Graph, description: ModelDescription, weights: Grid | Checkpoint, arch: Architecture
+    folder: Path, graph: Graph, description: ModelDescription, weights: Source, arch: Architecture
 ) -> None:
     """Write the ``.mlpackage``.
 
@@ -136,7 +134,7 @@ def _manifest() -> dict[str, object]:
 class _Pieces:
     """The bytes of constants, from the student or its quantized form."""
 
-    def __init__(self, weights: Grid | Checkpoint, arch: Architecture) -> None:
+    def __init__(self, weights: Source, arch: Architecture) -> None:
         self._weights, self._arch = weights, arch
         self._palette: tuple[str, np.ndarray, np.ndarray] | None = None
 
@@ -155,15 +153,16 @@ class _Pieces:
                 yield exact_half(scale.numpy()) if stored.part == "scale" else pack(q, stored.dtype)
 
     def _blocks(self, stored: Stored) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if not isinstance(self._weights, Checkpoint):
+        if self._weights.kinds[stored.source] != "plain":
             yield from self._weights.blocks(stored.source)
             return
+        import torch
+
         from ...quant.grid import quantize_int8_rows
 
-        matrix = self._weights.tensor(stored.source)
-        with self._weights.naming(stored.source):
-            for rows in matrix.split(max(1, _PIECE // matrix.shape[1])):
-                yield quantize_int8_rows(rows)
+        matrix = torch.from_numpy(narrow(self._weights, stored.source, "float32"))
+        for rows in matrix.split(max(1, _PIECE // matrix.shape[1])):
+            yield quantize_int8_rows(rows)
 
     def _palettized(self, stored: Stored) -> np.ndarray:
         """Indices, two to a byte, or the palette: they are made together, and asked for one after the other."""

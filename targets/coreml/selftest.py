@@ -17,7 +17,7 @@ def self_test() -> str:
     import numpy as np
     import torch
 
-    from ...quant.folder import load_dequantized
+    from ...quant.store.reader import load_dequantized
     from . import graph as graph_
     from .pack import write_package
     from .session import open_runner, stand_in, step_inputs
@@ -25,7 +25,7 @@ def self_test() -> str:
     ids = np.random.default_rng(1).integers(64, size=_PROMPT).tolist()
     with tempfile.TemporaryDirectory() as name:
         package = Path(name) / "model.mlpackage"
-        grid = quantized_llama(
+        quantized = quantized_llama(
             Path(name),
             vocab_size=64,
             hidden_size=64,
@@ -36,14 +36,14 @@ def self_test() -> str:
             max_position_embeddings=_PROMPT,
             initializer_range=0.2,
         )
-        arch = read_architecture(grid.config)
-        settings = graph_.Settings(dict(grid.kinds), grid.tied, _PROMPT)
+        arch = read_architecture(quantized.config)
+        settings = graph_.Settings(dict(quantized.kinds), quantized.tied, _PROMPT)
         graph = graph_.build(arch, settings)
-        write_package(package, graph, graph_.describe(arch, settings, {}), grid, arch)
+        write_package(package, graph, graph_.describe(arch, settings, {}), quantized, arch)
         runner, half = open_runner(package), _PROMPT // 2
         pieces = [runner.run(step_inputs(ids[i : i + half], i, all_logits=True))[0] for i in (0, half)]  # (T, V)
         with torch.no_grad():
-            expected = load_dequantized(grid)(torch.tensor([ids])).logits[0].numpy()
+            expected = load_dequantized(quantized)(torch.tensor([ids])).logits[0].numpy()
     check_agreement(pieces, expected, "the package's logits and the model's disagree")
     by = stand_in() or "Core ML"
     return f"coremltools {version('coremltools')}: an int4 model was converted, and agrees as run by {by}"

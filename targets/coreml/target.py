@@ -15,6 +15,7 @@ from ...checkpoint import Checkpoint
 from ...errors import Unsupported
 from ...files import file_sha256, write_json
 from ...manifest import Artifact, Contract
+from ...quant.source import Source
 from ...session import Arithmetic, Session
 from ...student import load_tokenizer
 from ..shared.artifact import Details, Job, Written, build_artifact, check_installed, details_of, main_file
@@ -38,7 +39,6 @@ from .session import CoremlEngine, stand_in
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from ...quant.folder import Grid
     from ...quant.recipe import Recipe
 
 __all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "open", "self_test", "stand_in"]
@@ -117,7 +117,7 @@ def export(
     out_dir: Path,
     *,
     name: str,
-    grid: Path | None = None,
+    quantized: Path | None = None,
     moments: Path | None = None,  # of native recipes with an importance matrix: Core ML has none
 ) -> Artifact:
     """Write ``model.mlpackage``, the tokenizer, ``config.json`` and the manifest; see ``targets.export``.
@@ -130,7 +130,7 @@ def export(
         spec,
         recipe,
         out_dir,
-        grid,
+        quantized,
         lambda job: _write(job, spec),
         name=name,
         title=TITLE,
@@ -172,12 +172,10 @@ def inspect(artifact: Artifact) -> None:
         package.weights(value.fileName)
 
 
-def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:
+def _forms(recipe: Recipe, source: Source) -> dict[str, graph_.Form]:
     """How each parameter is stored."""
-    if not isinstance(source, Checkpoint):
-        return dict(source.kinds)
     if not recipe.native:
-        return dict.fromkeys(source, "plain")
+        return dict(source.kinds)
 
     def form(name: str) -> graph_.Form:
         shape = source.shape(name)
@@ -185,7 +183,7 @@ def _forms(recipe: Recipe, source: Checkpoint | Grid) -> dict[str, graph_.Form]:
             return "plain"
         return "palette4" if name.endswith("_proj.weight") else "int8"
 
-    return {name: form(name) for name in source}
+    return {name: form(name) for name in source.kinds}
 
 
 def _write(job: Job, spec: Options) -> Written:

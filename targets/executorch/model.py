@@ -19,10 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ...checkpoint import Checkpoint
-from ...quant.folder import Grid
 from ...quant.grid import pack_int4
 from ...quant.recipe import GROUP, Kind
+from ...quant.source import Source
 from ..shared.decoder import EMBEDDING, HEAD, Architecture, rotary_tables
 from ..shared.recipes import Real
 from ..shared.source import narrow
@@ -34,7 +33,7 @@ _DIGITS = 8
 class Weights:
     """Where the module takes its tensors from."""
 
-    source: Checkpoint | Grid
+    source: Source
     real: Real
     """Of matrices that are not quantized, as they are stored; float16 with stand-ins alone."""
     stand_ins: bool
@@ -44,7 +43,7 @@ class Weights:
 
     def kind(self, name: str) -> Kind:
         """How a parameter is stored."""
-        return "plain" if isinstance(self.source, Checkpoint) else self.source.kinds[name]
+        return self.source.kinds[name]
 
     def matrix(self, name: str) -> torch.Tensor:
         """Integers int8 ``(O, I)``, or a float32 matrix."""
@@ -63,7 +62,7 @@ class Weights:
     def blocks(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Some rows after the others: int8 and their scales, float32 ``(rows, G)`` or ``(rows,)``; of a plain matrix,
         all of it as it is stored, and nothing."""
-        if isinstance(self.source, Checkpoint) or self.source.kinds[name] == "plain":
+        if self.kind(name) == "plain":
             yield self.plain(name, self.real), torch.empty(0)
         else:
             yield from self.source.blocks(name)
@@ -82,8 +81,8 @@ class Weights:
         Raises:
             EdgekdError: a weight that is not finite, or does not fit.
         """
-        for name in self.source if isinstance(self.source, Checkpoint) else self.source.kinds:
-            if self.kind(name) == "plain":
+        for name, kind in self.source.kinds.items():
+            if kind == "plain":
                 self.plain(name, self.real if len(self.source.shape(name)) == 2 else "float32")
 
     def stored_dtype(self, name: str) -> torch.dtype:

@@ -17,7 +17,7 @@ def self_test() -> str:
     import numpy as np
     import torch
 
-    from ...quant.folder import load_dequantized
+    from ...quant.store.reader import load_dequantized
     from .lower import lower
     from .model import Decoder, Weights
     from .pack import write_program

@@ -140,7 +140,7 @@ def export(
     out_dir: Path,
     *,
     name: str,
-    grid: Path | None = None,
+    quantized: Path | None = None,
     moments: Path | None = None,  # of native recipes: ExecuTorch has none
 ) -> Artifact:
     """Write ``model.pte``, the tokenizer and the manifest; see ``targets.export``."""
@@ -150,7 +150,7 @@ def export(
         spec,
         recipe,
         out_dir,
-        grid,
+        quantized,
         lambda job: _write(job, spec),
         name=name,
         title=TITLE,

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...architecture import Architecture, Feature
-from ...checkpoint import Checkpoint
+from ...quant.source import Source
 from ..shared import decoder as _decoder
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-    from ...quant.folder import Grid
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,14 @@ def add_hyperparameters(writer: GGUFWriter, arch: Architecture, context_length: 
     writer.add_layer_norm_rms_eps(arch.norm_eps)
 
 
-def weights(arch: Architecture, checkpoint: Checkpoint | Grid) -> list[Weight]:
+def weights(arch: Architecture, source: Source) -> list[Weight]:
     """Every weight of the model, in file order.
 
     Raises:
         EdgekdError: a tensor is missing or has another shape than config.json says.
         Unsupported: a tensor that has no place in the architecture.
     """
-    _decoder.check_weights(arch, checkpoint, "GGUF")
+    _decoder.check_weights(arch, source, "GGUF")
     return plan(arch, runtime_of(arch))
 
 
@@ -102,8 +100,8 @@ def plan(arch: Architecture, runtime: str) -> list[Weight]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[runtime.upper()], arch.layers)
     reordered = {"q": arch.heads, "k": arch.kv_heads} if RUNTIMES[runtime].pairs else {}
     found = []
-    for source, weight in arch.weights().items():
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        assert name is not None, source
-        found.append(Weight(source, name, weight.shape, reordered.get(weight.role, 0)))
+    for held, weight in arch.weights().items():
+        name = names.get_name(held, try_suffixes=(".weight", ".bias"))
+        assert name is not None, held
+        found.append(Weight(held, name, weight.shape, reordered.get(weight.role, 0)))
     return found

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...checkpoint import Checkpoint
 from ...quant.recipe import GROUP
+from ...quant.source import Source
 from ..shared.source import exact_half, narrow
 from .names import Weight
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    from ...quant.folder import Grid
     from ...quant.recipe import Kind
 
 
@@ -74,29 +73,22 @@ def tensor_type(weight: Weight, kind: Kind) -> GGMLQuantizationType:
     return Type.Q8_0 if weight.shape[-1] % GROUP == 0 else Type.F32
 
 
-def encode(weight: Weight, source: Checkpoint | Grid) -> np.ndarray:
+def encode(weight: Weight, source: Source) -> np.ndarray:
     """The tensor's data as the file holds it.
 
     Raises:
         EdgekdError: a weight that is not finite, or does not fit fp16.
     """
-    if kind_of(weight, source) != "plain":
-        assert not isinstance(source, Checkpoint)
-        return _encode_grid(weight, source)
+    if source.kinds[weight.source] != "plain":
+        return _encode_integers(weight, source)
     dtype = "float16" if len(weight.shape) == 2 else "float32"
     return reorder_heads(narrow(source, weight.source, dtype), weight.heads)
 
 
-def kind_of(weight: Weight, source: Checkpoint | Grid) -> Kind:
-    """How the source holds a tensor."""
-    return "plain" if isinstance(source, Checkpoint) else source.kinds[weight.source]
-
-
-def _encode_grid(weight: Weight, grid: Grid) -> np.ndarray:
+def _encode_integers(weight: Weight, source: Source) -> np.ndarray:
     """A matrix on the portable grid: int4 groups, or int8 rows."""
-    pair = grid.int4(weight.source) or grid.int8(weight.source)
-    assert pair is not None, weight.source
-    q, scale = (reorder_heads(part.numpy(), weight.heads) for part in pair)
+    blocks = zip(*source.blocks(weight.source), strict=True)
+    q, scale = (reorder_heads(np.concatenate([part.numpy() for part in parts]), weight.heads) for parts in blocks)
     if scale.ndim == 2:
         return pack_q4_0(q, scale)
     if q.shape[1] % GROUP:
@@ -108,15 +100,15 @@ def write_file(
     writer: GGUFWriter,
     path: Path,
     plan: list[Weight],
-    source: Checkpoint | Grid,
+    source: Source,
     *,
     rope_factors: tuple[float, ...] = (),
 ) -> None:
-    """Write a whole file: header, keys, then tensor after tensor. A ``Checkpoint``'s matrices become fp16."""
+    """Write a whole file: header, keys, then tensor after tensor. Matrices that are not quantized become fp16."""
     import gguf
 
     for weight in plan:
-        kind = tensor_type(weight, kind_of(weight, source))
+        kind = tensor_type(weight, source.kinds[weight.source])
         shape = gguf.quant_shape_to_byte_shape(weight.shape, kind)
         size = int(np.prod(shape))
         writer.add_tensor_info(weight.name, shape, np.dtype(np.uint8), size, raw_dtype=kind)

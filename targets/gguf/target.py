@@ -92,7 +92,7 @@ def export(
     out_dir: Path,
     *,
     name: str,
-    grid: Path | None = None,
+    quantized: Path | None = None,
     moments: Path | None = None,
 ) -> Artifact:
     """Write ``model.gguf``, the tokenizer and the manifest; see ``targets.export``.
@@ -105,7 +105,7 @@ def export(
         spec,
         recipe,
         out_dir,
-        grid,
+        quantized,
         lambda job: _write(job, spec, moments),
         name=name,
         title=TITLE,

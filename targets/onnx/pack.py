@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...checkpoint import Checkpoint
+from ...quant.source import Source
 from ..shared.decoder import Architecture, rotary_tables
 from ..shared.source import exact_half, narrow
 from .graph import BLOCK, Stored, offsets
 
 if TYPE_CHECKING:
     import torch
-
-    from ...quant.folder import Grid
 
 
 def pack_rows(q: torch.Tensor, kind: str, *, whole_blocks: bool) -> np.ndarray:
@@ -34,9 +32,7 @@ def pack_rows(q: torch.Tensor, kind: str, *, whole_blocks: bool) -> np.ndarray:
     return np.pad(codes, ((0, 0), (0, missing)), constant_values=0x80)
 
 
-def write_data(
-    path: Path, stored: list[Stored], weights: Grid | Checkpoint, arch: Architecture, context_length: int
-) -> None:
+def write_data(path: Path, stored: list[Stored], weights: Source, arch: Architecture, context_length: int) -> None:
     """Write the data file.
 
     Raises:
@@ -55,7 +51,7 @@ def write_data(
         file.truncate(max(places[item.name] + item.size_bytes for item in stored))
 
 
-def _pieces(item: Stored, weights: Grid | Checkpoint, arch: Architecture, context_length: int) -> Iterator[np.ndarray]:
+def _pieces(item: Stored, weights: Source, arch: Architecture, context_length: int) -> Iterator[np.ndarray]:
     """The bytes of an initialiser, in order."""
     if item.part in ("cos", "sin"):
         yield rotary_tables(arch, context_length)[item.part == "sin"].astype(item.dtype)
@@ -67,7 +63,6 @@ def _pieces(item: Stored, weights: Grid | Checkpoint, arch: Architecture, contex
         if item.part == "value":
             yield narrow(weights, source, item.dtype)
             continue
-        assert not isinstance(weights, Checkpoint), source
         for q, scale in weights.blocks(source):
             if item.part == "q":
                 yield pack_rows(q, item.kind, whole_blocks=len(item.shape) == 3)

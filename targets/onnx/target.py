@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from transformers import PreTrainedTokenizerFast
 
-    from ...quant.recipe import Kind, Recipe
+    from ...quant.recipe import Recipe
 
 __all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "inspect", "open", "self_test"]
 
@@ -138,7 +138,7 @@ def export(
     out_dir: Path,
     *,
     name: str,
-    grid: Path | None = None,
+    quantized: Path | None = None,
     moments: Path | None = None,  # of native recipes: onnxruntime has none
 ) -> Artifact:
     """Write ``model.onnx``, its data, ``genai_config.json``, the tokenizer and the manifest; see ``targets.export``.
@@ -151,7 +151,7 @@ def export(
         spec,
         recipe,
         out_dir,
-        grid,
+        quantized,
         lambda job: _write(job, spec),
         name=name,
         title=TITLE,
@@ -198,11 +198,10 @@ def _write(job: Job, spec: Options) -> Written:
 
     checkpoint, source, folder, arch = job.checkpoint, job.source, job.folder, job.checkpoint.architecture
     check_weights(arch, source, TITLE)
-    kinds: dict[str, Kind] = dict.fromkeys(source, "plain") if isinstance(source, Checkpoint) else source.kinds
     activations: Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
     context = spec.context or arch.context_length
     apart = "dml" in spec.providers
-    settings = graph_.Settings(kinds, source.tied, activations, context, real_of(job.recipe), rotary_apart=apart)
+    settings = graph_.Settings(source.kinds, source.tied, activations, context, real_of(job.recipe), rotary_apart=apart)
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
     tokenizer.save_pretrained(folder)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,12 +21,10 @@ from ...errors import BadArtifact, EdgekdError, MissingExtra
 from ...files import atomic_folder
 from ...manifest import MANIFEST, Artifact, Contract, Traffic, first_complaint, write_artifact
 from ...quant.recipe import Recipe
+from ...quant.source import Source
 from ...spec import TargetSpec
 from .recipes import load_recipe
-from .source import open_source, source_fields
-
-if TYPE_CHECKING:
-    from ...quant.folder import Grid
+from .source import open_source
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Job:
 
     checkpoint: Checkpoint
     """The student."""
-    source: Checkpoint | Grid
+    source: Source
     """What its tensors are read from: the student, or its quantized form."""
     recipe: Recipe
     name: str
@@ -62,7 +60,7 @@ def build_artifact(
     spec: TargetSpec,
     recipe: str,
     out_dir: Path,
-    grid: Path | None,
+    quantized: Path | None,
     write: Callable[[Job], Written],
     *,
     name: str,
@@ -75,21 +73,21 @@ def build_artifact(
 
     Args:
         out_dir: its folder, which must not exist.
-        grid: the quantized student's folder, for a recipe on the grid; None rounds the student to nearest.
+        quantized: the quantized student's folder, for a recipe on the grid; None rounds the student to nearest.
         write: writes every file but the manifest.
         packages: whose versions decide what is made.
 
     Raises:
-        EdgekdError: ``out_dir`` exists, or cannot be written; ``grid`` is of another student or recipe.
+        EdgekdError: ``out_dir`` exists, or cannot be written; ``quantized`` is of another student or recipe.
     """
     if out_dir.exists():
         raise EdgekdError(f"{out_dir} exists already.", "Remove it, or choose another folder.")
     checkpoint, chosen = Checkpoint(student), load_recipe(recipe, spec.target)
     try:
         with atomic_folder(out_dir) as folder:
-            source = open_source(checkpoint, chosen, grid, folder / "grid")
-            told, written = source_fields(checkpoint, source), write(Job(checkpoint, source, chosen, name, folder))
-            shutil.rmtree(folder / "grid", ignore_errors=True)
+            source, told = open_source(checkpoint, chosen, quantized, folder / "quantized")
+            written = write(Job(checkpoint, source, chosen, name, folder))
+            shutil.rmtree(folder / "quantized", ignore_errors=True)
             artifact = write_artifact(
                 folder,
                 name=name,

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ...architecture import EMBEDDING, HEAD, Architecture, Feature, read_architecture
-from ...checkpoint import Checkpoint
 from ...errors import EdgekdError, SpecError, Unsupported
+from ...quant.source import Source
 from ...spec import TargetSpec
 from .recipes import load_recipe
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from ...quant.folder import Grid
 
 __all__ = ["EMBEDDING", "HEAD", "MAX_CACHE_BYTES", "Architecture"]
 MAX_CACHE_BYTES = 2 * 2**30
@@ -35,7 +33,7 @@ def check_features(arch: Architecture, held: frozenset[Feature], form: str, cont
     if arch.quantized:
         raise Unsupported(
             "config.json: the model is quantized already (quantization_config).",
-            "Give the student it was made from; a quantized student of edgekd goes behind --grid.",
+            "Give the student it was made from; a quantized student of edgekd goes behind --quantized.",
         )
     if missing := arch.features(context_length) - held:
         ordered = [feature for feature in Feature if feature in missing]
@@ -96,7 +94,7 @@ def rotary_tables(arch: Architecture, context_length: int) -> tuple[np.ndarray, 
     return np.cos(angles), np.sin(angles)
 
 
-def check_weights(arch: Architecture, source: Checkpoint | Grid, form: str) -> None:
+def check_weights(arch: Architecture, source: Source, form: str) -> None:
     """Compare a model folder's tensors with what its configuration says.
 
     Args:
@@ -107,7 +105,7 @@ def check_weights(arch: Architecture, source: Checkpoint | Grid, form: str) -> N
         Unsupported: a tensor that has no place in the architecture.
     """
     expected = {name: weight.shape for name, weight in arch.weights().items()}
-    shapes, folder = {name: source.shape(name) for name in source}, source.folder
+    shapes, folder = {name: source.shape(name) for name in source.kinds}, source.folder
     for name, shape in expected.items():
         if name not in shapes:
             raise EdgekdError(f"{folder}: tensor {name!r} is missing.", "Save the model again.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .recipes import load_recipe
 
 if TYPE_CHECKING:
-    from ...quant.folder import Grid
+    from ...quant.store.reader import QuantizedStudent
 
 
 def check_agreement(one: Any, other: Any, words: str, least: float = 0.999) -> None:
@@ -30,16 +30,16 @@ def check_agreement(one: Any, other: Any, words: str, least: float = 0.999) -> N
         raise RuntimeError(f"{words}: their correlation is {similar:.3f}")
 
 
-def quantized_llama(folder: Path, **settings: Any) -> Grid:
+def quantized_llama(folder: Path, **settings: Any) -> QuantizedStudent:
     """A random tied Llama on the portable grid."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ...quant.folder import open_grid
     from ...quant.quantize import quantize
+    from ...quant.store.reader import open_quantized
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **settings))
     model.save_pretrained(folder / "student")
-    quantize(folder / "student", folder / "grid", load_recipe("portable-int4"))
-    return open_grid(folder / "grid")
+    quantize(folder / "student", folder / "quantized", load_recipe("portable-int4"))
+    return open_quantized(folder / "quantized")

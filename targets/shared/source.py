@@ -1,4 +1,4 @@
-"""What an exporter reads its tensors from: the student itself, or the quantized student of a recipe on the grid."""
+"""What an exporter reads its tensors from: the student, or the quantized student of a recipe on the grid."""
 
 from __future__ import annotations
 
@@ -8,56 +8,49 @@ from typing import TYPE_CHECKING
 from ...checkpoint import Checkpoint
 from ...errors import EdgekdError
 from ...quant.recipe import Recipe
+from ...quant.source import Source
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ...quant.folder import Grid
 
-
-def open_source(checkpoint: Checkpoint, recipe: Recipe, grid: Path | None, scratch: Path) -> Checkpoint | Grid:
-    """The student, or its quantized form.
+def open_source(
+    checkpoint: Checkpoint, recipe: Recipe, quantized: Path | None, scratch: Path
+) -> tuple[Source, dict[str, object]]:
+    """The student, or its quantized form, and the manifest's fields that say what is packed.
 
     Args:
-        grid: the quantized student's folder; None rounds the student to nearest.
+        quantized: the quantized student's folder; None rounds the student to nearest.
         scratch: a folder to make for that.
 
     Raises:
-        EdgekdError: ``grid`` was made from another student or for another recipe.
+        EdgekdError: ``quantized`` was made from another student or for another recipe.
     """
+    fields: dict[str, object] = {"student_digest": checkpoint.digest, "parameters": checkpoint.parameters}
     if not recipe.on_grid:
-        return checkpoint
-    from ...quant.folder import open_grid
+        return checkpoint, fields
     from ...quant.quantize import quantize
+    from ...quant.store.reader import open_quantized
 
-    if grid is None:
+    if quantized is None:
         quantize(checkpoint.folder, scratch, recipe)
-        return open_grid(scratch)
-    opened = open_grid(grid)
-    if opened.student_digest != checkpoint.digest:
-        raise EdgekdError(f"{grid} was quantized from another student.", "Quantize this one.")
-    kinds = {name: recipe.kind_of(name, opened.shape(name)) for name in opened.names()}
-    if kinds != opened.kinds:
+    opened = open_quantized(quantized or scratch)
+    record = opened.record
+    if record.student_digest != checkpoint.digest:
+        raise EdgekdError(f"{quantized} was quantized from another student.", "Quantize this one.")
+    if any(kind != recipe.kind_of(name, opened.shape(name)) for name, kind in opened.kinds.items()):
         raise EdgekdError(
-            f"{grid} was quantized for the recipe {opened.recipe}, not {recipe.name}.",
-            f"Take --recipe {opened.recipe}.",
+            f"{quantized} was quantized for the recipe {record.recipe}, not {recipe.name}.",
+            f"Take --recipe {record.recipe}.",
         )
-    return opened
-
-
-def source_fields(checkpoint: Checkpoint, source: Checkpoint | Grid) -> dict[str, object]:
-    """The manifest's fields that say what was packed."""
-    fields = {"student_digest": checkpoint.digest, "parameters": checkpoint.parameters}
-    if isinstance(source, Checkpoint):
-        return fields
-    return fields | {
-        "grid_digest": source.digest,
-        "method": source.method,
-        "int8_by_width": source.int8_by_width,
+    return opened, fields | {
+        "grid_digest": opened.digest,
+        "method": record.method,
+        "int8_by_width": opened.int8_by_width,
     }
 
 
-def narrow(source: Checkpoint | Grid, name: str, dtype: str) -> np.ndarray:
+def narrow(source: Source, name: str, dtype: str) -> np.ndarray:
     """One of the source's tensors in a dtype that may hold less.
 
     Raises:

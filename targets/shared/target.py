@@ -55,7 +55,7 @@ class Target(Protocol):
         out_dir: Path,
         *,
         name: str,
-        grid: Path | None = None,
+        quantized: Path | None = None,
         moments: Path | None = None,
     ) -> Artifact:
         """As ``targets.export``; ``spec`` is of ``Options``."""

@@ -54,11 +54,11 @@ def export(
     out_dir: Path,
     *,
     name: str,
-    grid: Path | None = None,
+    quantized: Path | None = None,
     moments: Path | None = None,
 ) -> Artifact:
     def write(job: Job) -> Written:
-        weights = {name: job.source.tensor(name).float().numpy() for name in job.source}
+        weights = {name: job.source.tensor(name).float().numpy() for name in job.source.kinds}
         save_file(weights, job.folder / MAIN_FILE)
         tokenizer, config = load_tokenizer(student), job.checkpoint.config
         (job.folder / "config.json").write_text(json.dumps(config))
@@ -74,7 +74,7 @@ def export(
         )
 
     told = {"name": name, "title": TITLE, "packages": PACKAGES, "runtime": "NumPy", "main_file": MAIN_FILE}
-    return build_artifact(student, spec, recipe, out_dir, grid, write, **told)
+    return build_artifact(student, spec, recipe, out_dir, quantized, write, **told)
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> DecoderSession:
