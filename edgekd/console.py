@@ -62,7 +62,7 @@ class Bars:
         self._first.setdefault(stage, (fraction, time.monotonic()))
         if not STDERR.is_terminal and time.monotonic() - self._said > _LOG_SECONDS:
             self._said = time.monotonic()
-            STDERR.print(f"{stage} {fraction:.0%} {note}{self._left(stage, fraction)}", highlight=False)
+            STDERR.print(f"{stage} {fraction:.0%} {note}{self._left(stage, fraction)}", highlight=False, soft_wrap=True)
 
     def _left(self, stage: str, fraction: float) -> str:
         """How long it will go on, by what this process did of it."""
