@@ -87,6 +87,8 @@ class Manifest(BaseModel):
     """How the integers were chosen."""
     int8_by_width: list[str] = []
     """int8 matrices whose input width is not divisible by 32."""
+    dequantized_from: list[str] = Field(default=[], max_length=64)
+    """Types in which the student's weights were quantized before: figures favour formats like them."""
     parameters: int = Field(ge=1, le=10**15)
     bits_per_weight: float = Field(gt=0, le=128, allow_inf_nan=False)
     traffic: Traffic | None = None

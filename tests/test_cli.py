@@ -77,6 +77,7 @@ VERBS = [
     "run",
     "plan",
     "distill",
+    "import",
     "quantize",
     "export",
     "verify",

@@ -191,6 +191,16 @@ def _stand_ins(artifacts: Sequence[MadeArtifact]) -> list[str]:
     ]
 
 
+def _dequantized(artifacts: Sequence[MadeArtifact]) -> list[str]:
+    """That the student's weights have been through one of the formats that are compared here."""
+    types = list(dict.fromkeys(kind for a in artifacts for kind in a.manifest.dequantized_from))
+    if not types:
+        return []
+    return [
+        f"The student's weights were dequantized from {_joined(types)}: a comparison of formats favours those like it."
+    ]
+
+
 def limits(results: Results) -> list[str]:
     """What was not run or not measured, in plain words."""
     quality, artifacts = results.quality or Quality(), results.artifacts
@@ -206,6 +216,7 @@ def limits(results: Results) -> list[str]:
         found.append("One seed only: how much the figures move with the seed is unknown.")
     found += results.data.warnings
     found += _stand_ins(artifacts)
+    found += _dequantized(artifacts)
     found += _unmeasured(artifacts)
     parted = [
         f"{a.label} at token {first + 1}"

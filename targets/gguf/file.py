@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class GgufFile:
         """The keys that begin so."""
         return [name for name in self._reader.fields if name.startswith(prefix)]
 
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
+    def get(self, key: str, kind: type | UnionType, default: Any = None) -> Any:
         """A key's value, or the default where the file lacks it.
 
         Raises:
@@ -68,8 +69,8 @@ class GgufFile:
             value = field.contents()
         except (ValueError, IndexError) as error:  # ValueError: text that is not UTF-8
             raise EdgekdError(f"{self.path}: key {key!r} is not readable ({error!s:.100}).", _AGAIN) from error
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise EdgekdError(f"{self.path}: key {key!r} is {value!r:.60}, not {kind.__name__}.", _AGAIN)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+            raise EdgekdError(f"{self.path}: key {key!r} is {value!r:.60}, a {type(value).__name__}.", _AGAIN)
         # A float32 in as few digits as tell it apart: 1e-05, not 9.999999747378752e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 

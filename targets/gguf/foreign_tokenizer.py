@@ -52,7 +52,9 @@ def write_tokenizer(file: GgufFile, config: Mapping[str, Any], folder: Path) -> 
     if (rows := config["vocab_size"]) != len(tokens):
         raise EdgekdError(f"{file.path}: it has {len(tokens)} tokens, and {rows} rows of the embedding.")
     ids = {name: file.get(f"tokenizer.ggml.{name}_token_id", int) for name in [*_NAMES.values(), "eot", "eom"]}
-    if file.need("tokenizer.ggml.model", str) == "llama":
+    if (model := file.need("tokenizer.ggml.model", str)) not in ("gpt2", "llama"):
+        raise Unsupported(f"{file.path}: a tokenizer of kind {model!r:.60} cannot be imported.", "Take another model.")
+    if model == "llama":
         ids = {name: _SENTENCEPIECE_IDS.get(name) if index is None else index for name, index in ids.items()}
     for name, index in ids.items():
         if index is not None and not 0 <= index < rows:

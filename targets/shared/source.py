@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...checkpoint import Checkpoint
 from ...errors import EdgekdError
+from ...origin import read_origin
 from ...quant.recipe import Recipe
 from ...quant.source import Source
 
@@ -27,6 +28,8 @@ def open_source(
         EdgekdError: ``quantized`` was made from another student or for another recipe.
     """
     fields: dict[str, object] = {"student_digest": checkpoint.digest, "parameters": checkpoint.parameters}
+    if origin := read_origin(checkpoint.folder):
+        fields["dequantized_from"] = origin.dequantized_from
     if not recipe.on_grid:
         return checkpoint, fields
     from ...quant.quantize import quantize

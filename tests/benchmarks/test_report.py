@@ -305,6 +305,15 @@ def test_what_ran_in_place_of_a_runtime_is_named() -> None:
     assert "Not timed: Core ML f16 and Core ML q8_0." in words
 
 
+def test_weights_that_were_dequantized_are_said_to_be_so() -> None:
+    given = results()
+    words = _Page(report.render(Results.model_validate(given))).words
+    assert "dequantized" not in words
+    given["artifacts"][0]["manifest"]["dequantized_from"] = ["Q4_1", "Q8_0"]
+    words = _Page(report.render(Results.model_validate(given))).words
+    assert "The student's weights were dequantized from Q4_1 and Q8_0: a comparison of formats favours those" in words
+
+
 def test_empty_results_still_make_a_page() -> None:
     words = _words({})
     assert "The student's quality was not measured in this run." in words
