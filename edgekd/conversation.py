@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from .errors import EdgekdError
+from .errors import BadArtifact, EdgekdError
 
 if TYPE_CHECKING:
     from .manifest import Contract
@@ -31,6 +33,11 @@ MOST_CHARACTERS = 2**24
 
 Message = Mapping[str, object]
 Span = tuple[int, int]
+_WHITE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+"""White space as Unicode has it; Python's ``isspace`` counts four control characters more."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -102,15 +109,46 @@ def render_chat(template: str, messages: Sequence[Message], special_tokens: Mapp
 
 
 def chat_ids(session: Session, contract: Contract, text: str) -> list[int]:
-    """Ids of a rendered chat, to which nothing is added: the template writes its own BOS, and an EOS would end it."""
-    ids, added = session.tokenize(text), session.tokenize("")
-    before = int(contract.add_bos)
-    return ids[before : len(ids) - max(len(added) - before, 0)]
+    """Ids of a rendered chat: special tokens are placed by id, and what is between them is text. Nothing is added: the
+    template writes its own BOS, and an EOS would end it.
+
+    Raises:
+        BadArtifact: the contract does not name the special tokens.
+    """
+    if contract.special_ids is None:
+        raise BadArtifact("the manifest does not name the special tokens.", "Export the artifact again.")
+    ids: list[int] = []
+    for at, part in _parts(text, contract.special_ids, contract.special_strips):
+        ids += [part] if isinstance(part, int) else session.tokenize(part, start=at == 0)
+    return ids
 
 
 def text_ids(session: Session, contract: Contract, text: str) -> list[int]:
-    """Ids of a text to be gone on with: BOS as the contract says, and no EOS behind it."""
-    return session.tokenize(text)[: int(contract.add_bos)] + chat_ids(session, contract, text)
+    """Ids of a text to be gone on with, in which nothing is a special token: BOS as the contract says, and no EOS."""
+    before = [contract.bos_id] if contract.add_bos and contract.bos_id is not None else []
+    return before + session.tokenize(text)
+
+
+def _parts(text: str, ids: Mapping[str, int], strips: Mapping[str, str]) -> Iterator[tuple[int, int | str]]:
+    """A rendered chat in its parts, each with its place: ids of special tokens, the longest where several begin, and
+    the text between them."""
+    end = 0
+    for found in _pattern(tuple(sorted(ids, key=len, reverse=True)), tuple(sorted(strips.items()))).finditer(text):
+        if found.start() > end:
+            yield end, text[end : found.start()]
+        yield found.start(), ids[found[0].strip(_WHITE) if found[0] not in ids else found[0]]
+        end = found.end()
+    if end < len(text):
+        yield end, text[end:]
+
+
+@lru_cache(maxsize=8)
+def _pattern(special: tuple[str, ...], strips: tuple[tuple[str, str], ...]) -> re.Pattern[str]:
+    """An expression for special tokens and the white space that they take along."""
+    sides, white = dict(strips), f"[{re.escape(_WHITE)}]*"
+    before = {text: white * (sides.get(text) in ("left", "both")) for text in special}
+    after = {text: white * (sides.get(text) in ("right", "both")) for text in special}
+    return re.compile("|".join(before[t] + re.escape(t) + after[t] for t in special) or r"(?!)")
 
 
 def _as_template_reads(message: Message) -> dict[str, object]:

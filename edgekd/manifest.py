@@ -42,10 +42,19 @@ class Contract(BaseModel):
     """Unicode normal form that the caller must bring text to, because the runtime's tokenizer does not."""
     special_tokens: dict[str, str] = {}
     """``bos_token``, ``eos_token`` and their like: the values that the chat template may use, by these names."""
+    special_ids: dict[str, Id] | None = None
+    """Special tokens of a rendered chat, which the caller places by id: the text between them is text, whatever stands
+    in it. None: an artifact of an earlier version."""
+    special_strips: dict[str, Literal["left", "right", "both"]] = {}
+    """The side on which one of them takes the white space along."""
+    space_prefix: Literal["first", "every"] | None = None
+    """The text before which the caller puts a space, unless it begins with one, because the runtime's tokenizer does
+    not: that at the beginning of a sequence, or that behind every special token too."""
 
     @model_validator(mode="after")
     def _ids_are_in_the_vocabulary(self) -> Self:
-        for index in [*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])]:
+        special = (self.special_ids or {}).values()
+        for index in [*self.eos_ids, *([] if self.bos_id is None else [self.bos_id]), *special]:
             if index >= self.vocab_size:
                 raise ValueError(f"id {index} is outside the vocabulary of {self.vocab_size}")
         return self

@@ -29,9 +29,13 @@ class Session(Protocol):
         """Most tokens the cache holds."""
         ...
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text by the runtime's own tokenizer; special tokens in it are parsed, BOS is added if the
-        contract says so."""
+    def tokenize(self, text: str, *, start: bool = True) -> list[int]:
+        """Ids of a text by the runtime's own tokenizer. Nothing in it is a special token, and nothing is added to it:
+        see ``conversation.text_ids`` and ``chat_ids``.
+
+        Args:
+            start: it begins a sequence, where some tokenizers put a space; else a special token is before it.
+        """
         ...
 
     def token_bytes(self, token: int) -> bytes:

@@ -23,11 +23,12 @@ CONTRACT = Contract(
     add_bos=True,
     chat_template=TEMPLATE,
     special_tokens={"bos_token": "\x02", "eos_token": "\x03"},
+    special_ids={"\x02": 2, "\x03": 3},
 )
 
 
 class Echo:
-    """A runtime whose tokens are ASCII characters; it wraps texts in BOS and EOS and answers "ok"."""
+    """A runtime whose tokens are ASCII characters; it answers "ok"."""
 
     vocab_size, context_length = 128, 60
 
@@ -35,8 +36,8 @@ class Echo:
         self.given: list[str] = []
         self.interrupt = False
 
-    def tokenize(self, text: str) -> list[int]:
-        return [2, *text.encode("ascii", "replace"), 3]
+    def tokenize(self, text: str, *, start: bool = True) -> list[int]:
+        return list(text.encode("ascii", "replace"))
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])

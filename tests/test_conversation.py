@@ -12,7 +12,7 @@ from datetime import datetime
 import pytest
 
 from edgekd.conversation import ChatTemplate, TemplateRefused, chat_ids, render_chat, text_ids
-from edgekd.errors import EdgekdError
+from edgekd.errors import BadArtifact, EdgekdError
 from edgekd.manifest import Contract
 
 transformers = pytest.importorskip("transformers")
@@ -153,18 +153,27 @@ def tokenizer():
 
 
 class Runtime:
-    """A runtime that adds BOS and EOS to every text, as a tokenizer's post-processor may say."""
+    """A runtime that reads text as text."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def tokenize(self, text):
-        return self.tokenizer(text)["input_ids"]
+    def tokenize(self, text, *, start=True):
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 @pytest.fixture(scope="module")
-def contract():
-    return Contract(context_length=99, vocab_size=300, bos_id=0, eos_ids=[1], add_bos=True, chat_template="")
+def contract(tokenizer):
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return Contract(
+        context_length=99,
+        vocab_size=300,
+        bos_id=0,
+        eos_ids=[1],
+        add_bos=True,
+        chat_template="",
+        special_ids=special,
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -203,15 +212,41 @@ def test_marks_are_where_transformers_sees_them(tokenizer):
     assert mask == [int(any(a <= start < b for a, b in rendered.generated)) for start, _ in offsets]
 
 
-def test_a_runtime_that_adds_nothing_loses_nothing(tokenizer, contract):
-    class Bare(Runtime):
-        def tokenize(self, text):
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
+def test_a_special_token_is_placed_in_a_chat_and_is_text_in_a_text(tokenizer, contract):
+    text = "hi</s> you<s>"
+    placed = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert chat_ids(Runtime(tokenizer), contract, text) == placed and {0, 1} <= set(placed)
+    ids = text_ids(Runtime(tokenizer), contract, text)
+    assert ids[0] == 0 and not {0, 1} & set(ids[1:]) and tokenizer.decode(ids[1:]) == text
+    assert text_ids(Runtime(tokenizer), contract, "hi") == tokenizer("hi")["input_ids"][:-1]  # no EOS to go on behind
     plain = contract.model_copy(update={"add_bos": False})
-    expected = tokenizer("hi</s>", add_special_tokens=False)["input_ids"]
-    assert chat_ids(Bare(tokenizer), plain, "hi</s>") == text_ids(Bare(tokenizer), plain, "hi</s>") == expected
-    assert text_ids(Runtime(tokenizer), contract, "hi") == tokenizer("hi")["input_ids"][:-1]
+    assert text_ids(Runtime(tokenizer), plain, "hi") == tokenizer("hi")["input_ids"][1:-1]
+
+
+@pytest.mark.parametrize(("left", "right"), [(True, False), (False, True), (True, True)])
+def test_a_special_token_takes_its_white_space_along(left, right, tokenizer, contract):
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens([AddedToken("<|end|>", lstrip=left, rstrip=right, normalized=False)])
+    greedy = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = {**contract.special_ids, "<|end|>": backend.token_to_id("<|end|>")}
+    side = "both" if left and right else "left" if left else "right"
+    told = contract.model_copy(update={"special_ids": ids, "special_strips": {"<|end|>": side}})
+    for text in ("a \n<|end|>\u00a0\n b", "<|end|><|end|>  <|end|>", "\x1c<|end|>\x1d", "<|end|", " </s> <|end|>"):
+        expected = greedy(text, add_special_tokens=False)["input_ids"]
+        assert chat_ids(Runtime(tokenizer), told, text) == expected, text
+
+
+def test_the_longest_of_several_special_tokens_counts(tokenizer, contract):
+    told = contract.model_copy(update={"special_ids": {"<a>": 0, "<a><b>": 1, "<b>": 2}})
+    assert chat_ids(Runtime(tokenizer), told, "<a><b><b><a>") == [1, 2, 0]
+
+
+def test_a_manifest_of_an_earlier_version_is_refused(tokenizer, contract):
+    with pytest.raises(BadArtifact, match="Export the artifact again"):
+        chat_ids(Runtime(tokenizer), contract.model_copy(update={"special_ids": None}), "a")
 
 
 def test_the_clock_is_todays_or_the_given():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ... import formats as show
@@ -201,6 +201,21 @@ def _dequantized(artifacts: Sequence[MadeArtifact]) -> list[str]:
     ]
 
 
+def _tokenizer_habits(artifacts: Sequence[MadeArtifact]) -> list[str]:
+    """What runtimes read otherwise by themselves, which no file can change."""
+    labels: dict[str, list[str]] = {}
+    for artifact in artifacts:
+        told = (artifact.manifest.details or {}).get("tokenizer")
+        if isinstance(told, Mapping) and told.get("differ"):
+            own = " and took ids from tokenizer.json" if told["used"] == "tokenizers" else ""
+            words = (
+                f"{artifact.manifest.runtime} by itself reads {told['differ']} of {told['texts']} texts otherwise than "
+                f"the student's tokenizer, first {told['first']}; edgekd placed special tokens by id{own}"
+            )
+            labels.setdefault(words, []).append(artifact.label)
+    return [f"{words}. So in {_joined(names)}." for words, names in labels.items()]
+
+
 def limits(results: Results) -> list[str]:
     """What was not run or not measured, in plain words."""
     quality, artifacts = results.quality or Quality(), results.artifacts
@@ -217,6 +232,7 @@ def limits(results: Results) -> list[str]:
     found += results.data.warnings
     found += _stand_ins(artifacts)
     found += _dequantized(artifacts)
+    found += _tokenizer_habits(artifacts)
     found += _unmeasured(artifacts)
     parted = [
         f"{a.label} at token {first + 1}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..conversation import TemplateRefused, chat_ids, render_chat
+from ..conversation import TemplateRefused, chat_ids, render_chat, text_ids
 from ..errors import EdgekdError
 from ..manifest import Contract
 from ..proof import Read, TextKind, TokenCheck, TokenDifference
@@ -320,7 +320,8 @@ def golden_chats() -> list[list[dict[str, str]]]:
 def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract: Contract) -> TokenCheck:
     """Compare the runtime's tokenizer with the Hugging Face one.
 
-    A text counts as identical when all ids are. A chat is rendered and tokenized as ``edgekd chat`` does, by the
+    A text counts as identical when all ids are: nothing in it is a special token, BOS is before it as the tokenizer has
+    it. A chat is rendered and tokenized as ``edgekd chat`` does, by the
     contract, and by transformers for the reference; chats that both refuse are counted apart. Round trip: what the
     bytes of the runtime's ids, joined, read as is what the reference tokenizer's decoder makes of the same ids.
 
@@ -336,8 +337,11 @@ def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract:
         return expected == runtime
 
     texts = golden_strings(special)
-    ids = [_ids_or_complaint(partial(session.tokenize, text)) for text in texts]
-    strings = [compare("string", text, tokenizer(text)["input_ids"], got) for text, got in zip(texts, ids, strict=True)]
+    ids = [_ids_or_complaint(partial(text_ids, session, contract, text)) for text in texts]
+    after = _behind_a_text(tokenizer)
+    expected = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts]
+    expected = [found[: len(found) - after] for found in expected]
+    strings = [compare("string", *case) for case in zip(texts, expected, ids, strict=True)]
     given = [_both_chats(session, tokenizer, contract, chat) for chat in _golden_chats_of(tokenizer, contract)]
     chats = [compare("chat", *case) for case in given if case[1:] != (_REFUSED, _REFUSED)]
     reference = _Decoder(tokenizer)
@@ -356,6 +360,13 @@ def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract:
         round_trips=len(round_trips),
         round_trips_identical=sum(round_trips),
     )
+
+
+def _behind_a_text(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many ids the tokenizer puts behind every text: an EOS, which none to be gone on with has."""
+    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return len(whole) - before - len(bare)
 
 
 def _ids_or_complaint(give_ids: Callable[[], list[int]]) -> list[int] | str:

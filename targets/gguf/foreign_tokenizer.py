@@ -5,20 +5,18 @@ The file names its pre-tokenizer, llama.cpp knows what that does: the name is lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import EdgekdError, Unsupported
 from ...files import write_json
 from ...student import load_tokenizer
+from ..shared.tokenizer import ids_of_text
 from .file import GgufFile
 from .session import load_model, runtime, tokenize
 from .vocab import PRE_TOKENIZERS, probe_texts, read_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 Json = dict[str, Any]
 _SAME = {
@@ -62,10 +60,10 @@ def write_tokenizer(file: GgufFile, config: Mapping[str, Any], folder: Path) -> 
     _write_ids(config, ids, folder)
     write_json(folder / "tokenizer_config.json", _tokenizer_config(file, tokens, ids))
     complaint = ""
-    with _llama_cpp(file) as (vocab, give_ids):
+    with _llama_cpp(file) as vocab:
         for pre_tokenizer, whole_words in _candidates(file):
             write_json(folder / "tokenizer.json", _tokenizer(file, tokens, ids, vocab, pre_tokenizer, whole_words))
-            texts, wrong = _compare(load_tokenizer(folder), folder, rows, give_ids)
+            texts, wrong = _compare(folder, rows, vocab)
             if not wrong:
                 return texts
             complaint = complaint or wrong
@@ -232,24 +230,22 @@ def _merges_by_score(file: GgufFile, plain: Mapping[str, int]) -> list[list[str]
 
 
 @contextmanager
-def _llama_cpp(file: GgufFile) -> Iterator[tuple[Any, Callable[[str], list[int]]]]:
-    """llama.cpp's vocabulary of the file, and its text → ids."""
+def _llama_cpp(file: GgufFile) -> Iterator[Any]:
+    """llama.cpp's vocabulary of the file."""
     lib = runtime()
     model = load_model(file.path, vocab_only=True)
     try:
-        vocab = lib.llama_model_get_vocab(model)
-        yield vocab, lambda text: tokenize(lib, vocab, text)
+        yield lib.llama_model_get_vocab(model)
     finally:
         lib.llama_model_free(model)
 
 
-def _compare(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int, give_ids: Callable[[str], list[int]]
-) -> tuple[int, str]:
+def _compare(folder: Path, rows: int, vocab: Any) -> tuple[int, str]:
     """Number of texts, and how the first differs whose ids are not llama.cpp's; empty: none."""
+    lib, tokenizer = runtime(), load_tokenizer(folder)
     texts = probe_texts(read_tokenizer(tokenizer, folder, rows), tokenizer)
     for text in texts:
-        ours, theirs = list(tokenizer(text)["input_ids"]), give_ids(text)
+        ours, theirs = ids_of_text(tokenizer, text), tokenize(lib, vocab, text)
         if ours != theirs:
             return len(texts), f"on {text!r:.100} llama.cpp gives {theirs[:20]}, the import {ours[:20]}"
     return len(texts), ""

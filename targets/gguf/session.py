@@ -87,16 +87,28 @@ def load_model(path: Path, *, vocab_only: bool = False, pre_tokenizer: str | Non
     return model
 
 
-def tokenize(lib: Any, vocab: Any, text: str) -> list[int]:
-    """Ids of a text, special tokens in it parsed, BOS and EOS added as the file says."""
+def tokenize(lib: Any, vocab: Any, text: str, *, whole: bool = False) -> list[int]:
+    """Ids of a text, in which nothing is a special token and to which nothing is added.
+
+    Args:
+        whole: parse special tokens in it, add BOS and EOS as the file says.
+    """
     data = text.encode("utf-8")
     room = len(data) + 8
     while True:
         ids = (lib.llama_token * room)()
-        count = lib.llama_tokenize(vocab, data, len(data), ids, room, True, True)
+        count = lib.llama_tokenize(vocab, data, len(data), ids, room, whole, whole)
         if count >= 0:
             return list(ids[:count])
         room = -count
+
+
+def as_llama_cpp_reads(text: str, contract: Contract, *, start: bool = True) -> str:
+    """A text with what the contract leaves to the caller."""
+    if contract.normalizer:
+        text = unicodedata.normalize(contract.normalizer, text)
+    prefixed = contract.space_prefix == "every" or (contract.space_prefix == "first" and start)
+    return f" {text}" if prefixed and text and text[0] not in " ▁" else text
 
 
 class GgufEngine:
@@ -109,8 +121,11 @@ class GgufEngine:
         self._model = load_model(path)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self._special = set((contract.special_ids or {}).values())
         try:
             check_contract(path, contract, self._vocab_size, self._lib.llama_model_n_ctx_train(self._model))
+            if self._lib.llama_vocab_get_add_bos(self._vocab) != contract.add_bos:
+                raise BadArtifact(f"{path} and the manifest do not agree on BOS.", "Export the artifact again.")
         except BadArtifact:
             self._lib.llama_model_free(self._model)
             raise
@@ -132,18 +147,17 @@ class GgufEngine:
         self._logits_address = 0
         self._logits = np.empty(0, np.float32)
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a text, brought to the contract's normal form first."""
-        if self._contract.normalizer:
-            text = unicodedata.normalize(self._contract.normalizer, text)
-        return tokenize(self._lib, self._vocab, text)
+        return tokenize(self._lib, self._vocab, as_llama_cpp_reads(text, self._contract, start=start))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token; nothing for a special one."""
-        size = 64
+        """The bytes of a token; nothing for a special one, by the contract: llama.cpp takes some for special by their
+        text."""
+        size, shown = 64, token not in self._special
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            length = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, shown)
             if length >= 0:
                 return buffer.raw[:length]
             size = -length

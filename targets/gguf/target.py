@@ -15,15 +15,16 @@ from ...errors import EdgekdError, Unsupported
 from ...manifest import Artifact
 from ...session import Arithmetic, Session
 from ...student import load_tokenizer
-from ..shared.artifact import Job, Written, build_artifact, check_installed, cores, main_file
+from ..shared.artifact import Details, Job, TokenizerProof, Written, build_artifact, check_installed, cores, main_file
 from ..shared.decoder import asked_for
 from ..shared.session import DecoderSession
 from ..shared.target import TargetOptions
+from ..shared.tokenizer import compare_ids
 from . import names as arch_
 from . import vocab as vocab_
 from .install import explain_crash, install
 from .selftest import self_test
-from .session import GgufEngine, load_model, runtime, said, tokenize
+from .session import GgufEngine, as_llama_cpp_reads, load_model, runtime, said, tokenize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +60,13 @@ def arithmetic(recipe: Recipe) -> Arithmetic:
     return "int8 by 32" if recipe.on_grid or recipe.native else "float16"
 
 
+class GgufDetails(Details):
+    """What a GGUF artifact has to say."""
+
+    tokenizer: TokenizerProof
+    """How llama.cpp reads whole texts by itself, special tokens parsed; sessions place these themselves."""
+
+
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:
     """Refuse what GGUF cannot hold, from ``config.json`` and ``tokenizer.json`` alone.
 
@@ -82,7 +90,7 @@ def _try_tokenizer(arch: Architecture, folder: Path) -> None:
     vocabulary = vocab_.read_tokenizer(tokenizer, folder, arch.vocab_size)
     with TemporaryDirectory() as scratch:
         bare = partial(_writer, arch, arch.context_length, vocabulary, name=folder.name, file_type=None)
-        _prove(bare, vocabulary, tokenizer, Path(scratch) / "vocabulary.gguf")
+        _prove(bare, vocabulary, tokenizer, arch.context_length, Path(scratch) / "vocabulary.gguf")
 
 
 def export(
@@ -141,7 +149,7 @@ def _write(job: Job, spec: Options, moments: Path | None) -> Written:
     def writer(pre: str, file_type: int | None = None) -> GGUFWriter:
         return _writer(arch, context_length, vocabulary, pre, job.name, file_type)
 
-    pre = _prove(writer, vocabulary, tokenizer, folder / "vocabulary.gguf")
+    pre, habits = _prove(writer, vocabulary, tokenizer, context_length, folder / "vocabulary.gguf")
     path = folder / MAIN_FILE
     packed = folder / "f16.gguf" if recipe.native else path
     file_type = "q4_0" if recipe.has_int4 else "q8_0" if recipe.on_grid else "f16"
@@ -157,6 +165,7 @@ def _write(job: Job, spec: Options, moments: Path | None) -> Written:
         weight_bytes=sum(sizes.values()),
         table_bytes=0 if arch.tied else sizes["token_embd.weight"],
         cache_value_bytes=_CACHE_BYTES,
+        details=GgufDetails(tokenizer=habits),
     )
 
 
@@ -182,25 +191,32 @@ def _writer(
     return writer
 
 
-def _prove(writer: Any, vocabulary: vocab_.Vocabulary, tokenizer: Any, path: Path) -> str:
-    """The pre-tokenizer's name, proved with llama.cpp on a file without weights that is removed again."""
+def _prove(
+    writer: Any, vocabulary: vocab_.Vocabulary, tokenizer: Any, context_length: int, path: Path
+) -> tuple[str, TokenizerProof]:
+    """The pre-tokenizer's name, proved with llama.cpp on a file without weights that is removed again, and how it reads
+    whole texts by itself: special tokens parsed, BOS and EOS added."""
     lib = runtime()
+    contract = vocab_.contract(vocabulary, context_length)
     bare = writer(vocabulary.pre)
     bare.write_header_to_file(path)
     bare.write_kv_data_to_file()
     bare.write_ti_data_to_file()
     bare.close()
 
-    def runtime_ids(pre: str, texts: Iterable[str]) -> list[list[int]]:
+    def runtime_ids(pre: str, texts: Iterable[str], *, whole: bool = False) -> list[list[int]]:
         model = load_model(path, vocab_only=True, pre_tokenizer=pre)
         try:
             vocab = lib.llama_model_get_vocab(model)
-            return [tokenize(lib, vocab, text) for text in texts]
+            given = texts if whole else (as_llama_cpp_reads(text, contract) for text in texts)
+            return [tokenize(lib, vocab, text, whole=whole) for text in given]
         finally:
             lib.llama_model_free(model)
 
     try:
-        return vocab_.prove_tokenizer(vocabulary, tokenizer, runtime_ids)
+        pre = vocab_.prove_tokenizer(vocabulary, tokenizer, runtime_ids)
+        texts = vocab_.probe_texts(vocabulary, tokenizer)
+        return pre, compare_ids(tokenizer, "llama.cpp", texts, runtime_ids(pre, texts, whole=True))
     finally:
         path.unlink()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,11 @@ from ..shared.tokenizer import (
     chat_template,
     check_has_tokenizer,
     eos_ids,
+    ids_of_text,
     marked_texts,
+    prefix_of,
+    special_strips,
+    special_tokens,
     turn_end_id,
 )
 
@@ -110,6 +113,9 @@ class Vocabulary:
     add_space_prefix: bool
     chat_template: str | None
     special_tokens: dict[str, str]
+    special_ids: dict[str, int]
+    special_strips: dict[str, Literal["left", "right", "both"]]
+    space_prefix: Literal["first", "every"] | None
     normalizer: Literal["NFC"] | None
 
 
@@ -210,6 +216,9 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) 
         add_space_prefix=model == "llama" and _adds_space_prefix(data),
         chat_template=template,
         special_tokens=tokenizer.special_tokens_map,
+        special_ids=special_tokens(tokenizer),
+        special_strips=special_strips(tokenizer),
+        space_prefix=prefix_of(data),
         normalizer=normalizer,
     )
 
@@ -248,8 +257,8 @@ def _scores(model: Mapping[str, Any], rows: int) -> list[float]:
 
 
 def _adds_space_prefix(data: Mapping[str, Any]) -> bool:
-    steps = _flatten(data.get("normalizer"), "normalizers") + _flatten(data.get("pre_tokenizer"), "pretokenizers")
-    return any(step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
+    """Whether every text gets one; that of a Metaspace, which leaves a space alone, is the caller's."""
+    return any(step["type"] == "Prepend" for step in _flatten(data.get("normalizer"), "normalizers"))
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str) -> None:
@@ -300,7 +309,10 @@ def contract(vocabulary: Vocabulary, context_length: int) -> Contract:
         add_bos=vocabulary.add_bos,
         chat_template=vocabulary.chat_template,
         special_tokens=vocabulary.special_tokens,
+        special_ids=vocabulary.special_ids,
+        special_strips=vocabulary.special_strips,
         normalizer=vocabulary.normalizer,
+        space_prefix=vocabulary.space_prefix,
     )
 
 
@@ -326,22 +338,20 @@ def prove_tokenizer(
     tokenizer: PreTrainedTokenizerFast,
     runtime_ids: Callable[[str, Iterable[str]], list[list[int]]],
 ) -> str:
-    """The name of the pre-tokenizer with which llama.cpp gives the tokenizer's ids on every probe.
+    """The name of the pre-tokenizer with which llama.cpp gives the tokenizer's ids on every probe, read as text.
 
     Args:
-        runtime_ids: ids of texts as llama.cpp gives them with the pre-tokenizer of that name.
+        runtime_ids: ids of texts as a session gives them with the pre-tokenizer of that name.
 
     Raises:
         Unsupported: there is none; names the first string on which the closest one differs.
     """
     texts = probe_texts(vocabulary, tokenizer)
-    expected = [list(tokenizer(text)["input_ids"]) for text in texts]
-    form = vocabulary.normalizer
-    given = [unicodedata.normalize(form, text) if form else text for text in texts]
+    expected = [ids_of_text(tokenizer, text) for text in texts]
     candidates = dict.fromkeys([vocabulary.pre, *(CANDIDATES if vocabulary.model == "gpt2" else ())])
     closest: tuple[int, str, str, list[int], list[int]] | None = None
     for name in candidates:
-        actual = runtime_ids(name, given)
+        actual = runtime_ids(name, texts)
         wrong = [i for i in range(len(texts)) if actual[i] != expected[i]]
         if not wrong:
             return name

@@ -41,7 +41,7 @@ class Engine(Protocol):
 class Tokenizer(Protocol):
     """Text to ids, and ids to bytes."""
 
-    def tokenize(self, text: str) -> list[int]: ...
+    def tokenize(self, text: str, *, start: bool = True) -> list[int]: ...
 
     def token_bytes(self, token: int) -> bytes: ...
 
@@ -64,10 +64,10 @@ class DecoderSession:
         """Most tokens the cache holds."""
         return self._contract.context_length
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it parsed, BOS and EOS added as the contract says."""
+    def tokenize(self, text: str, *, start: bool = True) -> list[int]:
+        """Ids of a text, in which nothing is a special token and to which nothing is added."""
         self._open()
-        return self._tokenizer.tokenize(text)
+        return self._tokenizer.tokenize(text, start=start)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; nothing for a special one."""

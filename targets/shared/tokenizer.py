@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import BadArtifact, EdgekdError, MissingExtra, Unsupported
 from ...files import read_json
@@ -98,6 +98,8 @@ def contract_of(tokenizer: PreTrainedTokenizerFast, folder: Path, vocab_size: in
         add_bos=add_bos,
         chat_template=chat_template(tokenizer),
         special_tokens=tokenizer.special_tokens_map,
+        special_ids=special_tokens(tokenizer),
+        special_strips=special_strips(tokenizer),
     )
 
 
@@ -111,6 +113,19 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Text → id of the tokens that render as nothing."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return {token.content: index for index, token in added.items() if token.special}
+
+
+def special_strips(tokenizer: PreTrainedTokenizerFast) -> dict[str, Literal["left", "right", "both"]]:
+    """The side on which a special token takes white space along, of those that do."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    special = [token for token in added if token.special]
+    found: dict[str, Literal["left", "right", "both"]] = {token.content: "left" for token in special if token.lstrip}
+    return found | {token.content: "both" if token.lstrip else "right" for token in special if token.rstrip}
+
+
+def ids_of_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a text, in which nothing is a special token and to which nothing is added."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
@@ -177,24 +192,45 @@ def _named_eos_ids(path: Path) -> list[int] | None:
 def compare_tokenizers(
     tokenizer: PreTrainedTokenizerFast, name: str, load: Callable[[], Callable[[str], list[int]]]
 ) -> TokenizerProof:
-    """Whether a runtime's own tokenizer gives the student's ids, id by id; where not, sessions use ``tokenizer.json``.
+    """Whether a runtime's own tokenizer gives the student's ids, id by id. Where it does not on a text without special
+    tokens, sessions use ``tokenizer.json``; they place special tokens themselves.
 
     Args:
         name: the runtime.
-        load: makes its text → ids.
+        load: makes its text → ids, special tokens parsed and BOS and EOS added.
     """
-    texts = [*PROBES, *marked_texts(list(special_tokens(tokenizer)))]
-    other, differ, first = "tokenizers", 0, ""
+    special = list(special_tokens(tokenizer))
+    texts = [*PROBES, *marked_texts(special)]
     try:
         encode = load()
     except EdgekdError as error:
-        return TokenizerProof(used=other, texts=len(texts), differ=len(texts), first=error.cause)
-    for text in texts:
-        expected, actual = list(tokenizer(text)["input_ids"]), encode(text)
+        return TokenizerProof(used="tokenizers", texts=len(texts), differ=len(texts), first=error.cause)
+    plain = [text for text in PROBES if not any(token in text for token in special)]
+    spoilt = compare_ids(tokenizer, name, plain, map(encode, plain)).differ
+    return compare_ids(tokenizer, "tokenizers" if spoilt else name, texts, map(encode, texts))
+
+
+def compare_ids(
+    tokenizer: PreTrainedTokenizerFast, used: str, texts: Sequence[str], given: Iterable[list[int]]
+) -> TokenizerProof:
+    """A runtime's own reading of texts against the student's.
+
+    Args:
+        given: its ids, special tokens parsed and BOS and EOS added.
+    """
+    differ, first = 0, ""
+    for text, actual in zip(texts, given, strict=True):
+        expected = list(tokenizer(text)["input_ids"])
         if actual != expected:
             differ += 1
-            first = first or f"{text!r:.100}: {actual[:20]} instead of {expected[:20]}"
-    return TokenizerProof(used=other if differ else name, texts=len(texts), differ=differ, first=first or None)
+            first = first or _difference(text, expected, actual)
+    return TokenizerProof(used=used, texts=len(texts), differ=differ, first=first or None)
+
+
+def _difference(text: str, expected: Sequence[int], actual: Sequence[int]) -> str:
+    """Where two readings of a text part."""
+    at = next((i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), 0)
+    return f"{text!r:.100}: {list(actual[at : at + 12])} instead of {list(expected[at : at + 12])}"
 
 
 class JsonTokenizer:
@@ -203,7 +239,7 @@ class JsonTokenizer:
     Raises:
         MissingExtra: the package is not installed.
         BadArtifact: the file is not a tokenizer.
-        Unsupported: tokens that stand for no bytes: neither byte-level nor with byte fallback.
+        Unsupported: tokens that stand for no bytes: not byte-level, without byte fallback, and not pieces of Unigram.
     """
 
     def __init__(self, path: Path, extra: str) -> None:
@@ -215,18 +251,36 @@ class JsonTokenizer:
         self._level = _byte_level(data)
         model = data["model"]
         assert isinstance(model, dict)  # checked as it was read
-        if not self._level and not model.get("byte_fallback"):
+        if not self._level and not model.get("byte_fallback") and model.get("type") != "Unigram":
             raise Unsupported(
                 f"{path}: tokens of a {model.get('type')} tokenizer without bytes cannot be streamed.",
                 "Use a byte-level BPE or a SentencePiece BPE tokenizer.",
             )
+        self._later = self._tokenizer
+        if prefix_of(data) == "first":
+            self._later = type(self._tokenizer).from_str(json.dumps(_without_prefix(data)))
         added = self._tokenizer.get_added_tokens_decoder()
+        self.special = [token.content for token in added.values() if token.special]
         self._added = {index: (token.content, token.special) for index, token in added.items()}
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it parsed, BOS and EOS added as the post-processor says."""
+    def tokenize(self, text: str, *, start: bool = True) -> list[int]:
+        """Ids of a text, in which nothing is a special token and to which nothing is added."""
+        tokenizer = self._tokenizer if start else self._later
+        tokenizer.encode_special_tokens = True
         with tokenizer_errors(self._path):
-            return list(self._tokenizer.encode(text).ids)
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def ends(self) -> tuple[int, int]:
+        """How many ids the post-processor puts before and behind a text."""
+        ids, bare = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
+        before = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+        return before, len(ids) - before - len(bare)
+
+    @property
+    def starts_alike(self) -> bool:
+        """Whether a text is read alike at the beginning and behind a special token."""
+        return self._later is self._tokenizer
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; nothing for a special one and for an id without a token."""
@@ -247,7 +301,8 @@ class SessionTokenizer:
 
     Args:
         path: ``tokenizer.json``, which gives the bytes of tokens.
-        encoder: makes the runtime's own text → ids, where these were proved at export.
+        encoder: makes the runtime's own text → ids, special tokens parsed and BOS and EOS added, where these were
+            proved at export.
     """
 
     def __init__(self, path: Path, extra: str, encoder: Callable[[], Callable[[str], list[int]]] | None = None) -> None:
@@ -258,19 +313,39 @@ class SessionTokenizer:
         return JsonTokenizer(self._path, self._extra)
 
     @cached_property
-    def _encode(self) -> Callable[[str], list[int]]:
-        return self._encoder() if self._encoder else self._json.tokenize
+    def _encode(self) -> Callable[[str], list[int]] | None:
+        return self._encoder() if self._encoder else None
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text."""
+    def tokenize(self, text: str, *, start: bool = True) -> list[int]:
+        """Ids of a text, in which nothing is a special token and to which nothing is added: by the runtime's own
+        tokenizer, unless it would read this text otherwise."""
+        alike = (start or self._json.starts_alike) and not any(token in text for token in self._json.special)
+        if self._encode is None or not alike:
+            return self._json.tokenize(text, start=start)
+        before, after = self._json.ends
         try:
-            return self._encode(text)
+            ids = self._encode(text)
         except RuntimeError as error:  # of a runtime's own tokenizer
             raise EdgekdError(f"{self._path}: the runtime's tokenizer fails: {error!s:.200}.") from error
+        return ids[before : len(ids) - after]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for."""
         return self._json.token_bytes(token)
+
+
+def prefix_of(data: Mapping[str, Any]) -> Literal["first", "every"] | None:
+    """Before which texts a ``tokenizer.json``'s Metaspace puts a space."""
+    step = data.get("pre_tokenizer") or {}
+    if step.get("type") != "Metaspace":
+        return None
+    schemes: dict[str, Literal["first", "every"]] = {"first": "first", "always": "every"}
+    return schemes.get(step.get("prepend_scheme", "always"))
+
+
+def _without_prefix(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``tokenizer.json`` with a Metaspace that puts no space anywhere."""
+    return {**data, "pre_tokenizer": {**data["pre_tokenizer"], "prepend_scheme": "never"}}
 
 
 def _byte_level(data: Any) -> bool:

@@ -314,6 +314,19 @@ def test_weights_that_were_dequantized_are_said_to_be_so() -> None:
     assert "The student's weights were dequantized from Q4_1 and Q8_0: a comparison of formats favours those" in words
 
 
+def test_what_a_runtime_reads_otherwise_is_told_with_the_text() -> None:
+    given = results()
+    for artifact in given["artifacts"]:
+        artifact["manifest"]["details"] = {"tokenizer": {"used": "llama.cpp", "texts": 104, "differ": 0, "first": None}}
+    assert "by itself reads" not in _Page(report.render(Results.model_validate(given))).words
+    for artifact in given["artifacts"][:2]:
+        told = {"used": "llama.cpp", "texts": 104, "differ": 2, "first": "'a </s>': [128247] instead of [690]"}
+        artifact["manifest"]["details"] = {"tokenizer": told}
+    words = _Page(report.render(Results.model_validate(given))).words
+    assert "by itself reads 2 of 104 texts otherwise than the student's tokenizer, first 'a </s>': [128247]" in words
+    assert words.count("by itself reads") == 1
+
+
 def test_empty_results_still_make_a_page() -> None:
     words = _words({})
     assert "The student's quality was not measured in this run." in words

@@ -12,6 +12,7 @@ import pytest
 
 from cases import IDS, export_to, reference, skip_without
 from edgekd import targets
+from edgekd.conversation import chat_ids
 from edgekd.manifest import Artifact
 from edgekd.session import Session, stream_text
 from edgekd.student import load_tokenizer
@@ -74,13 +75,16 @@ def test_sizes_are_the_contracts(session: Session, artifact: Artifact) -> None:
     assert (session.context_length, session.vocab_size) == (CONTEXT, VOCAB)
 
 
-def test_text_to_ids_to_bytes_to_text(session: Session) -> None:
+def test_text_to_ids_to_bytes_to_text(session: Session, artifact: Artifact) -> None:
     text = "naïve ᚠ 𝄞 漢"
     ids = session.tokenize(text)
     assert any(session.token_bytes(token).decode("utf-8", "ignore") == "" for token in ids)
     assert b"".join(map(session.token_bytes, ids)) == text.encode()
     assert "".join(stream_text(session, ids)) == text
-    assert session.tokenize("a<|endoftext|>") == [*session.tokenize("a"), 0] and session.token_bytes(0) == b""
+    marked = "a<|endoftext|>"
+    assert b"".join(map(session.token_bytes, session.tokenize(marked))) == marked.encode()
+    assert chat_ids(session, artifact.manifest.contract, marked) == [*session.tokenize("a"), 0]
+    assert session.token_bytes(0) == b""
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])

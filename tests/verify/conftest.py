@@ -33,8 +33,8 @@ class TorchSession:
         self.vocab_size, self.context_length = VOCAB, CONTEXT
         self.reset()
 
-    def tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
+    def tokenize(self, text: str, *, start: bool = True) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def token_bytes(self, token: int) -> bytes:
         text = self.tokenizer.convert_ids_to_tokens(token)
@@ -131,5 +131,11 @@ def windows() -> np.ndarray:
 @pytest.fixture(scope="session")
 def contract() -> Contract:
     return Contract(
-        context_length=CONTEXT, vocab_size=VOCAB, bos_id=None, eos_ids=[0], add_bos=False, chat_template=TEMPLATE
+        context_length=CONTEXT,
+        vocab_size=VOCAB,
+        bos_id=None,
+        eos_ids=[0],
+        add_bos=False,
+        chat_template=TEMPLATE,
+        special_ids={text: i for i, text in enumerate(SPECIAL)},
     )

@@ -72,22 +72,34 @@ def test_the_same_tokenizer_passes(session, tokenizer, contract):
     json.dumps(result.model_dump())
 
 
-def test_a_runtime_that_does_not_parse_special_tokens_is_caught(session, tokenizer, contract):
-    session.tokenize = lambda text: tokenizer.backend_tokenizer.encode(text.replace("<|im", "<\u200b|im")).ids
+def test_a_runtime_that_parses_special_tokens_in_text_is_caught(session, tokenizer, contract):
+    session.tokenize = lambda text, start=True: tokenizer(text)["input_ids"]
     result = check_tokens(session, tokenizer, contract)
     assert 0 < result.strings_identical < result.strings
-    assert result.chats_identical == 0
+    assert result.chats_identical == result.chats  # their special tokens are placed, whatever the runtime parses
     first = result.differences[0]
-    assert "<|im" in first.text
-    assert first.expected == tokenizer(first.text)["input_ids"] != first.runtime
+    assert first.text == "<|endoftext|>" and first.runtime == [0] and len(first.expected) > 5
     assert len(result.differences) == 5
 
 
+def test_a_contract_that_lacks_a_special_token_is_caught(session, tokenizer, contract):
+    short = {text: index for text, index in contract.special_ids.items() if "im_end" not in text}
+    result = check_tokens(session, tokenizer, contract.model_copy(update={"special_ids": short}))
+    assert result.strings_identical == result.strings and result.chats_identical == 0
+
+
+def test_a_bos_that_the_tokenizer_lacks_is_caught(session, tokenizer, contract):
+    result = check_tokens(session, tokenizer, contract.model_copy(update={"add_bos": True, "bos_id": 1}))
+    assert result.strings_identical == 0 and result.chats_identical == result.chats
+
+
 def test_a_runtime_that_refuses_a_text_is_a_difference_not_a_crash(session, tokenizer, contract):
-    def tokenize(text):
+    plain = session.tokenize
+
+    def tokenize(text, start=True):
         if "\x00" in text:
             raise ValueError("embedded null")
-        return tokenizer(text)["input_ids"]
+        return plain(text)
 
     session.tokenize = tokenize
     result = check_tokens(session, tokenizer, contract)
@@ -127,7 +139,7 @@ def test_a_template_that_refuses_system_messages(session, tokenizer, contract):
 
 
 def test_bos_is_not_doubled_in_chats(session, tokenizer, contract):
-    """A template that writes BOS itself, as Llama 3's does, and a runtime that adds it."""
+    """A template that writes BOS itself, as Llama 3's does, of a tokenizer that adds it to texts."""
     import copy
 
     from tokenizers.processors import TemplateProcessing
@@ -138,7 +150,6 @@ def test_bos_is_not_doubled_in_chats(session, tokenizer, contract):
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    session.tokenize = lambda text: [0, *tokenizer(text)["input_ids"]]
     told = contract.model_copy(
         update={
             "add_bos": True,
@@ -150,6 +161,10 @@ def test_bos_is_not_doubled_in_chats(session, tokenizer, contract):
     result = check_tokens(session, with_bos, told)
     assert result.strings == result.strings_identical
     assert result.chats == result.chats_identical == len(golden_chats())
+    plain = session.tokenize
+    session.tokenize = lambda text, start=True: [0, *plain(text)]  # a runtime that adds it by itself
+    doubled = check_tokens(session, with_bos, told)
+    assert doubled.strings_identical == doubled.chats_identical == 0
 
 
 def test_nfc_contract_compares_the_normal_form(session, tokenizer, contract):
@@ -161,7 +176,8 @@ def test_nfc_contract_compares_the_normal_form(session, tokenizer, contract):
     normal.backend_tokenizer.normalizer = NFC()
     plain = check_tokens(session, normal, contract)
     assert plain.strings_identical < plain.strings  # the runtime did not normalize
-    session.tokenize = lambda text: tokenizer(unicodedata.normalize("NFC", text))["input_ids"]
+    plain_ids = session.tokenize
+    session.tokenize = lambda text, start=True: plain_ids(unicodedata.normalize("NFC", text))
     result = check_tokens(session, normal, contract.model_copy(update={"normalizer": "NFC"}))
     assert result.strings == result.strings_identical
     assert result.round_trips == result.round_trips_identical >= 280

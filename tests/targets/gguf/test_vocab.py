@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from edgekd import targets
+from edgekd.conversation import chat_ids, text_ids
 from edgekd.errors import Unsupported
 from edgekd.session import Session
 from edgekd.spec import TargetSpec
 from edgekd.targets.gguf.session import load_model, runtime
 from edgekd.targets.gguf.vocab import PRE_TOKENIZERS, check_tokenizer
+from edgekd.verify.tokens import check_tokens
 
 SPEC = TargetSpec(target="gguf", recipes=["fp16"])
 REGEXES = {name: steps for steps, name in PRE_TOKENIZERS.items()}
@@ -42,6 +43,10 @@ TEXTS = [
 def export(factory: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, folder: Path, kind: str = "qwen3") -> Any:
     student = factory(folder / "student", kind, tokenizer, vocab_size=len(tokenizer) + 3, num_hidden_layers=1)
     return targets.export(student, SPEC, "fp16", folder / "out", name="t")
+
+
+def of_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def written(artifact: Any, key: str) -> Any:
@@ -66,7 +71,8 @@ def test_a_custom_vocabulary_finds_its_pre_tokenizer(
     assert written(artifact, "pre") == name
     session = targets.open_artifact(artifact, threads=1)
     for text in TEXTS:
-        assert session.tokenize(text) == tokenizer(text)["input_ids"], text
+        assert session.tokenize(text) == of_text(tokenizer, text), text
+        assert chat_ids(session, artifact.manifest.contract, text) == tokenizer(text)["input_ids"], text
     session.close()
 
 
@@ -95,10 +101,13 @@ def test_bos_and_eos_are_added_as_the_tokenizer_adds_them(
     tokenizer = tokenizer_factory(add_bos=bos, add_eos=eos)
     artifact = export(student_factory, tokenizer, tmp_path)
     session = targets.open_artifact(artifact, threads=1)
-    ids = session.tokenize("hello")
+    ids = text_ids(session, artifact.manifest.contract, "hello")
     session.close()
-    assert ids == tokenizer("hello")["input_ids"]
-    assert (ids[0] == 1, ids[-1] == 0) == (bos, eos)
+    whole = tokenizer("hello")["input_ids"]
+    assert (whole[0] == 1, whole[-1] == 0) == (bos, eos)
+    assert ids == whole[: len(whole) - eos]
+    assert (written(artifact, "add_bos_token"), written(artifact, "add_eos_token")) == (bos, eos)
+    assert artifact.manifest.details["tokenizer"]["differ"] == 0  # llama.cpp by itself adds both
     assert artifact.manifest.contract.add_bos is bos and artifact.manifest.contract.bos_id == (1 if bos else None)
 
 
@@ -157,8 +166,9 @@ def test_a_vocabulary_of_bytes_alone(tmp_path: Path, student_factory: Any) -> No
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    session = targets.open_artifact(export(student_factory, wrapped, tmp_path), threads=1)
-    ids = session.tokenize("é\n<eos>")
+    artifact = export(student_factory, wrapped, tmp_path)
+    session = targets.open_artifact(artifact, threads=1)
+    ids = chat_ids(session, artifact.manifest.contract, "é\n<eos>")
     assert ids == wrapped("é\n<eos>")["input_ids"] and len(ids) == 4
     assert [session.token_bytes(i) for i in ids] == [b"\xc3", b"\xa9", b"\n", b""]
     session.close()
@@ -174,18 +184,57 @@ def test_sentencepiece(prefix: bool, tmp_path: Path, student_factory: Any, sente
     assert set(types[3:259]) == {gguf.TokenType.BYTE}
     session = targets.open_artifact(artifact, threads=1)
     for text in TEXTS:
-        ids = session.tokenize(text)
-        assert ids == tokenizer(text)["input_ids"], text
+        assert text_ids(session, artifact.manifest.contract, text) == [1, *of_text(tokenizer, text)], text
+        assert chat_ids(session, artifact.manifest.contract, text) == tokenizer(text)["input_ids"][1:], text
     ids = session.tokenize("añb 🚀")
     assert b"".join(map(session.token_bytes, ids)).decode() == " " * prefix + "añb 🚀"
     session.close()
 
 
-def test_sentencepiece_with_a_prefix_that_llama_cpp_lacks_is_refused(
-    tmp_path: Path, student_factory: Any, sentencepiece_factory: Any
+CHATS = ["<s>Hi there</s> and </s>\nmore", "Hi<s>there", " <s> x", "<s></s>", "a <tool> b<s><tool>c"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_metaspace_prefix_is_the_callers(
+    scheme: str, tmp_path: Path, student_factory: Any, sentencepiece_factory: Any
 ) -> None:
-    with pytest.raises(Unsupported, match="first on ' '"):
-        export(student_factory, sentencepiece_factory(metaspace="first"), tmp_path, "llama")
+    tokenizer = sentencepiece_factory(metaspace=scheme)
+    artifact = export(student_factory, tokenizer, tmp_path, "llama")
+    contract = artifact.manifest.contract
+    assert written(artifact, "add_space_prefix") is False
+    assert contract.space_prefix == {"first": "first", "always": "every", "never": None}[scheme]
+    session = targets.open_artifact(artifact, threads=1)
+    for text in [*TEXTS, " a", "▁a", "  a"]:
+        assert session.tokenize(text) == of_text(tokenizer, text), text
+    for text in [*TEXTS, *CHATS]:
+        assert chat_ids(session, contract, text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+    session.close()
+
+
+def test_an_ordinary_entry_that_llama_cpp_takes_for_special_by_its_text(
+    tmp_path: Path, student_factory: Any, tokenizer_factory: Any
+) -> None:
+    """As Qwen2.5's: no merges make it, so no text has its id, but llama.cpp by itself finds it in every ``</s>``."""
+    data = json.loads(tokenizer_factory().backend_tokenizer.to_str())
+    data["model"]["vocab"]["</s>"] = 700
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="<|endoftext|>"
+    )
+    text = "a</s>b"
+    assert 700 not in tokenizer(text)["input_ids"]
+    artifact = export(student_factory, tokenizer, tmp_path)
+    told = artifact.manifest.details["tokenizer"]
+    assert told["used"] == "llama.cpp" and told["differ"] > 0 and "</s>" in told["first"] and "700" in told["first"]
+    session = targets.open_artifact(artifact, threads=1)
+    assert session.tokenize(text) == tokenizer(text)["input_ids"]
+    assert session.token_bytes(700) == b"</s>" and session.token_bytes(0) == b""
+    assert (
+        chat_ids(session, artifact.manifest.contract, f"<|im_start|>{text}")
+        == tokenizer(f"<|im_start|>{text}")["input_ids"]
+    )
+    tokens = check_tokens(session, tokenizer, artifact.manifest.contract)
+    assert tokens.strings_identical == tokens.strings and tokens.round_trips_identical == tokens.round_trips
+    session.close()
 
 
 def test_other_kinds_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -212,8 +261,5 @@ def test_any_text_has_the_same_ids_and_comes_back(pair: tuple[Session, PreTraine
     # Case-insensitive contractions alone differ: Hugging Face's regex also folds ſ (U+017F), llama.cpp's does not.
     text = text.replace("ſ", "s")
     ids = session.tokenize(text)
-    assert ids == tokenizer(text)["input_ids"]
-    # Special tokens render as nothing; hypothesis finds their texts in the source.
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    shown = re.sub("|".join(map(re.escape, special)), "", text)
-    assert b"".join(map(session.token_bytes, ids)).decode() == shown
+    assert ids == of_text(tokenizer, text)
+    assert b"".join(map(session.token_bytes, ids)).decode() == text
