@@ -108,6 +108,16 @@ def test_this_test_sees_a_forbidden_import(tmp_path: Path) -> None:
     assert {unit(name) for name in imports("edgekd.benchmarks.bad", bad)} == {"targets", "verify", "distill"}
 
 
+def test_nothing_asks_whether_a_source_is_quantized() -> None:
+    """A student and a quantized student are read through ``quant.source.Source``."""
+    kinds = {"Checkpoint", "QuantizedStudent"}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                named = {getattr(part, "id", getattr(part, "attr", "")) for part in ast.walk(node.args[1])}
+                assert not named & kinds, f"{module}:{node.lineno}"
+
+
 @pytest.mark.parametrize("module", ["edgekd.cli", "edgekd.targets", "edgekd.benchmarks"])
 def test_the_command_line_is_light(module: str) -> None:
     probe = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"

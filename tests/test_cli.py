@@ -255,16 +255,16 @@ def test_quantize_refuses_before_the_work(project, options, said):
 def test_quantize_and_export_by_hand(project):
     (project / "notes.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(200)))
     calibration = ["--text", "notes.txt", "--context", "32", "--windows", "8"]
-    result = edgekd("quantize", "teacher", "grid", *calibration, "--json", cwd=project)
+    result = edgekd("quantize", "teacher", "quantized", *calibration, "--json", cwd=project)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
     assert figures["method"] == "gptq" and figures["tensors"]["int4"] == 21
-    result = edgekd("export", "teacher", "made", "--grid", "grid", "--json", cwd=project)
+    result = edgekd("export", "teacher", "made", "--quantized", "quantized", "--json", cwd=project)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["grid_digest"] == figures["digest"]
-    path = project / "grid" / "grid.json"
+    path = project / "quantized" / "grid.json"
     path.write_text(path.read_text().replace(figures["digest"], "0" * 64))
-    refused(edgekd("export", "teacher", "again", "--grid", "grid", cwd=project), "grid_digest does not match")
+    refused(edgekd("export", "teacher", "again", "--quantized", "quantized", cwd=project), "grid_digest does not match")
     assert not (project / "again").exists()
 
 

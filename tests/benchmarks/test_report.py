@@ -187,7 +187,7 @@ def results() -> dict[str, Any]:
         ],
         "commands": [
             "edgekd run quickstart --out runs/quickstart",
-            "edgekd export runs/quickstart/student OUT --target gguf --recipe q4_0 --grid runs/quickstart/quantized",
+            "edgekd export runs/quickstart/student OUT --target gguf --recipe q4_0 --quantized quantized",
         ],
     }
 

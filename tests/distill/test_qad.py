@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from edgekd.distill.data import Windows
-from edgekd.distill.qad import QuantizedStudent, quantize_aware_distill, start_from_gptq
+from edgekd.distill.qad import FakeQuantized, quantize_aware_distill, start_from_gptq
 from edgekd.distill.signals import OnlineTeacher
 from edgekd.distill.train import evaluate
 from edgekd.errors import EdgekdError
-from edgekd.quant.folder import load_dequantized, open_grid
 from edgekd.quant.grid import quantize_int4
 from edgekd.quant.quantize import quantize
+from edgekd.quant.store.reader import load_dequantized, open_quantized
 from edgekd.spec import QadSpec
 from edgekd.student import load_model, load_tokenizer, save_model
 from edgekd.targets import load_recipe
@@ -67,27 +67,28 @@ def distill(student: Path, out: Path, recipe: str = "portable-int4", **settings)
 
 
 @pytest.mark.parametrize("recipe", ["portable-int4", "portable-int4-head4", "int8"])
-def test_the_student_runs_as_the_grid_it_writes(tmp_path, student, recipe):
+def test_the_student_runs_as_what_it_writes(tmp_path, student, recipe):
     model = load_model(student)
     chosen = load_recipe(recipe)
     kinds = {name: chosen.kind_of(name, tuple(p.shape)) for name, p in model.named_parameters()}
     scales = {n: quantize_int4(p.detach())[1] for n, p in model.named_parameters() if kinds[n] == "int4"}
     quantize(student, tmp_path / "rtn", chosen)
-    expected = load_dequantized(open_grid(tmp_path / "rtn"))
+    expected = load_dequantized(open_quantized(tmp_path / "rtn"))
     ids = torch.arange(40)[None]
     with torch.no_grad():
-        assert torch.equal(QuantizedStudent(model, kinds, scales)(input_ids=ids).logits, expected(input_ids=ids).logits)
+        assert torch.equal(FakeQuantized(model, kinds, scales)(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("recipe", ["portable-int4", "portable-int4-head4"])
 def test_it_starts_from_gptq_s_integers(tmp_path, student, recipe):
     chosen, ids, model = load_recipe(recipe), windows(16, 1).ids, load_model(student)
     quantize(student, tmp_path / "gptq", chosen, method="gptq", ids=ids)
-    grid = open_grid(tmp_path / "gptq")
+    packed = open_quantized(tmp_path / "gptq")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    quantized = QuantizedStudent(model, grid.kinds, start_from_gptq(model, student, ids, grid.kinds))
-    for name in grid.names():
-        if (pair := grid.int4(name)) is not None:
+    quantized = FakeQuantized(model, packed.kinds, start_from_gptq(model, student, ids, packed.kinds))
+    for name in packed:
+        if packed.kinds[name] == "int4":
+            pair = packed.integers(name)
             q, scale = quantized.integers(name)
             assert torch.equal(q, pair[0]) and torch.equal(scale, pair[1]), name
             kept = model.get_parameter(name) == before[name]
@@ -99,19 +100,19 @@ def test_it_is_nearer_to_the_student_than_rounding(tmp_path, student):
     quantize(student, tmp_path / "rtn", load_recipe("portable-int4-head4"))
     of = {
         name: evaluate(
-            load_dequantized(open_grid(tmp_path / name)),
+            load_dequantized(open_quantized(tmp_path / name)),
             windows(16, 3),
             teacher=OnlineTeacher(load_model(student), VOCAB),
         )["kl_to_teacher"]
         for name in ("rtn", "qad")
     }
     assert of["qad"] < 0.8 * of["rtn"]
-    grid = open_grid(tmp_path / "qad")
-    assert figures["digest"] == grid.digest and grid.method == "qad"
+    packed = open_quantized(tmp_path / "qad")
+    assert figures["digest"] == packed.digest and packed.record.method == "qad"
     # What was validated last is what was written.
-    again = evaluate(load_dequantized(grid), windows(8, 2))
+    again = evaluate(load_dequantized(packed), windows(8, 2))
     assert again["loss"] == pytest.approx(figures["validation"]["loss"], rel=1e-6)
-    assert not torch.equal(grid.plain("model.norm.weight"), load_model(student).model.norm.weight), "norms learn"
+    assert not torch.equal(packed.tensor("model.norm.weight"), load_model(student).model.norm.weight), "norms learn"
 
 
 def test_nothing_is_left_of_a_run_that_fails(tmp_path, student):

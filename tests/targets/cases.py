@@ -11,8 +11,8 @@ import torch
 
 from edgekd import targets
 from edgekd.manifest import Artifact
-from edgekd.quant.folder import Grid, load_dequantized, open_grid
 from edgekd.quant.quantize import quantize
+from edgekd.quant.store.reader import QuantizedStudent, load_dequantized, open_quantized
 from edgekd.spec import TargetSpec
 from edgekd.student import load_model
 from edgekd.targets import load_recipe
@@ -57,12 +57,12 @@ def export_to(
     student: Path,
     recipe: str,
     out: Path,
-    grid: Path | None = None,
+    packed: Path | None = None,
     moments: Path | None = None,
     **options: Any,
 ) -> Artifact:
     spec = spec_of(target, recipe, **options)
-    return targets.export(student, spec, recipe, out, name="tiny", grid=grid, moments=moments)
+    return targets.export(student, spec, recipe, out, name="tiny", quantized=packed, moments=moments)
 
 
 def quantized(student: Path, out: Path, recipe: str = "portable-int4") -> Path:
@@ -78,18 +78,16 @@ def logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
         session.close()
 
 
-def held(grid: Grid, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The grid's integers ``(O, I)`` and scales ``(O, G)``, of int8 rows ``(O, 1)``."""
-    pair = grid.int4(name) or grid.int8(name)
-    assert pair is not None
-    q, scale = (part.numpy() for part in pair)
+def held(packed: QuantizedStudent, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The quantized student's integers ``(O, I)`` and scales ``(O, G)``, of int8 rows ``(O, 1)``."""
+    q, scale = (part.numpy() for part in packed.integers(name))
     return q, scale.reshape(len(q), -1)
 
 
 @torch.no_grad()
-def reference(folder: Path, ids: list[int], grid: Path | None = None) -> np.ndarray:
-    """Logits of transformers, of the student or with the grid's weights."""
-    model = load_model(folder) if grid is None else load_dequantized(open_grid(grid))
+def reference(folder: Path, ids: list[int], packed: Path | None = None) -> np.ndarray:
+    """Logits of transformers, of the student or with the quantized student's weights."""
+    model = load_model(folder) if packed is None else load_dequantized(open_quantized(packed))
     return model(input_ids=torch.tensor([ids])).logits[0].numpy()
 
 

@@ -41,10 +41,10 @@ def test_a_head_of_its_own_wins_over_the_tie(
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_a_head_of_its_own_is_quantized_apart(target: str, tmp_path: Path, student_factory: Any) -> None:
     student = edit(student_factory(tmp_path / "student", "llama", tie_word_embeddings=False), tie_word_embeddings=True)
-    grid = quantized(student, tmp_path / "grid")
-    assert json.loads((grid / "config.json").read_text())["tie_word_embeddings"] is False
-    artifact = export_to(target, student, "portable-int4", tmp_path / "artifact", grid)
-    assert mean_kl(reference(student, IDS, grid), logits(artifact, IDS)) < 0.02
+    packed = quantized(student, tmp_path / "quantized")
+    assert json.loads((packed / "config.json").read_text())["tie_word_embeddings"] is False
+    artifact = export_to(target, student, "portable-int4", tmp_path / "artifact", packed)
+    assert mean_kl(reference(student, IDS, packed), logits(artifact, IDS)) < 0.02
 
 
 @pytest.mark.parametrize(("target", "recipe"), TARGETS)
@@ -80,4 +80,4 @@ def test_other_names_of_the_same_weights(rename: Any, tmp_path: Path, student_fa
     save_file({rename(name): value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
     artifact = export_to("gguf", student, "fp16", tmp_path / "artifact")
     assert mean_kl(expected, logits(artifact, IDS)) < 1e-4
-    assert quantized(student, tmp_path / "grid").is_dir()
+    assert quantized(student, tmp_path / "quantized").is_dir()

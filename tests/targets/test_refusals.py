@@ -109,8 +109,10 @@ def test_a_student_that_does_not_fit_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_the_wrong_grid(target: str, tmp_path: Path, tiny_student: Path, student_factory: Callable[..., Path]) -> None:
-    other = quantized(student_factory(tmp_path / "other", num_hidden_layers=1), tmp_path / "grid")
+def test_the_wrong_quantized_student(
+    target: str, tmp_path: Path, tiny_student: Path, student_factory: Callable[..., Path]
+) -> None:
+    other = quantized(student_factory(tmp_path / "other", num_hidden_layers=1), tmp_path / "quantized")
     with pytest.raises(EdgekdError, match="another student"):
         export_to(target, tiny_student, "portable-int4", tmp_path / "out", other)
     for recipe, asked in (("portable-int4-head4", "portable-int4"), ("portable-int4", "int8")):

@@ -36,8 +36,8 @@ from edgekd import targets
 from edgekd.checkpoint import Checkpoint
 from edgekd.errors import BadArtifact, EdgekdError, Unsupported
 from edgekd.manifest import Artifact, load_artifact
-from edgekd.quant.folder import open_grid
 from edgekd.quant.grid import quantize_int8_rows
+from edgekd.quant.store.reader import open_quantized
 from edgekd.session import Session
 from edgekd.student import load_model
 from edgekd.targets.coreml.mil import Interpreter
@@ -79,12 +79,12 @@ def test_fp16_agrees_with_transformers(name: str, tmp_path: Path, student_factor
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "odd width", "odd width untied"])
-def test_the_grid_runs_as_its_dequantized_weights(name: str, tmp_path: Path, student_factory: Any) -> None:
+def test_the_quantized_student_runs_as_its_dequantized_weights(name: str, tmp_path: Path, student_factory: Any) -> None:
     kind, changes = ARCHITECTURES.get(name, ("qwen3", ODD_WIDTH | {"tie_word_embeddings": "untied" not in name}))
     student = student_factory(tmp_path / "student", kind, **changes)
     for recipe in GRID_RECIPES:
-        grid = quantized(student, tmp_path / f"{recipe}-grid", recipe)
-        assert_near(logits(export(student, recipe, tmp_path / recipe, grid), IDS), reference(student, IDS, grid))
+        packed = quantized(student, tmp_path / f"{recipe}-quantized", recipe)
+        assert_near(logits(export(student, recipe, tmp_path / recipe, packed), IDS), reference(student, IDS, packed))
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
@@ -107,22 +107,22 @@ def test_large_and_small_activations(factor: float, tmp_path: Path, student_fact
     ("kind", "changes"),
     [("qwen3", {}), ("llama", {"tie_word_embeddings": False}), ("qwen2", ODD_WIDTH), ("qwen3", ODD_WIDTH)],
 )
-def test_the_file_holds_the_grid_bit_for_bit(
+def test_the_file_holds_the_integers_bit_for_bit(
     kind: str, changes: dict[str, Any], recipe: str, tmp_path: Path, student_factory: Any
 ) -> None:
     student = student_factory(tmp_path / "student", kind, **changes)
-    grid = open_grid(quantized(student, tmp_path / "grid", recipe))
-    artifact = export(student, recipe, tmp_path / "out", tmp_path / "grid")
-    assert (artifact.manifest.grid_digest, artifact.manifest.method) == (grid.digest, "rtn")
+    packed = open_quantized(quantized(student, tmp_path / "quantized", recipe))
+    artifact = export(student, recipe, tmp_path / "out", tmp_path / "quantized")
+    assert (artifact.manifest.grid_digest, artifact.manifest.method) == (packed.digest, "rtn")
     package = program(artifact)
     quantities = 0
-    for name in grid.names():
+    for name in packed:
         found = package.weight(name.replace(".", "_"))
-        if grid.kinds[name] == "plain":
-            assert np.array_equal(found, grid.tensor(name).numpy().astype(np.float16)), name
+        if packed.kinds[name] == "plain":
+            assert np.array_equal(found, packed.tensor(name).numpy().astype(np.float16)), name
             continue
         q, scale = found
-        expected = held(grid, name)
+        expected = held(packed, name)
         assert q.dtype == np.int8 and scale.dtype == np.float16
         assert np.array_equal(q, expected[0]) and np.array_equal(scale, expected[1]), name
         quantities += 1
@@ -179,8 +179,10 @@ def test_a_palette_is_the_nearest_of_its_values(groups: int, pairs: int, seed: i
 
 def test_two_exports_are_the_same_bytes(tmp_path: Path, tiny_student: Path) -> None:
     for recipe in ("portable-int4", "coreml-palettize-4"):
-        grid = quantized(tiny_student, tmp_path / "grid") if recipe == "portable-int4" else None
-        first, second = (export(tiny_student, recipe, tmp_path / recipe / str(i), grid if i else None) for i in (0, 1))
+        packed = quantized(tiny_student, tmp_path / "quantized") if recipe == "portable-int4" else None
+        first, second = (
+            export(tiny_student, recipe, tmp_path / recipe / str(i), packed if i else None) for i in (0, 1)
+        )
         assert first.manifest.files == second.manifest.files
     assert sorted(first.manifest.files) == [
         "chat_template.jinja",
@@ -198,7 +200,7 @@ def test_coremltools_reads_the_package(tmp_path: Path, tiny_student: Path) -> No
     import coremltools
     from coremltools.converters.mil.frontend.milproto import load as milproto
 
-    artifact = export(tiny_student, "portable-int4", tmp_path / "out", quantized(tiny_student, tmp_path / "grid"))
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out", quantized(tiny_student, tmp_path / "quantized"))
     model = coremltools.models.MLModel(str(artifact.main_file.parent), skip_model_load=True)
     found = model.get_spec()
     assert found.specificationVersion == 9
@@ -215,10 +217,10 @@ def test_coremltools_reads_the_package(tmp_path: Path, tiny_student: Path) -> No
     assert model.user_defined_metadata["edgekd.tokenizer_sha256"] == digest
     read = milproto.load(found, found.specificationVersion, model.weights_dir).functions["main"]
     ops = {op.name: op for op in read.operations if op.op_type == "constexpr_blockwise_shift_scale"}
-    grid = open_grid(tmp_path / "grid")
-    for name, kind in grid.kinds.items():
+    packed = open_quantized(tmp_path / "quantized")
+    for name, kind in packed.kinds.items():
         if kind != "plain":
-            q, scale = held(grid, name)
+            q, scale = held(packed, name)
             op = ops.pop(name.replace(".", "_"))
             assert np.array_equal(op.data.val, q) and np.array_equal(op.scale.val, scale), name
     assert not ops
@@ -403,11 +405,11 @@ def test_what_stands_in_for_core_ml_is_told_and_not_timed(tmp_path: Path, tiny_s
     from edgekd.runs.verbs import bench_artifact, verify_artifact
     from edgekd.spec import BenchSpec, VerifySpec
 
-    artifact = export(tiny_student, "portable-int4", tmp_path / "out", quantized(tiny_student, tmp_path / "grid"))
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out", quantized(tiny_student, tmp_path / "quantized"))
     with pytest.raises(EdgekdError, match=r"Core ML does not run on this machine; .*interpreter"):
         bench_artifact(artifact, BenchSpec(prompt_tokens=[8], decode_tokens=2, runs=1), lambda share, note: None)
     windows, asked = np.array([IDS[:64], IDS[64:128]]), VerifySpec(windows=2, context=64, greedy_tokens=4)
-    figures = verify_artifact(artifact, tiny_student, windows, asked, lambda share, note: None, tmp_path / "grid")
+    figures = verify_artifact(artifact, tiny_student, windows, asked, lambda share, note: None, tmp_path / "quantized")
     assert "interpreter" in figures.stand_in
     assert figures.runtime.kl_mean < 1e-4 < figures.kl_mean
     assert figures.tokens.strings_identical == figures.tokens.strings

@@ -35,8 +35,8 @@ from edgekd import targets
 from edgekd.checkpoint import Checkpoint
 from edgekd.errors import BadArtifact, EdgekdError, SpecError
 from edgekd.manifest import Artifact, load_artifact
-from edgekd.quant.folder import open_grid
 from edgekd.quant.quantize import quantize
+from edgekd.quant.store.reader import open_quantized
 from edgekd.session import Session
 from edgekd.student import load_model
 from edgekd.targets import load_recipe
@@ -63,19 +63,19 @@ spec, export = partial(spec_of, "executorch"), partial(export_to, "executorch")
 
 
 def make_case(name: str, folder: Path, student_factory: Any) -> tuple[Artifact, Path, Path | None]:
-    """Artifact, student and grid of a case."""
+    """Artifact, student and quantized student of a case."""
     kind, settings, recipe = CASES[name]
     student = student_factory(folder / "student", kind, **settings)  # weights are exact in fp16
-    grid = None
+    packed = None
     if recipe == "executorch-fp32":
         weights = load_file(student / "model.safetensors")
         weights = {name: value.float() * (1 + 2**-14) for name, value in weights.items()}
         assert not torch.equal(weights["model.norm.weight"].half().float(), weights["model.norm.weight"])
         save_file(weights, student / "model.safetensors", {"format": "pt"})
     elif recipe != "fp16":
-        grid = folder / "grid"
-        quantize(student, grid, load_recipe(recipe))
-    return export(student, recipe, folder / "out", grid), student, grid
+        packed = folder / "quantized"
+        quantize(student, packed, load_recipe(recipe))
+    return export(student, recipe, folder / "out", packed), student, packed
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +93,13 @@ def session(made: Any) -> Iterator[Session]:
     session.close()
 
 
-def check_case(artifact: Artifact, student: Path, grid: Path | None) -> None:
+def check_case(artifact: Artifact, student: Path, packed: Path | None) -> None:
     session = targets.open_artifact(artifact, threads=1)
     actual = session.prefill(IDS, all_logits=True)
     session.close()
-    expected = reference(student, IDS, grid)
+    expected = reference(student, IDS, packed)
     assert actual.shape == (200, 700) and actual.dtype == np.float32
-    if grid is None:  # the order of sums alone differs
+    if packed is None:  # the order of sums alone differs
         assert np.abs(expected - actual).max() < 1e-4 and (expected.argmax(-1) == actual.argmax(-1)).all()
         bits = 16 if artifact.manifest.recipe == "fp16" else 32
         assert bits <= artifact.manifest.bits_per_weight < bits + 2.5  # rows of 1 / E and half turns are constants too
@@ -118,10 +118,10 @@ def test_logits_are_the_models(name: str, made: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in FAST])
 def test_logits_are_the_models_of_every_architecture(name: str, tmp_path: Path, student_factory: Any) -> None:
-    artifact, student, grid = make_case(name, tmp_path, student_factory)
-    check_case(artifact, student, grid)
-    if grid is not None:
-        check_bits(artifact, grid)
+    artifact, student, packed = make_case(name, tmp_path, student_factory)
+    check_case(artifact, student, packed)
+    if packed is not None:
+        check_bits(artifact, packed)
 
 
 class Flatbuffer:
@@ -218,21 +218,21 @@ def xnnpack_matrices(graph: Flatbuffer) -> list[dict[str, Any]]:
     return found
 
 
-def check_bits(artifact: Artifact, grid_folder: Path) -> None:
-    """Compare integers and scales of every matrix with the grid's."""
-    grid = open_grid(grid_folder)
+def check_bits(artifact: Artifact, folder: Path) -> None:
+    """Compare integers and scales of every matrix with the quantized student's."""
+    packed = open_quantized(folder)
     matrices, named, constants = read_program(artifact)
     order = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
     embedding = "model.embed_tokens.weight"
     names = [f"model.layers.{n}.{p}.weight" for n in range(2) for p in order]
-    names.append(embedding if grid.tied else "lm_head.weight")
+    names.append(embedding if packed.tied else "lm_head.weight")
     quantized = [m for m in matrices if "scale" in m]
     assert len(quantized) == len(names)
     for name, found in zip(names, quantized, strict=True):
-        q, scale = held(grid, name)
+        q, scale = held(packed, name)
         assert found["shape"] == list(q.shape), name
         codes = np.frombuffer(named[found["q"]], np.uint8)
-        if grid.kinds[name] == "int4":
+        if packed.kinds[name] == "int4":
             assert found["group"] == 32
             codes = (np.stack([codes & 15, codes >> 4], -1).reshape(q.shape).astype(np.int8)) - 8
             bits = np.frombuffer(named[found["scale"]], np.uint16).astype(np.uint32) << 16  # bfloat16
@@ -241,9 +241,11 @@ def check_bits(artifact: Artifact, grid_folder: Path) -> None:
             codes = codes.view(np.int8).reshape(q.shape)
             scales = np.frombuffer(named[found["scale"]], np.float32)
         assert np.array_equal(codes, q) and np.array_equal(scales.reshape(scale.shape), scale), name
-    q, scale = held(grid, embedding)
-    rows = 2 * q.nbytes // 4 if grid.kinds[embedding] == "int4" else q.nbytes
-    (at,) = (i for i, c in enumerate(constants) if len(c) >= rows and is_embedding(c[:rows], q, grid.kinds[embedding]))
+    q, scale = held(packed, embedding)
+    rows = 2 * q.nbytes // 4 if packed.kinds[embedding] == "int4" else q.nbytes
+    (at,) = (
+        i for i, c in enumerate(constants) if len(c) >= rows and is_embedding(c[:rows], q, packed.kinds[embedding])
+    )
     near = [np.frombuffer(c[: 2 * scale.size], np.float16) for c in constants[at - 1 : at + 2]]
     assert any(np.array_equal(c.astype(np.float32), scale.ravel()) for c in near)
 
@@ -255,15 +257,15 @@ def is_embedding(data: bytes, q: np.ndarray, kind: str) -> bool:
     return np.array_equal(codes.view(np.int8).reshape(q.shape), q)
 
 
-def test_the_file_holds_the_grid_bit_for_bit(made: Any) -> None:
-    artifact, _, grid = made["qwen2 int4"]
-    assert artifact.manifest.grid_digest == open_grid(grid).digest
-    check_bits(artifact, grid)
+def test_the_file_holds_the_integers_bit_for_bit(made: Any) -> None:
+    artifact, _, packed = made["qwen2 int4"]
+    assert artifact.manifest.grid_digest == open_quantized(packed).digest
+    check_bits(artifact, packed)
 
 
 def test_shared_bytes_are_stored_once(made: Any) -> None:
-    artifact, _, grid = made["qwen2 int4"]
-    q = open_grid(grid).int8("model.embed_tokens.weight")[0].numpy().tobytes()
+    artifact, _, packed = made["qwen2 int4"]
+    q = open_quantized(packed).integers("model.embed_tokens.weight")[0].numpy().tobytes()
     data = artifact.main_file.read_bytes()
     assert data.count(q[:4096]) == 1  # both the embedding, by its offset, and the head, by its key
 
@@ -382,7 +384,7 @@ def test_a_heavy_operator_left_behind_is_told(made: Any, tmp_path: Path, monkeyp
 
 def test_two_exports_are_the_same_bytes(made: Any, tmp_path: Path) -> None:
     artifact, student, _ = made["qwen2 int4"]
-    again = export(student, "portable-int4", tmp_path / "computed")  # and from a grid of its own
+    again = export(student, "portable-int4", tmp_path / "computed")  # and from a quantized student of its own
     assert again.manifest.files == artifact.manifest.files
     assert sorted(again.manifest.files) == [
         "chat_template.jinja",

@@ -31,9 +31,9 @@ from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from edgekd.files import file_sha256
 from edgekd.manifest import load_artifact
 from edgekd.quant.calibrate import second_moments
-from edgekd.quant.folder import open_grid
 from edgekd.quant.grid import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8_rows
 from edgekd.quant.quantize import quantize
+from edgekd.quant.store.reader import open_quantized
 from edgekd.spec import TargetSpec
 from edgekd.targets import load_recipe
 
@@ -72,19 +72,19 @@ def test_transformers_reads_the_same_weights_back(name: str, tmp_path: Path, stu
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_the_file_holds_the_grid_bit_for_bit(kind: str, tmp_path: Path, student_factory: Any) -> None:
+def test_the_file_holds_the_integers_bit_for_bit(kind: str, tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", kind, intermediate_size=80, tie_word_embeddings=kind == "qwen3")
-    quantize(student, tmp_path / "grid", load_recipe("portable-int4"))
-    grid = open_grid(tmp_path / "grid")
-    given = export(student, "portable-int4", tmp_path / "given", grid=tmp_path / "grid")
+    quantize(student, tmp_path / "quantized", load_recipe("portable-int4"))
+    packed = open_quantized(tmp_path / "quantized")
+    given = export(student, "portable-int4", tmp_path / "given", quantized=tmp_path / "quantized")
     computed = export(student, "portable-int4", tmp_path / "computed")
-    assert given.manifest.grid_digest == grid.digest and computed.manifest.grid_digest == grid.digest
+    assert given.manifest.grid_digest == packed.digest and computed.manifest.grid_digest == packed.digest
     assert file_sha256(given.main_file) == file_sha256(computed.main_file)
 
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(given.main_file).tensors}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], 2)
     seen = set()
-    for source in grid.names():
+    for source in packed:
         tensor = tensors[names.get_name(source, try_suffixes=(".weight", ".bias"))]
         seen.add(tensor.tensor_type.name)
         rows = np.arange(tensor.data.shape[0])
@@ -94,22 +94,22 @@ def test_the_file_holds_the_grid_bit_for_bit(kind: str, tmp_path: Path, student_
             blocks = tensor.data[rows].reshape(len(rows), -1, 18)
             scale = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[..., 0].astype(np.float32)
             q = np.concatenate([blocks[:, :, 2:] & 15, blocks[:, :, 2:] >> 4], axis=-1).astype(np.int8) - 8
-            expected_q, expected_scale = grid.int4(source)
+            expected_q, expected_scale = packed.integers(source)
             assert np.array_equal(q.reshape(len(rows), -1), expected_q) and np.array_equal(scale, expected_scale)
         elif tensor.tensor_type.name == "Q8_0":
             blocks = tensor.data[rows].reshape(len(rows), -1, 34)
             scale = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[..., 0].astype(np.float32)
             q = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8).reshape(len(rows), -1)
-            expected_q, expected_scale = grid.int8(source)
+            expected_q, expected_scale = packed.integers(source)
             assert np.array_equal(q, expected_q) and np.array_equal(
                 scale.T, np.tile(expected_scale, (scale.shape[1], 1))
             )
         else:
-            assert np.array_equal(tensor.data[rows], grid.tensor(source).numpy()), source
+            assert np.array_equal(tensor.data[rows], packed.tensor(source).numpy()), source
     assert seen == {"Q4_0", "Q8_0", "F32"}  # F32: norms, and down_proj, 80 wide: no blocks of 32
 
 
-def test_the_grid_runs_as_its_dequantized_weights(tmp_path: Path, student_factory: Any) -> None:
+def test_the_quantized_student_runs_as_its_dequantized_weights(tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "qwen3")
     weights = load_file(student / "model.safetensors")
     expected = {}

@@ -37,8 +37,9 @@ from cases import (  # noqa: E402
 from edgekd import targets  # noqa: E402
 from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported  # noqa: E402
 from edgekd.manifest import Artifact, load_artifact  # noqa: E402
-from edgekd.quant.folder import new_grid, open_grid  # noqa: E402
 from edgekd.quant.grid import quantize_int4, quantize_int8_rows  # noqa: E402
+from edgekd.quant.store.reader import open_quantized  # noqa: E402
+from edgekd.quant.store.writer import new_quantized  # noqa: E402
 from edgekd.spec import TargetSpec  # noqa: E402
 from edgekd.student import Checkpoint  # noqa: E402
 from edgekd.targets import load_recipe  # noqa: E402
@@ -90,22 +91,22 @@ def test_fp32_keeps_what_fp16_rounds(tmp_path: Path, student_factory: Any) -> No
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "odd width", "odd width untied"])
 @pytest.mark.usefixtures("exact_kernels")
-def test_the_grid_runs_as_its_dequantized_weights(name: str, tmp_path: Path, student_factory: Any) -> None:
+def test_the_quantized_student_runs_as_its_dequantized_weights(name: str, tmp_path: Path, student_factory: Any) -> None:
     kind, settings = ARCHITECTURES.get(name, ("qwen3", ODD_WIDTH | {"tie_word_embeddings": "untied" not in name}))
     student = student_factory(tmp_path / "student", kind, **settings)
     kl = []
     for recipe in GRID_RECIPES:
-        grid = quantized(student, tmp_path / f"{recipe}-grid", recipe)
-        actual = logits(export(student, recipe, tmp_path / recipe, grid), IDS)
-        assert np.abs(reference(student, IDS, grid) - actual).max() < 2e-4, recipe
+        packed = quantized(student, tmp_path / f"{recipe}-quantized", recipe)
+        actual = logits(export(student, recipe, tmp_path / recipe, packed), IDS)
+        assert np.abs(reference(student, IDS, packed) - actual).max() < 2e-4, recipe
         kl.append(mean_kl(reference(student, IDS), actual))
-    assert kl[0] > 1e-3 and kl[2] < kl[0] / 10  # each grid is another model
+    assert kl[0] > 1e-3 and kl[2] < kl[0] / 10  # each is another model
 
 
 def test_int8_activations_stay_near(tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "qwen3")
-    grids = {recipe: quantized(student, tmp_path / f"{recipe}-grid", recipe) for recipe in GRID_RECIPES}
-    made = {recipe: export(student, recipe, tmp_path / recipe, grid) for recipe, grid in grids.items()}
+    packed_by = {recipe: quantized(student, tmp_path / f"{recipe}-quantized", recipe) for recipe in GRID_RECIPES}
+    made = {recipe: export(student, recipe, tmp_path / recipe, packed) for recipe, packed in packed_by.items()}
     levels = {
         attribute.i
         for artifact in made.values()
@@ -115,21 +116,21 @@ def test_int8_activations_stay_near(tmp_path: Path, student_factory: Any) -> Non
     }
     assert levels == {4}
     for recipe, artifact in made.items():
-        assert 1e-6 < mean_kl(reference(student, IDS, grids[recipe]), logits(artifact, IDS)) < 0.02, recipe
+        assert 1e-6 < mean_kl(reference(student, IDS, packed_by[recipe]), logits(artifact, IDS)) < 0.02, recipe
 
 
 @pytest.mark.parametrize("providers", [["cuda", "cpu"], ["dml", "cpu"], ["webgpu", "cpu"]])
 def test_the_graph_for_gpus_runs_on_the_cpu_too(providers: list[str], tmp_path: Path, student_factory: Any) -> None:
     student = student_factory(tmp_path / "student", "qwen2")
-    for recipe, grid in (("fp16", None), ("portable-int4", quantized(student, tmp_path / "grid"))):
-        artifact = export(student, recipe, tmp_path / recipe, grid, providers=providers)
+    for recipe, packed in (("fp16", None), ("portable-int4", quantized(student, tmp_path / "quantized"))):
+        artifact = export(student, recipe, tmp_path / recipe, packed, providers=providers)
         assert artifact.manifest.details["providers"] == {providers[0]: "not run", "cpu": "tested"}
         assert artifact.manifest.details["activations"] == "float16"
         (first,) = json.loads((artifact.folder / "genai_config.json").read_text())["model"]["decoder"][
             "session_options"
         ]["provider_options"]
         assert list(first) == providers[:1]
-        expected = reference(student, IDS, grid)
+        expected = reference(student, IDS, packed)
         assert mean_kl(expected, logits(artifact, IDS)) < 0.02
         session = targets.open_artifact(artifact, threads=1)
         session.prefill(IDS[:70])
@@ -166,40 +167,40 @@ def unpack(q: np.ndarray, bits: int, width: int) -> np.ndarray:
     ("kind", "settings"),
     [("qwen3", {}), ("llama", {"tie_word_embeddings": False}), ("qwen2", ODD_WIDTH), ("qwen3", ODD_WIDTH)],
 )
-def test_the_file_holds_the_grid_bit_for_bit(
+def test_the_file_holds_the_integers_bit_for_bit(
     kind: str, settings: dict[str, Any], recipe: str, tmp_path: Path, student_factory: Any
 ) -> None:
     student = student_factory(tmp_path / "student", kind, **settings)
-    grid = open_grid(quantized(student, tmp_path / "grid", recipe))
-    artifact = export(student, recipe, tmp_path / "out", tmp_path / "grid")
-    assert (artifact.manifest.grid_digest, artifact.manifest.method) == (grid.digest, "rtn")
-    odd = {name for name in grid.names() if name.endswith("weight") and grid.shape(name)[-1] % 32}
-    assert set(artifact.manifest.int8_by_width) == {name for name in odd if grid.kinds[name] == "int8"}
+    packed = open_quantized(quantized(student, tmp_path / "quantized", recipe))
+    artifact = export(student, recipe, tmp_path / "out", tmp_path / "quantized")
+    assert (artifact.manifest.grid_digest, artifact.manifest.method) == (packed.digest, "rtn")
+    odd = {name for name in packed if name.endswith("weight") and packed.shape(name)[-1] % 32}
+    assert set(artifact.manifest.int8_by_width) == {name for name in odd if packed.kinds[name] == "int8"}
     found, seen = initialisers(artifact), set()
     stacks = {"qkv_proj.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
     for name in (n.removesuffix(".q") for n in found if n.endswith(".q")):
         last = name.split("self_attn.")[-1]
         sources = [name.replace(last, part) for part in stacks.get(last, (last,))]
-        expected, scale = (np.concatenate(parts) for parts in zip(*(held(grid, s) for s in sources), strict=True))
-        bits = 4 if grid.kinds[sources[0]] == "int4" else 8
+        expected, scale = (np.concatenate(parts) for parts in zip(*(held(packed, s) for s in sources), strict=True))
+        bits = 4 if packed.kinds[sources[0]] == "int4" else 8
         assert np.array_equal(unpack(found[f"{name}.q"], bits, expected.shape[1]), expected), name
         assert (found[f"{name}.scale"].astype(np.float32) == scale).all()
         padding = found[f"{name}.q"].reshape(len(expected), -1)[:, expected.shape[1] * bits // 8 :]
         assert (padding == 0x80).all()
         seen |= set(sources)
     embedding = "model.embed_tokens.weight"
-    q, scale = held(grid, embedding)
-    bits = 4 if grid.kinds[embedding] == "int4" else 8
+    q, scale = held(packed, embedding)
+    bits = 4 if packed.kinds[embedding] == "int4" else 8
     assert bits == (4 if recipe == "portable-int4-head4" and settings is not ODD_WIDTH else 8)
     assert np.array_equal(unpack(found[f"{embedding}.rows"], bits, q.shape[1]), q)
     assert (found[f"{embedding}.scale"].astype(np.float32) == scale).all()
     seen.add(embedding)
-    for name in set(grid.names()) - seen:
-        source = grid.tensor(name).numpy()
-        assert grid.kinds[name] == "plain"
+    for name in set(packed) - seen:
+        source = packed.tensor(name).numpy()
+        assert packed.kinds[name] == "plain"
         if name.endswith("_proj.bias"):
             at = name.rsplit(".", 2)[0]
-            whole = np.concatenate([grid.tensor(f"{at}.{p}_proj.bias").numpy() for p in "qkv"])
+            whole = np.concatenate([packed.tensor(f"{at}.{p}_proj.bias").numpy() for p in "qkv"])
             assert np.array_equal(found[f"{at}.qkv_proj.bias"], whole)
         else:
             assert np.array_equal(found[name], source), name
@@ -219,16 +220,16 @@ def test_gguf_holds_the_same_integers(recipe: str, tmp_path: Path, student_facto
     """Every matrix; of Qwen3, whose query and key rows llama.cpp leaves in their order."""
     gguf = pytest.importorskip("gguf")
     student = student_factory(tmp_path / "student", "qwen3", tie_word_embeddings=False)
-    grid = quantized(student, tmp_path / "grid", recipe)
-    ours = export(student, recipe, tmp_path / "onnx", grid)
+    packed = quantized(student, tmp_path / "quantized", recipe)
+    ours = export(student, recipe, tmp_path / "onnx", packed)
     theirs = targets.export(
-        student, TargetSpec(target="gguf", recipes=[recipe]), recipe, tmp_path / "gguf", name="tiny", grid=grid
+        student, TargetSpec(target="gguf", recipes=[recipe]), recipe, tmp_path / "gguf", name="tiny", quantized=packed
     )
     assert ours.manifest.grid_digest == theirs.manifest.grid_digest
     found = initialisers(ours)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs.main_file).tensors}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
-    kinds = {name: kind for name, kind in open_grid(grid).kinds.items() if kind != "plain"}
+    kinds = {name: kind for name, kind in open_quantized(packed).kinds.items() if kind != "plain"}
     assert len(kinds) == 2 * 7 + 2
     for name, kind in kinds.items():
         bits, module = (4 if kind == "int4" else 8), name.split(".")[-2]
@@ -256,7 +257,7 @@ def test_float_files_hold_the_student_bit_for_bit(tmp_path: Path, student_factor
 
 
 def test_two_exports_are_the_same_bytes(tmp_path: Path, tiny_student: Path) -> None:
-    given = export(tiny_student, "portable-int4", tmp_path / "given", quantized(tiny_student, tmp_path / "grid"))
+    given = export(tiny_student, "portable-int4", tmp_path / "given", quantized(tiny_student, tmp_path / "quantized"))
     computed = export(tiny_student, "portable-int4", tmp_path / "computed")
     assert given.manifest.files == computed.manifest.files
     assert sorted(given.manifest.files) == [
@@ -374,16 +375,16 @@ def test_providers_that_there_are_not(tiny_student: Path) -> None:
             targets.check(config, tiny_student, spec(providers=[provider, "cpu"]))
 
 
-def test_plain_tensors_are_the_grids_own(tmp_path: Path, tiny_student: Path) -> None:
+def test_plain_tensors_are_the_quantized_students_own(tmp_path: Path, tiny_student: Path) -> None:
     """Quantization-aware distillation changes norms too: nothing may come from the student."""
-    with new_grid(tiny_student, tmp_path / "grid", load_recipe("portable-int4"), "qad") as writer:
+    with new_quantized(tiny_student, tmp_path / "quantized", load_recipe("portable-int4"), "qad") as writer:
         for name, kind in writer.kinds.items():
             if kind == "plain":
                 writer.put_plain(name, writer.source.tensor(name) + 1)
                 continue
             for rows in writer.rows(name):
                 writer.put(name, *(quantize_int4(rows) if kind == "int4" else quantize_int8_rows(rows)))
-    artifact = export(tiny_student, "portable-int4", tmp_path / "out", tmp_path / "grid")
+    artifact = export(tiny_student, "portable-int4", tmp_path / "out", tmp_path / "quantized")
     assert artifact.manifest.method == "qad"
     found, student = initialisers(artifact), Checkpoint(tiny_student)
     norms = [name for name in student if student.shape(name)[1:] == ()]
