@@ -24,7 +24,7 @@ quantize:
   method: qad
   compare: [rtn, gptq]
   calibration_windows: 8
-  qad: {{steps: 20, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
+  qad: {{steps: 80, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
 targets: [{{target: gguf, recipes: [fp16, portable-int4], context: 96}}]
 verify: {{windows: 2, context: 32, greedy_tokens: 4, thresholds: {{fp16: {{kl_mean_max: {gate}}}}}}}
 bench: {{prompt_tokens: [8], decode_tokens: 4, runs: 1}}
@@ -42,7 +42,7 @@ def project(tmp_path_factory, tiny_teacher):
     return folder
 
 
-def write_spec(folder, teacher, steps=30, gate=0.01):
+def write_spec(folder, teacher, steps=90, gate=0.01):
     (folder / "spec.yaml").write_text(SPEC.format(teacher=teacher, steps=steps, gate=gate))
 
 
@@ -137,7 +137,7 @@ def test_a_change_redoes_only_what_hangs_on_it(project, whole, tiny_teacher):
     plan = [sys.executable, "-m", "edgekd.cli", "plan", "spec.yaml", "--out", "whole", "--json"]
     stages = json.loads(subprocess.run(plan, cwd=project, capture_output=True, text=True).stdout)["stages"]
     assert all(stage["done"] for stage in stages), "a threshold is judged, not measured"
-    write_spec(project, tiny_teacher, steps=31)
+    write_spec(project, tiny_teacher, steps=91)
     stages = json.loads(subprocess.run(plan, cwd=project, capture_output=True, text=True).stdout)["stages"]
     assert [stage["stage"] for stage in stages if stage["done"]] == ["data"]
     write_spec(project, tiny_teacher)

@@ -201,7 +201,7 @@ def test_a_fault_of_the_runtime_fails(tied, trained, tokenizer, windows, fault):
 def test_a_doubled_bos_fails(tied, tokenizer, windows, contract):
     session = TorchSession(tied, tokenizer)
     ids_of = session.tokenize
-    session.tokenize = lambda text: [0, *ids_of(text)]
+    session.tokenize = lambda text, **given: [0, *ids_of(text, **given)]
     tokens = check_tokens(session, tokenizer, contract)
     parity = measure(session, logits_of(tied), windows, greedy_tokens=2)
     assert any(text.startswith("tokens: ") for text in judge(parity, tokens, Thresholds()))
