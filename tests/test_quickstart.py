@@ -54,7 +54,7 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     for manifest in (artifact["manifest"] for artifact in results["artifacts"]):
         if manifest["recipe"] in by_recipe:
             same = by_recipe[manifest["recipe"]]["manifest"]["grid_digest"]
-            assert manifest["grid_digest"] == same, "one grid for all"
+            assert manifest["grid_digest"] == same, "the same integers in all"
         assert (manifest["benchmark"] is None) == bool(manifest["parity"]["stand_in"]), "no stand-in is timed"
     sizes = {recipe: artifact["size_bytes"] for recipe, artifact in by_recipe.items()}
     assert sizes["portable-int4-head4"] < sizes["portable-int4"] < sizes["int8"] < sizes["fp16"]

@@ -33,7 +33,7 @@ class EdgekdExportCommand(BaseOptimumCLICommand):
             help="Execution provider, the preferred first, for a target that has them.",
         )
         parser.add_argument(
-            "--quantized", type=Path, help="A quantized student whose integers to pack. Default: round."
+            "--quantized", type=Path, help="A quantized student whose integers to pack. Default: round to nearest."
         )
         parser.add_argument(
             "--moments", type=Path, help="Second moments from a run's calibration, where a recipe asks."

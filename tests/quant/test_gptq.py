@@ -40,8 +40,8 @@ def matrix(rows: int, width: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def output_error(w: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor], hessian: torch.Tensor) -> float:
-    off = (w - dequantize_int4(*grid)).double()
+def output_error(w: torch.Tensor, block: tuple[torch.Tensor, torch.Tensor], hessian: torch.Tensor) -> float:
+    off = (w - dequantize_int4(*block)).double()
     return float(((off @ hessian.double()) * off).sum())
 
 
@@ -213,7 +213,7 @@ def test_the_student_is_nearer_than_by_rounding_or_search(tmp_path: Path, kind: 
     moments = second_moments(folder, ids)
     held_out = windows(8, seed=2)
     by_gptq, by_search, by_rounding = (
-        mean_kl(folder, embedding | {name: dequantize_int4(*grid) for name, grid in kind_of.items()}, held_out)
+        mean_kl(folder, embedding | {name: dequantize_int4(*block) for name, block in kind_of.items()}, held_out)
         for kind_of in (
             found,
             {name: search_int4(source.tensor(name), moments[name]) for name in linears},
@@ -229,7 +229,7 @@ def test_a_tied_int4_head_goes_first_and_the_layers_make_up_for_it(tmp_path: Pat
     assert next(iter(found)) == EMBEDDING and len(found) == 15
     held_out = windows(8, seed=2)
     rounded = {name: dequantize_int4(*quantize_int4(Checkpoint(folder).tensor(name))) for name in found}
-    whole = {name: dequantize_int4(*grid) for name, grid in found.items()}
+    whole = {name: dequantize_int4(*block) for name, block in found.items()}
     assert mean_kl(folder, whole, held_out) < 0.9 * mean_kl(folder, rounded, held_out)
 
 
@@ -248,15 +248,15 @@ def test_what_is_not_int4_is_not_returned_but_counts(tmp_path: Path) -> None:
 def test_the_inputs_are_the_quantized_layers_and_the_target_is_the_student_s_own_output(tmp_path: Path) -> None:
     """The last Linear of the model, from the formula: inputs of the quantized model, outputs of the other."""
     folder, ids = make(tmp_path, "llama", tied=True), windows()
-    grids = {name: (q, scale) for name, q, scale in gptq_student(folder, ids, kinds_of(folder, "plain"))}
+    blocks = {name: (q, scale) for name, q, scale in gptq_student(folder, ids, kinds_of(folder, "plain"))}
     last = "model.layers.1.mlp.down_proj"
     caught: list[torch.Tensor] = []
     for quantized in (False, True):
         model = load_model(folder)
         if quantized:
             with torch.no_grad():
-                for name, grid in grids.items():
-                    model.get_parameter(name).copy_(dequantize_int4(*grid))
+                for name, block in blocks.items():
+                    model.get_parameter(name).copy_(dequantize_int4(*block))
         model.get_submodule(last).register_forward_pre_hook(lambda _, args: caught.append(args[0].flatten(0, 1)))
         with torch.no_grad():
             model(ids.long())
@@ -266,7 +266,7 @@ def test_the_inputs_are_the_quantized_layers_and_the_target_is_the_student_s_own
     damped = hessian + gptq.DAMP * hessian.diagonal().mean() * torch.eye(len(hessian))
     target = w + w @ (y - x).T @ x @ torch.linalg.inv(damped)
     q, scale = gptq_int4(target.float(), hessian.float())
-    same = (q == grids[f"{last}.weight"][0]).all(1) & (scale == grids[f"{last}.weight"][1]).all(1)
+    same = (q == blocks[f"{last}.weight"][0]).all(1) & (scale == blocks[f"{last}.weight"][1]).all(1)
     assert same.float().mean() >= 0.8
 
 

@@ -57,12 +57,12 @@ def export_to(
     student: Path,
     recipe: str,
     out: Path,
-    packed: Path | None = None,
+    quantized: Path | None = None,
     moments: Path | None = None,
     **options: Any,
 ) -> Artifact:
     spec = spec_of(target, recipe, **options)
-    return targets.export(student, spec, recipe, out, name="tiny", quantized=packed, moments=moments)
+    return targets.export(student, spec, recipe, out, name="tiny", quantized=quantized, moments=moments)
 
 
 def quantized(student: Path, out: Path, recipe: str = "portable-int4") -> Path:

@@ -43,7 +43,7 @@ def manifest(recipe: str, method: str | None, bits_per_weight: float, parity: Pa
     )
 
 
-def test_ledger_goes_from_the_teacher_over_the_grid_to_every_artifact():
+def test_ledger_goes_from_the_teacher_over_the_quantized_student_to_every_artifact():
     packed = Parity(**HOP.model_dump(), runtime=hop(0.001))
     manifests = {
         "gguf-portable-int4": manifest("portable-int4", "qad", 4.7, packed),

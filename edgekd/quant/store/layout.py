@@ -38,6 +38,7 @@ Block = tuple[torch.Tensor, torch.Tensor]
 
 RECORD_FILE = "grid.json"
 SCALES_FILE = "grid.safetensors"
+"""Both as every folder has had them so far, and the keys of the first: what is on disk must stay readable."""
 BLOCK_WEIGHTS = 2**20
 DTYPES = {
     torch.int64: "I64",

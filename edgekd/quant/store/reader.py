@@ -71,11 +71,6 @@ class QuantizedStudent:
         rows, width = self._files.tensor(f"{name.removesuffix('.weight')}.weight_shape").tolist()
         return rows, width
 
-    @cached_property
-    def parameters(self) -> int:
-        """Number of weights; a tied head counts once."""
-        return sum(torch.Size(self.shape(name)).numel() for name in self)
-
     @property
     def int8_by_width(self) -> list[str]:
         """int8 matrices whose input width is not divisible by 32."""

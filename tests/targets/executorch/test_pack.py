@@ -22,7 +22,7 @@ seeds = st.integers(0, 2**32 - 1)
 BOUNDS = {"int4": (-8, 7), "int8": (-127, 127)}
 
 
-def grid(shape: tuple[int, int], kind: Kind, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def integers(shape: tuple[int, int], kind: Kind, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random integers ``(rows, 32 * groups)`` and scales, int4 ``(rows, groups)``, int8 ``(rows,)``."""
     rng, (rows, groups) = np.random.default_rng(seed), shape
     low, high = BOUNDS[kind]
@@ -34,7 +34,7 @@ def grid(shape: tuple[int, int], kind: Kind, seed: int) -> tuple[torch.Tensor, t
 
 @given(shapes, seeds)
 def test_int4_rows_are_packed_as_xnnpacks_own_packer_does(shape: tuple[int, int], seed: int) -> None:
-    q, _ = grid(shape, "int4", seed)
+    q, _ = integers(shape, "int4", seed)
     expected = NodeVisitor.convert_to_qc4w(q).numpy()  # codes q + 8 are its own
     assert np.array_equal(packed(q, "int4").reshape(expected.shape), expected)
 
@@ -42,7 +42,7 @@ def test_int4_rows_are_packed_as_xnnpacks_own_packer_does(shape: tuple[int, int]
 @settings(max_examples=50)
 @given(shapes, st.sampled_from(["int4", "int8"]), seeds)
 def test_the_embedding_kernel_reads_integers_times_scales(shape: tuple[int, int], kind: Kind, seed: int) -> None:
-    q, scale = grid(shape, kind, seed)
+    q, scale = integers(shape, kind, seed)
     weight, ids = torch.from_numpy(packed_embedding(q, kind)), torch.arange(shape[0]).flip(0)
     ops = torch.ops.quantized_decomposed
     kernel = ops.embedding_4bit.dtype if kind == "int4" else ops.embedding_byte.dtype

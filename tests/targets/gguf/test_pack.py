@@ -13,7 +13,7 @@ from edgekd.targets.gguf.pack import pack_q4_0, pack_q8_0, reorder_heads
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 4))
 
 
-def grid(shape: tuple[int, int], low: int, high: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def integers(shape: tuple[int, int], low: int, high: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Random integers ``(out, 32 * groups)`` and scales of 8-bit significand ``(out, groups)``."""
     rng = np.random.default_rng(seed)
     q = rng.integers(low, high + 1, (shape[0], shape[1] * 32)).astype(np.int8)
@@ -24,7 +24,7 @@ def grid(shape: tuple[int, int], low: int, high: int, seed: int) -> tuple[np.nda
 @settings(max_examples=50, deadline=None)
 @given(shapes, st.integers(0, 2**32 - 1))
 def test_q4_0_blocks_hold_integers_and_scales(shape: tuple[int, int], seed: int) -> None:
-    q, scale = grid(shape, -8, 7, seed)
+    q, scale = integers(shape, -8, 7, seed)
     packed = pack_q4_0(q, scale)
     assert packed.dtype == np.uint8 and packed.shape == (shape[0], shape[1] * 18)
     value = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q4_0)
@@ -34,7 +34,7 @@ def test_q4_0_blocks_hold_integers_and_scales(shape: tuple[int, int], seed: int)
 @settings(max_examples=50, deadline=None)
 @given(shapes, st.integers(0, 2**32 - 1))
 def test_q8_0_blocks_hold_integers_and_scales(shape: tuple[int, int], seed: int) -> None:
-    q, scale = grid(shape, -127, 127, seed)
+    q, scale = integers(shape, -127, 127, seed)
     packed = pack_q8_0(q, scale)
     assert packed.dtype == np.uint8 and packed.shape == (shape[0], shape[1] * 34)
     value = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
@@ -42,7 +42,7 @@ def test_q8_0_blocks_hold_integers_and_scales(shape: tuple[int, int], seed: int)
 
 
 def test_a_scale_that_fp16_rounds_is_refused() -> None:
-    q, scale = grid((1, 1), -8, 7, 0)
+    q, scale = integers((1, 1), -8, 7, 0)
     with pytest.raises(AssertionError, match="exact in fp16"):
         pack_q4_0(q, scale * np.float32(1.0001))
 
