@@ -24,7 +24,7 @@ from edgekd.verify.tokens import check_tokens
 from .conftest import TorchSession
 
 SAME = TokenCheck(strings=2, strings_identical=2, chats=1, chats_identical=1, round_trips=0, round_trips_identical=0)
-ARITHMETICS = ["float32", "float16", "int8 by 32", "int8 by token"]
+EVERY = ["float32", "float16", "int8 by 32", "int8 by token"]
 
 
 def judged(session, model, windows, arithmetic):
@@ -169,7 +169,7 @@ class Session(Rounding):
         self.vocab_size = model.config.vocab_size
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("arithmetic", EVERY)
 def test_a_sound_artifact_passes(tied, trained, tokenizer, windows, arithmetic):
     assert judged(Session(tied, tokenizer, arithmetic), tied, windows, arithmetic) == []
     model, text = trained
@@ -210,7 +210,7 @@ def test_a_doubled_bos_fails(tied, tokenizer, windows, contract):
 def test_the_model_is_as_it_was_after_the_rounding(tied, windows):
     before = {name: weight.clone() for name, weight in tied.state_dict().items()}
     logits = logits_of(tied)(windows[0])
-    for arithmetic in ARITHMETICS:
+    for arithmetic in EVERY:
         noise = noise_of(tied, arithmetic, windows)
         assert noise == 0 if arithmetic == "float32" else 0 < noise < 0.1
     assert all(torch.equal(before[name], weight) for name, weight in tied.state_dict().items())
