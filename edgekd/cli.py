@@ -310,7 +310,9 @@ def export(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the target's section of the spec.")
     ] = None,
     quantized: Annotated[
-        Path | None, typer.Option(help="A quantized student whose integers to pack. Default: round to nearest.")
+        Path | None,
+        # --grid is what it was called in scripts that people have.
+        typer.Option("--quantized", "--grid", help="A quantized student to pack. Default: round to nearest."),
     ] = None,
     moments: Annotated[
         Path | None, typer.Option(help="Second moments from a run's calibration. Default: calibrate on --text.")
