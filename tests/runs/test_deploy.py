@@ -58,6 +58,18 @@ def test_a_model_is_deployed_where_it_lies(folder, monkeypatch, capfd):
     assert json.loads(out)["artifacts"] == told["artifacts"]
 
 
+def test_an_artifact_is_verified_without_its_quantized_student(folder, monkeypatch, capfd):
+    """What it should compute is not known then: only the thresholds judge how far quantization took it."""
+    pytest.importorskip("llama_cpp")
+    words = ["--target", "gguf", "--recipe", "portable-int4", "--context", "96"]
+    assert edgekd(monkeypatch, capfd, "export", "my model", "int4", *words)[0] == 0
+    words = ["--reference", "my model", "--text", "text.txt", "--windows", "2", "--context", "64", "--json"]
+    code, out, err = edgekd(monkeypatch, capfd, "verify", "int4", *words)
+    told = json.loads(out)
+    assert code == 0, err
+    assert told["runtime_kl_mean"] is None and told["kl_mean"] > 3 * told["arithmetic_kl_mean"]
+
+
 def test_lengths_follow_the_model(folder):
     spec = deployment("my model", targets=["gguf"])
     assert spec.targets[0].context == 128 and spec.verify.context == spec.data.context == 128
