@@ -196,7 +196,9 @@ def _write(job: Job, spec: Options) -> Written:
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
     tokenizer.save_pretrained(folder)
-    told = compare_tokenizers(tokenizer, "executorch", partial(runner_tokenizer, folder / "tokenizer.json", contract))
+    told = compare_tokenizers(
+        tokenizer, "executorch", folder / TOKENIZER, partial(runner_tokenizer, folder / TOKENIZER, contract)
+    )
 
     cpu = provider == "cpu"
     weights = Weights(job.source, real_of(job.recipe) if cpu else "float32", stand_ins=cpu)

@@ -224,7 +224,7 @@ def _write(job: Job, spec: Options) -> Written:
             activations=activations,
             ops=_histogram(models.decoder),
             data_bytes=(folder / graph_.DATA_FILE).stat().st_size,
-            tokenizer=compare_tokenizers(tokenizer, GENAI, partial(genai_tokenizer, folder)),
+            tokenizer=compare_tokenizers(tokenizer, GENAI, folder / TOKENIZER, partial(genai_tokenizer, folder)),
             chat=_compare_chats(tokenizer, folder),
         ),
     )

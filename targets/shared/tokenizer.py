@@ -58,6 +58,7 @@ PROBES = (
     " " * 70,
     "\n" * 20,
     "9" * 40,
+    *(f"a{chr(code)}b {chr(code)}" for code in range(1, 32)),
 )
 CHATS = (
     [{"role": "user", "content": "Hello!"}],
@@ -190,24 +191,33 @@ def _named_eos_ids(path: Path) -> list[int] | None:
 
 
 def compare_tokenizers(
-    tokenizer: PreTrainedTokenizerFast, name: str, load: Callable[[], Callable[[str], list[int]]]
+    tokenizer: PreTrainedTokenizerFast, name: str, path: Path, load: Callable[[], Callable[[str], list[int]]]
 ) -> TokenizerProof:
-    """Whether a runtime's own tokenizer gives the student's ids, id by id. Where it does not on a text without special
-    tokens, sessions use ``tokenizer.json``; they place special tokens themselves.
+    """Whether a runtime's own tokenizer gives the student's ids, id by id. Where it does not on a text that sessions
+    would give it, they use ``tokenizer.json``.
 
     Args:
         name: the runtime.
-        load: makes its text → ids, special tokens parsed and BOS and EOS added.
+        path: ``tokenizer.json``.
+        load: makes its text → ids, special tokens parsed, BOS and EOS added as it does.
     """
-    special = list(special_tokens(tokenizer))
-    texts = [*PROBES, *marked_texts(special)]
+    texts = [*PROBES, *marked_texts(list(special_tokens(tokenizer)))]
     try:
         encode = load()
     except EdgekdError as error:
         return TokenizerProof(used="tokenizers", texts=len(texts), differ=len(texts), first=error.cause)
-    plain = [text for text in PROBES if not any(token in text for token in special)]
-    spoilt = compare_ids(tokenizer, name, plain, map(encode, plain)).differ
-    return compare_ids(tokenizer, "tokenizers" if spoilt else name, texts, map(encode, texts))
+    session = SessionTokenizer(path, name, lambda: encode)
+    spoilt = any(_ids_of(session.tokenize, text) != ids_of_text(tokenizer, text) for text in PROBES)
+    given = (_ids_of(encode, text) for text in texts)
+    return compare_ids(tokenizer, "tokenizers" if spoilt else name, texts, given)
+
+
+def _ids_of(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """A runtime's ids of a text; none where it fails."""
+    try:
+        return encode(text)
+    except (RuntimeError, EdgekdError):
+        return []
 
 
 def compare_ids(
@@ -260,7 +270,9 @@ class JsonTokenizer:
         if prefix_of(data) == "first":
             self._later = type(self._tokenizer).from_str(json.dumps(_without_prefix(data)))
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special = [token.content for token in added.values() if token.special]
+        self._special = [token.content for token in added.values() if token.special]
+        vocabulary = self._tokenizer.get_vocab()
+        self._lost = {byte for char, byte in _BYTES.items() if self._level and char not in vocabulary}
         self._added = {index: (token.content, token.special) for index, token in added.items()}
 
     def tokenize(self, text: str, *, start: bool = True) -> list[int]:
@@ -270,17 +282,14 @@ class JsonTokenizer:
         with tokenizer_errors(self._path):
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    @cached_property
-    def ends(self) -> tuple[int, int]:
-        """How many ids the post-processor puts before and behind a text."""
-        ids, bare = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
-        before = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
-        return before, len(ids) - before - len(bare)
-
-    @property
-    def starts_alike(self) -> bool:
-        """Whether a text is read alike at the beginning and behind a special token."""
-        return self._later is self._tokenizer
+    def is_plain(self, text: str, *, start: bool = True) -> bool:
+        """Whether every library reads a text alike: not one with the text of a special token, with NUL, which ends the
+        strings of C, or with a byte that no token stands for; nor behind a special token what begins otherwise there.
+        """
+        alike = start or self._later is self._tokenizer
+        return (
+            alike and not any(token in text for token in ("\0", *self._special)) and not self._lost & {*text.encode()}
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; nothing for a special one and for an id without a token."""
@@ -319,15 +328,22 @@ class SessionTokenizer:
     def tokenize(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a text, in which nothing is a special token and to which nothing is added: by the runtime's own
         tokenizer, unless it would read this text otherwise."""
-        alike = (start or self._json.starts_alike) and not any(token in text for token in self._json.special)
-        if self._encode is None or not alike:
+        if self._encode is None or not self._json.is_plain(text, start=start):
             return self._json.tokenize(text, start=start)
-        before, after = self._json.ends
+        before, after = self._ends
         try:
             ids = self._encode(text)
         except RuntimeError as error:  # of a runtime's own tokenizer
             raise EdgekdError(f"{self._path}: the runtime's tokenizer fails: {error!s:.200}.") from error
         return ids[before : len(ids) - after]
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        """How many ids the runtime puts before and behind a text."""
+        assert self._encode is not None
+        ids, bare = self._encode("a"), self._json.tokenize("a")
+        before = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+        return before, len(ids) - before - len(bare)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for."""

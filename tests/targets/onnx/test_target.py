@@ -284,8 +284,8 @@ def test_the_artifact_tells_what_it_is(tmp_path: Path, tiny_student: Path) -> No
     assert sum(details["ops"].values()) == len(nodes)
     assert details["ops"]["com.microsoft.GroupQueryAttention"] == 2
     assert details["ops"]["com.microsoft.MatMulNBits"] == 2 * 5 + 1
-    # genai's tokenizer stops at NUL, so that sessions use tokenizer.json; on no other string it differs.
-    assert details["tokenizer"]["used"] == "tokenizers" and details["tokenizer"]["differ"] == 1
+    # genai's tokenizer stops at NUL, where sessions use tokenizer.json; on no other string it differs.
+    assert details["tokenizer"]["used"] == "onnxruntime-genai" and details["tokenizer"]["differ"] == 1
     assert "\\x00" in details["tokenizer"]["first"]
     assert details["chat"] == {"chats": 2, "differ": 0, "first": None}
     session = targets.open_artifact(artifact.folder, threads=1)

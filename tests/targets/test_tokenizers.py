@@ -1,0 +1,82 @@
+"""Every kind of tokenizer through every runtime: texts, chats and round trips are the reference's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders
+from transformers import PreTrainedTokenizerFast
+
+from cases import skip_without
+from edgekd import targets
+from edgekd.conversation import chat_ids
+from edgekd.spec import TargetSpec
+from edgekd.verify.tokens import check_tokens
+
+Make = Callable[..., PreTrainedTokenizerFast]
+RECIPES = {"gguf": "fp16", "onnx": "onnx-fp32", "executorch": "executorch-fp32", "coreml": "fp16"}
+LLAMA2_CHAT = "{% for m in messages %}<s>{{ '[INST] ' + m['content'] + ' [/INST]' }}</s>{% endfor %}"
+
+
+def spelled(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With Metaspace's decoder, which spells out the tokens of bytes."""
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return tokenizer
+
+
+def without_bytes(tokenizer: PreTrainedTokenizerFast, *lost: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that lacks some bytes, as SmolLM2's."""
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = data["model"]
+    kept = [text for text in model["vocab"] if not set(text) & set(lost) or text.startswith("<|")]
+    model["vocab"] = {text: i for i, text in enumerate(kept)}
+    model["merges"] = [merge for merge in model["merges"] if not set("".join(merge)) & set(lost)]
+    again = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="<|endoftext|>")
+    again.chat_template = tokenizer.chat_template
+    return again
+
+
+TOKENIZERS: dict[str, Callable[[Make, Make], PreTrainedTokenizerFast]] = {
+    "byte-level": lambda bpe, _: bpe(extra=["<tool>"]),
+    "BOS and EOS": lambda bpe, _: bpe(add_bos=True, add_eos=True),
+    "NFC": lambda bpe, _: bpe(nfc=True),
+    "bytes lost": lambda bpe, _: without_bytes(bpe(), "\u0104", "\u0107", "\u0142"),
+    "SentencePiece": lambda _, sentencepiece: sentencepiece(extra=["<tool>"]),
+    "SentencePiece without a prefix": lambda _, sentencepiece: sentencepiece(prefix=False),
+    "Metaspace first": lambda _, sentencepiece: sentencepiece(metaspace="first"),
+    "Metaspace always": lambda _, sentencepiece: sentencepiece(metaspace="always"),
+    "Metaspace's decoder": lambda _, sentencepiece: spelled(sentencepiece(metaspace="always")),
+}
+
+
+@pytest.mark.parametrize("target", RECIPES)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_texts_chats_and_round_trips(
+    name: str,
+    target: str,
+    tmp_path: Path,
+    student_factory: Any,
+    tokenizer_factory: Make,
+    sentencepiece_factory: Make,
+) -> None:
+    skip_without(target)
+    if target in ("executorch", "coreml") and name not in ("BOS and EOS", "bytes lost", "Metaspace first"):
+        pytest.skip("their sessions read tokenizer.json as ONNX's does")
+    tokenizer = TOKENIZERS[name](tokenizer_factory, sentencepiece_factory)
+    tokenizer.chat_template = tokenizer.chat_template or LLAMA2_CHAT
+    settings = {"num_hidden_layers": 1, "vocab_size": len(tokenizer) + 3, "max_position_embeddings": 64}
+    student = student_factory(tmp_path / "student", "llama", tokenizer, **settings)
+    spec = TargetSpec(target=target, recipes=[RECIPES[target]])
+    artifact = targets.export(student, spec, RECIPES[target], tmp_path / "out", name="t")
+    session = targets.open_artifact(artifact, threads=1)
+    found = check_tokens(session, tokenizer, artifact.manifest.contract)
+    marked = "<s>a</s> b<|im_end|>\n<|im_start|>c"
+    ids = chat_ids(session, artifact.manifest.contract, marked)
+    session.close()
+    assert found.differences == []
+    assert found.strings == found.strings_identical > 300 and found.chats == found.chats_identical == 10
+    assert ids == tokenizer(marked, add_special_tokens=False)["input_ids"]
