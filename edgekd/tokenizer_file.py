@@ -6,8 +6,10 @@ The tokenizers package does what the file says: it pads to 10⁹ ids, doubles a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _CHAINS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_EMPTY: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+}
 _MAX_STEPS = 64
 _MAX_GROWTH = 64
 _MAX_PAD = 2**20
@@ -92,11 +99,47 @@ def read_tokenizer_file(path: Path, error: type[EdgekdError] = EdgekdError) -> t
     from tokenizers import Tokenizer
 
     data = check_tokenizer_file(path, error)
-    with tokenizer_errors(path, error):
-        tokenizer = Tokenizer.from_file(str(path))
+    try:
+        with tokenizer_errors(path, error):
+            tokenizer = Tokenizer.from_file(str(path))
+    except error as reason:
+        if unknown := _unknown_part(data):
+            raise error(
+                f"{path}: {unknown} is nothing that tokenizers {version('tokenizers')} knows.",
+                "Update tokenizers, or save the tokenizer with this version.",
+            ) from reason
+        raise
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer, data
+
+
+def _unknown_part(data: dict[str, Any]) -> str:
+    """The part that the tokenizers package does not read, though it stand alone; empty: none of them."""
+    if other := data.keys() - {"version", "truncation", "padding", "added_tokens", "model", *_CHAINS}:
+        return f"key {min(other)!r:.60}"
+    if data.get("version") != _EMPTY["version"]:
+        return f"version {data.get('version')!r:.20}"
+    for key in _CHAINS:
+        for step in reversed(_steps(data.get(key))):  # the inner ones first
+            if not _is_readable({**_EMPTY, key: step}):
+                return f"key {key!r}: {step['type']!r:.60} as it stands there"
+    model = data["model"]
+    return (
+        "" if _is_readable({**_EMPTY, "model": model}) else f"key 'model': {model.get('type')!r:.60} as it stands there"
+    )
+
+
+def _is_readable(content: dict[str, Any]) -> bool:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(json.dumps(content))
+    except BaseException as reason:
+        if type(reason).__name__ not in ("Exception", "PanicException"):
+            raise
+        return False
+    return True
 
 
 @contextmanager

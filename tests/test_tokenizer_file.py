@@ -1,7 +1,9 @@
 """A stranger's tokenizer.json ends in a sentence: what it asks for is bounded, and it is tried first."""
 
 import json
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +70,43 @@ def test_what_it_may_ask_for_is_bounded(tmp_path: Path, content: dict[str, Any],
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}},
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}},
         {"normalizer": replace({"Regex": "(Q|QQ)+[0-9]"}, "b")},
-        {"model": {"type": "of tomorrow"}},
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////////////"}},
     ],
 )
 def test_what_fails_fails_in_the_trial(tmp_path: Path, content: dict[str, Any], change: dict[str, Any]) -> None:
     start = time.monotonic()
-    with pytest.raises(EdgekdError, match=r"the tokenizer fails|tried in a process of its own"):
+    with pytest.raises(EdgekdError, match=r"the tokenizer fails|tried in a process of its own|as it stands there"):
         try_tokenizer(saved(tmp_path, content | change))
     assert time.monotonic() - start < 60
+
+
+UNKNOWN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a step": (lambda d: d.update(pre_tokenizer={"type": "Fancy"}), "key 'pre_tokenizer': 'Fancy'"),
+    "a step among others": (
+        lambda d: d.update(
+            normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Shiny"}, {"type": "NFD"}]}
+        ),
+        "key 'normalizer': 'Shiny'",
+    ),
+    "a post-processor": (lambda d: d.update(post_processor={"type": "Wrap"}), "key 'post_processor': 'Wrap'"),
+    "a decoder": (lambda d: d.update(decoder={"type": "Undo"}), "key 'decoder': 'Undo'"),
+    "a model": (lambda d: d.update(model={"type": "of tomorrow"}), "key 'model': 'of tomorrow'"),
+    "a key": (lambda d: d.update(quantum=3), "key 'quantum'"),
+    "a version": (lambda d: d.update(version="2.0"), "version '2.0'"),
+    "a setting": (
+        lambda d: d.update(normalizer={"type": "Strip", "strip_left": "sideways", "strip_right": True}),
+        "key 'normalizer': 'Strip'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_file_of_a_newer_library_is_one_sentence(tmp_path: Path, content: dict[str, Any], name: str) -> None:
+    change, said = UNKNOWN[name]
+    change(content := json.loads(json.dumps(content)))
+    with pytest.raises(EdgekdError, match=re.escape(said)) as error:
+        try_tokenizer(saved(tmp_path, content))
+    assert "nothing that tokenizers" in str(error.value) and "Update tokenizers" in str(error.value)
 
 
 def test_a_panic_at_work_is_our_error(tmp_path: Path, content: dict[str, Any]) -> None:
@@ -90,7 +120,7 @@ def test_a_panic_at_work_is_our_error(tmp_path: Path, content: dict[str, Any]) -
     assert tokenizer.tokenize("abc")
     with pytest.raises(EdgekdError, match="the tokenizer fails"):
         tokenizer.tokenize("b" * 5000)
-    with pytest.raises(BadArtifact, match="the tokenizer fails"):
+    with pytest.raises(BadArtifact, match="key 'model': 'BPE' as it stands there is nothing that tokenizers"):
         JsonTokenizer(saved(tmp_path, content | {"model": {"type": "BPE", "vocab": {}, "merges": [["a"]]}}), "onnx")
 
 

@@ -339,7 +339,7 @@ def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract:
     texts = golden_strings(special)
     ids = [_ids_or_complaint(partial(text_ids, session, contract, text)) for text in texts]
     after = _behind_a_text(tokenizer)
-    expected = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts]
+    expected = [tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"] for text in texts]
     expected = [found[: len(found) - after] for found in expected]
     strings = [compare("string", *case) for case in zip(texts, expected, ids, strict=True)]
     given = [_both_chats(session, tokenizer, contract, chat) for chat in _golden_chats_of(tokenizer, contract)]

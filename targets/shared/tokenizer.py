@@ -126,7 +126,7 @@ def special_strips(tokenizer: PreTrainedTokenizerFast) -> dict[str, Literal["lef
 
 def ids_of_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Ids of a text, in which nothing is a special token and to which nothing is added."""
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
@@ -230,7 +230,7 @@ def compare_ids(
     """
     differ, first = 0, ""
     for text, actual in zip(texts, given, strict=True):
-        expected = list(tokenizer(text)["input_ids"])
+        expected = list(tokenizer(text, verbose=False)["input_ids"])
         if actual != expected:
             differ += 1
             first = first or _difference(text, expected, actual)
