@@ -124,10 +124,9 @@ def _unknown_part(data: dict[str, Any]) -> str:
         for step in reversed(_steps(data.get(key))):  # the inner ones first
             if not _is_readable({**_EMPTY, key: step}):
                 return f"key {key!r}: {step['type']!r:.60} as it stands there"
-    model = data["model"]
-    return (
-        "" if _is_readable({**_EMPTY, "model": model}) else f"key 'model': {model.get('type')!r:.60} as it stands there"
-    )
+    if _is_readable({**_EMPTY, "model": data["model"]}):
+        return ""
+    return f"key 'model': {data['model'].get('type')!r:.60} as it stands there"
 
 
 def _is_readable(content: dict[str, Any]) -> bool:

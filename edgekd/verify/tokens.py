@@ -336,7 +336,9 @@ def check_tokens(session: Session, tokenizer: PreTrainedTokenizerFast, contract:
             differences.append(TokenDifference(kind=kind, text=text, expected=expected, runtime=runtime))
         return expected == runtime
 
-    texts = golden_strings(special)
+    # Unigram finds special tokens in text by itself, whatever it is told: such a text says nothing.
+    marks = special if type(tokenizer.backend_tokenizer.model).__name__ == "Unigram" else []
+    texts = [text for text in golden_strings(special) if not any(token in text for token in marks)]
     ids = [_ids_or_complaint(partial(text_ids, session, contract, text)) for text in texts]
     after = _behind_a_text(tokenizer)
     expected = [tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"] for text in texts]

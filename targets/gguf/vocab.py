@@ -6,6 +6,7 @@ the tokenizer's regexes and then proved on ``PROBES``, on every special token an
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import re
@@ -97,7 +98,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 class Vocabulary:
     """Everything the tokenizer's keys say; ``pre`` is only a guess until it is proved."""
 
-    model: Literal["gpt2", "llama"]
+    model: Literal["gpt2", "llama", "t5"]
     pre: str
     tokens: list[str]
     types: list[int]
@@ -111,6 +112,10 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
+    merges_spaces: bool
+    """Runs of spaces become one, those at the end none: Unigram's alone."""
+    charsmap: bytes | None
+    """SentencePiece's precompiled normalizer, which llama.cpp applies for Unigram."""
     chat_template: str | None
     special_tokens: dict[str, str]
     special_ids: dict[str, int]
@@ -137,9 +142,14 @@ def check_tokenizer(folder: Path) -> None:
         raise EdgekdError(f"{path}: not a readable tokenizer ({error!r}).", "Save the tokenizer again.") from error
 
 
-def _kind(data: Mapping[str, Any], folder: Path) -> tuple[Literal["gpt2", "llama"], Literal["NFC"] | None]:
+def _kind(data: Mapping[str, Any], folder: Path) -> tuple[Literal["gpt2", "llama", "t5"], Literal["NFC"] | None]:
     """Which of llama.cpp's tokenizers it is, and the normal form that llama.cpp will not apply itself."""
-    model, remedy = data["model"], "Use a byte-level BPE or a SentencePiece BPE tokenizer."
+    model, remedy = data["model"], "Use a byte-level BPE or a SentencePiece tokenizer."
+    if model["type"] == "Unigram":
+        for step in _flatten(data.get("normalizer"), "normalizers"):
+            if step["type"] not in ("Precompiled", "Replace", "Strip"):
+                raise Unsupported(f"{folder}: llama.cpp has no normalizer {step['type']!r}.", remedy)
+        return "t5", None
     if model["type"] != "BPE":
         raise Unsupported(f"{folder}: a {model['type']} tokenizer has no GGUF export here.", remedy)
     normalizers = _flatten(data.get("normalizer"), "normalizers")
@@ -193,7 +203,8 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) 
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = _kind(data, folder)
     tokens, types = _tokens(data, rows, model)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"]["merges"]]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"].get("merges", [])]
+    merges_spaces = model == "t5" and _merges_spaces(data)
     template = chat_template(tokenizer)
     ends = eos_ids(tokenizer, folder)
     bos_id, add_bos, add_eos = added_ends(tokenizer, folder)
@@ -204,7 +215,7 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) 
         pre=PRE_TOKENIZERS.get(_steps(data), CANDIDATES[0]) if model == "gpt2" else "default",
         tokens=tokens,
         types=types,
-        scores=_scores(data["model"], rows) if model == "llama" else None,
+        scores=None if model == "gpt2" else _scores(data["model"], rows),
         merges=merges if model == "gpt2" else None,
         bos_id=bos_id,
         eos_ids=ends,
@@ -213,22 +224,25 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) 
         pad_id=tokenizer.pad_token_id,
         add_bos=add_bos,
         add_eos=add_eos,
-        add_space_prefix=model == "llama" and _adds_space_prefix(data),
+        add_space_prefix=merges_spaces or (model == "llama" and _adds_space_prefix(data)),
+        merges_spaces=merges_spaces,
+        charsmap=_charsmap(data) if model == "t5" else None,
         chat_template=template,
         special_tokens=tokenizer.special_tokens_map,
         special_ids=special_tokens(tokenizer),
         special_strips=special_strips(tokenizer),
-        space_prefix=prefix_of(data),
+        space_prefix=None if merges_spaces else prefix_of(data),
         normalizer=normalizer,
     )
 
 
 def _tokens(data: Mapping[str, Any], rows: int, model: str) -> tuple[list[str], list[int]]:
-    by_id = {index: text for text, index in data["model"]["vocab"].items()}
+    vocab = data["model"]["vocab"]
+    by_id = dict(enumerate(text for text, _ in vocab)) if model == "t5" else {i: text for text, i in vocab.items()}
     kinds = dict.fromkeys(by_id, _NORMAL)
-    if model == "llama":
+    if model != "gpt2":
         kinds |= {i: _BYTE for i, text in by_id.items() if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)}
-        unknown = data["model"]["vocab"].get(data["model"].get("unk_token"))
+        unknown = data["model"].get("unk_id") if model == "t5" else vocab.get(data["model"].get("unk_token"))
         kinds |= {} if unknown is None else {unknown: _UNKNOWN}
     for token in data["added_tokens"]:
         # llama.cpp renders a user-defined token as it stands, so SentencePiece's marks become spaces here.
@@ -248,8 +262,10 @@ def _tokens(data: Mapping[str, Any], rows: int, model: str) -> tuple[list[str], 
 
 
 def _scores(model: Mapping[str, Any], rows: int) -> list[float]:
-    """SentencePiece scores that order merges as their ranks do; what no merge makes comes last."""
+    """Unigram's scores, or such as order merges as their ranks do; what no merge makes comes last."""
     scores = [-1e6] * rows
+    if model["type"] == "Unigram":
+        return [float(score) for _, score in model["vocab"]] + scores[len(model["vocab"]) :]
     for rank, merge in reversed(list(enumerate(model["merges"]))):
         text = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
         scores[model["vocab"][text]] = -1.0 - rank
@@ -261,6 +277,17 @@ def _adds_space_prefix(data: Mapping[str, Any]) -> bool:
     return any(step["type"] == "Prepend" for step in _flatten(data.get("normalizer"), "normalizers"))
 
 
+def _merges_spaces(data: Mapping[str, Any]) -> bool:
+    steps = _flatten(data.get("normalizer"), "normalizers")
+    return any(step["type"] == "Replace" and step["pattern"].get("Regex") == " {2,}" for step in steps)
+
+
+def _charsmap(data: Mapping[str, Any]) -> bytes | None:
+    steps = _flatten(data.get("normalizer"), "normalizers")
+    maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
+    return base64.b64decode(maps[0]) if maps and maps[0] else None
+
+
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str) -> None:
     """Write the tokenizer's keys."""
     writer.add_tokenizer_model(vocabulary.model)
@@ -270,6 +297,10 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str) -> None
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.model == "t5":
+        writer.add_remove_extra_whitespaces(vocabulary.merges_spaces)
+    if vocabulary.charsmap:
+        writer.add_precompiled_charsmap(vocabulary.charsmap)
     if vocabulary.merges is not None:
         # A writer cannot type an empty array, and llama.cpp wants the key.
         writer.add_token_merges(vocabulary.merges or [""])
@@ -346,7 +377,9 @@ def prove_tokenizer(
     Raises:
         Unsupported: there is none; names the first string on which the closest one differs.
     """
-    texts = probe_texts(vocabulary, tokenizer)
+    # Unigram finds special tokens in text by itself, whatever it is told: such a text says nothing.
+    special = vocabulary.special_ids if vocabulary.model == "t5" else ()
+    texts = [text for text in probe_texts(vocabulary, tokenizer) if not any(token in text for token in special)]
     expected = [ids_of_text(tokenizer, text) for text in texts]
     candidates = dict.fromkeys([vocabulary.pre, *(CANDIDATES if vocabulary.model == "gpt2" else ())])
     closest: tuple[int, str, str, list[int], list[int]] | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cases import skip_without
@@ -40,6 +40,25 @@ def without_bytes(tokenizer: PreTrainedTokenizerFast, *lost: str) -> PreTrainedT
     return again
 
 
+def unigram(scheme: str) -> PreTrainedTokenizerFast:
+    """Unigram with SentencePiece's marks, as an identity normalizer leaves texts."""
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", show_progress=False)
+    trained.train_from_iterator([Path(__file__).read_text("utf-8")], trainer)
+    special = ["<unk>", "<s>", "</s>"]
+    learned = [piece for piece in json.loads(trained.to_str())["model"]["vocab"] if piece[0] not in special]
+    vocab = [*((text, 0.0) for text in special), *map(tuple, learned)]
+    tokenizer = Tokenizer(models.Unigram(vocab, 0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", extra_special_tokens=[]
+    )
+
+
 TOKENIZERS: dict[str, Callable[[Make, Make], PreTrainedTokenizerFast]] = {
     "byte-level": lambda bpe, _: bpe(extra=["<tool>"]),
     "BOS and EOS": lambda bpe, _: bpe(add_bos=True, add_eos=True),
@@ -49,6 +68,9 @@ TOKENIZERS: dict[str, Callable[[Make, Make], PreTrainedTokenizerFast]] = {
     "SentencePiece without a prefix": lambda _, sentencepiece: sentencepiece(prefix=False),
     "Metaspace first": lambda _, sentencepiece: sentencepiece(metaspace="first"),
     "Metaspace always": lambda _, sentencepiece: sentencepiece(metaspace="always"),
+    "Unigram first": lambda *_: unigram("first"),
+    "Unigram always": lambda *_: unigram("always"),
+    "Unigram never": lambda *_: unigram("never"),
     "Metaspace's decoder": lambda _, sentencepiece: spelled(sentencepiece(metaspace="always")),
 }
 

@@ -238,7 +238,7 @@ def test_an_ordinary_entry_that_llama_cpp_takes_for_special_by_its_text(
 
 
 def test_other_kinds_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    for model, cause in ((models.Unigram([("a", 0.0)], 0, False), "Unigram"), (models.BPE({"a": 0}, []), "neither")):
+    for model, cause in ((models.WordLevel({"a": 0}, "a"), "WordLevel"), (models.BPE({"a": 0}, []), "neither")):
         Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(Unsupported, match=cause):
             check_tokenizer(tmp_path)
