@@ -422,6 +422,26 @@ def settings(folder: Path) -> Harness:
     return Harness("json", [seed for group in seeds.values() for seed in group], check)
 
 
+def gguf(folder: Path) -> Harness:
+    """A GGUF file, which is imported as far as its logits."""
+    from tempfile import TemporaryDirectory
+
+    from edgekd import targets
+    from edgekd.spec import TargetSpec
+    from edgekd.targets.gguf.importer import try_file, write_folder
+
+    teacher, path = tiny_model(folder / "teacher"), folder / "file.gguf"
+    artifact = targets.export(teacher, TargetSpec(target="gguf", recipes=["fp16"]), "fp16", folder / "made", name="t")
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        try_file(path)
+        with TemporaryDirectory(dir=folder) as out:
+            write_folder(path, Path(out))
+
+    return Harness("binary", [artifact.main_file.read_bytes()], check)
+
+
 def template(folder: Path) -> Harness:
     """A chat template, which renders a chat."""
     from edgekd.conversation import render_chat
@@ -457,5 +477,5 @@ def rows(folder: Path) -> Harness:
 
 HARNESSES: dict[str, Callable[[Path], Harness]] = {
     made.__name__: made
-    for made in (spec, plan, manifest, config, model, index, safetensors, tokenizer, settings, template, rows)
+    for made in (spec, plan, manifest, config, model, index, safetensors, tokenizer, settings, gguf, template, rows)
 }

@@ -25,6 +25,7 @@ COUNTS = {
     "safetensors": 100,
     "tokenizer": 100,
     "settings": 100,
+    "gguf": 30,
     "template": 150,
     "rows": 40,
 }
