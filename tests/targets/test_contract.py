@@ -28,7 +28,7 @@ every tensor to it, which adds up to some roundings of the largest logit."""
 
 NOT_LOADED = {
     "gguf": ("torch", "transformers", "gguf", "safetensors"),
-    "onnx": ("torch", "transformers", "onnx", "onnxruntime_genai", "safetensors"),
+    "onnx": ("torch", "transformers", "onnx", "safetensors"),
     "coreml": ("transformers", "safetensors", "coremltools"),
     "executorch": ("transformers", "safetensors"),
 }
