@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cases import skip_without
 from edgekd import targets
@@ -102,3 +102,35 @@ def test_texts_chats_and_round_trips(
     assert found.differences == []
     assert found.strings == found.strings_identical > 300 and found.chats == found.chats_identical == 10
     assert ids == tokenizer(marked, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_tokenizer_model_alone(target: str, tmp_path: Path, student_factory: Any, sentencepiece_factory: Make) -> None:
+    """As Llama 2's folder: converted by transformers, whose ids the artifact gives."""
+    skip_without(target)
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    student = student_factory(tmp_path / "student", "llama", sentencepiece_factory(), vocab_size=768)
+    for path in [*student.glob("tokenizer*"), *student.glob("*.jinja")]:
+        path.unlink()
+    trainer.train(
+        input=str(Path(__file__)),
+        model_prefix=str(student / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (student / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (student / "tokenizer_config.json").write_text(json.dumps(settings))
+    reference = AutoTokenizer.from_pretrained(student)
+    artifact = targets.export(
+        student, TargetSpec(target=target, recipes=[RECIPES[target]]), RECIPES[target], tmp_path / "out", name="t"
+    )
+    session = targets.open_artifact(artifact, threads=1)
+    found = check_tokens(session, reference, artifact.manifest.contract)
+    session.close()
+    assert (artifact.folder / "tokenizer.json").is_file()
+    assert found.differences == [] and found.strings == found.strings_identical > 300

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from cases import ARCHITECTURES, IDS, LLAMA3_ROPE, export_to, reference
@@ -146,6 +147,18 @@ def test_sentencepiece(tmp_path: Path, student_factory: Any, sentencepiece_facto
     assert [again.decode(again(text)["input_ids"]) for text in TEXTS] == [
         tokenizer.decode(tokenizer(text)["input_ids"]) for text in TEXTS
     ]
+
+
+def test_an_ordinary_entry_that_reads_as_a_special_token(
+    tmp_path: Path, student_factory: Any, tokenizer_factory: Any
+) -> None:
+    data = json.loads(tokenizer_factory().backend_tokenizer.to_str())
+    data["model"]["vocab"]["</s>"] = 700  # as Qwen2.5's
+    backend = Tokenizer.from_str(json.dumps(data))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    student = student_factory(tmp_path / "student", "qwen2", tokenizer, head_dim=16)
+    import_gguf(export(student, "fp16", tmp_path / "out").folder / MAIN_FILE, tmp_path / "back", quiet)
+    assert load_tokenizer(tmp_path / "back")("a</s>b")["input_ids"] == tokenizer("a</s>b")["input_ids"]
 
 
 def _key(name: str, value: Any, kind: gguf.GGUFValueType) -> Any:
