@@ -39,6 +39,14 @@ class Rope(BaseModel):
     rope_theta: Positive | None = None
     partial_rotary_factor: Positive | None = None
     factor: Positive | None = None
+    attention_factor: Positive | None = None
+    mscale: Annotated[float, Field(ge=0, lt=1e30)] | None = None
+    mscale_all_dim: Annotated[float, Field(ge=0, lt=1e30)] | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    truncate: bool | None = None
+    short_factor: list[Positive] | None = None
+    long_factor: list[Positive] | None = None
     low_freq_factor: Positive | None = None
     high_freq_factor: Positive | None = None
     original_max_position_embeddings: Positive | None = None
@@ -66,13 +74,27 @@ class Decoder(BaseModel):
     rope_theta: Positive | None = None
     rope_parameters: Rope | None = None
     rope_scaling: Rope | None = None
+    rope_local_base_freq: Positive | None = None
     partial_rotary_factor: Positive | None = None
+    original_max_position_embeddings: Positive | None = None
+    no_rope_layers: list[Annotated[int, Field(ge=0, le=1)]] | None = None
+    no_rope_layer_interval: Count | None = None
     tie_word_embeddings: bool | None = None
     hidden_act: str | None = None
+    hidden_activation: str | None = None
+    embedding_multiplier: Positive | None = None
+    residual_multiplier: Positive | None = None
+    attention_multiplier: Positive | None = None
+    logits_scaling: Positive | None = None
+    query_pre_attn_scalar: Positive | None = None
+    attn_logit_softcapping: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+    use_bidirectional_attention: bool | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     use_sliding_window: bool | None = None
     sliding_window: Size | None = None
+    sliding_window_pattern: Count | None = None
     max_window_layers: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     layer_types: list[str] | None = None
     bos_token_id: Id | list[Id] | None = None
@@ -120,6 +142,10 @@ class Feature(Enum):
         self.words, self.keys = words, keys
 
     UNKNOWN = "an architecture that edgekd does not know", "model_type, architectures"
+    EXPERTS = "a mixture of experts", "model_type, num_experts, num_local_experts"
+    MULTIMODAL = "inputs other than text", "model_type, text_config"
+    STATE_SPACE = "layers that keep a state instead of attending", "model_type, layer_types"
+    TWO_WAY = "attention that looks ahead", "use_bidirectional_attention"
     QKV_BIAS = "biases of query, key and value", "attention_bias"
     OUT_BIAS = "a bias of attention's output", "attention_bias"
     MLP_BIAS = "biases of the MLP", "mlp_bias"
@@ -144,6 +170,9 @@ class Feature(Enum):
     ROPE_BY_LAYER = "rotary embeddings that differ by layer", "rope_parameters"
     PARTIAL_ROPE = "a rotary embedding of part of a head", "rope_parameters, partial_rotary_factor"
     LLAMA3_ROPE = "Llama 3.1's scaled rotary embedding", "rope_parameters, rope_scaling"
+    LINEAR_ROPE = "a linearly scaled rotary embedding", "rope_parameters, rope_scaling"
+    YARN_ROPE = "a rotary embedding scaled by YaRN", "rope_parameters, rope_scaling"
+    LONG_ROPE = "a rotary embedding scaled by LongRoPE", "rope_parameters, rope_scaling"
     OTHER_ROPE = "a scaled rotary embedding that edgekd does not know", "rope_parameters, rope_scaling"
     FUSED_QKV = "query, key and value in one matrix", "model_type"
     FUSED_GATE_UP = "gate and up projection in one matrix", "model_type"
@@ -152,14 +181,29 @@ class Feature(Enum):
 @dataclass(frozen=True)
 class Rotary:
     """A rotary embedding: pair ``i`` of the first ``dim`` channels turns by ``theta ** (-2 i / dim) / factors[i]`` a
-    position."""
+    position, and cosines and sines are multiplied by ``attention_factor``."""
 
     theta: float
     dim: int
     scaling: str = "default"
-    """``rope_type``; of another kind than default and llama3, ``factors`` say nothing."""
+    """``rope_type``; of a kind that ``_SCALINGS`` does not know, ``factors`` say nothing."""
     factors: tuple[float, ...] = ()
     """``dim / 2`` divisors of the frequencies; empty: none."""
+    long_factors: tuple[float, ...] = ()
+    """Those that hold instead in a context longer than ``original_context``."""
+    attention_factor: float = 1.0
+    factor: float = 1.0
+    """What the kinds that have one number make their divisors of."""
+    original_context: int = 0
+    """The context that was trained before the frequencies were scaled."""
+    betas: tuple[float, float] = (32.0, 1.0)
+    """YaRN's: turns within that context from which on a pair keeps its frequency, and below which it is divided."""
+
+    def at(self, context_length: int) -> Rotary:
+        """What it is throughout a context of so many tokens."""
+        if self.long_factors and context_length > self.original_context:
+            return replace(self, factors=self.long_factors, long_factors=())
+        return self
 
 
 @dataclass(frozen=True)
@@ -168,7 +212,7 @@ class Attention:
 
     rotary: Rotary | None
     window: int | None = None
-    """Positions that a token sees, itself included; None: all; 0: it is limited, the file does not say to what."""
+    """Positions that a token sees, itself included; None: all."""
 
 
 Role = Literal["embedding", "head", "norm", "head_norm", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"]
@@ -180,6 +224,15 @@ class Weight(NamedTuple):
     role: Role
     shape: tuple[int, ...]
     layer: int | None = None
+
+
+class Norms(NamedTuple):
+    """The norms about the blocks of a layer, by parameter name; empty where none stands."""
+
+    before_attention: str
+    behind_attention: str
+    before_mlp: str
+    behind_mlp: str
 
 
 @dataclass(frozen=True)
@@ -200,8 +253,8 @@ class Architecture:
     attention: tuple[Attention | None, ...]
     """Of every layer; None: a layer without."""
     tied: bool
-    known: bool = True
-    """Whether ``FAMILIES`` has it; if not, sizes are read as a Llama's, and good for estimates alone."""
+    unknown: Feature | None = None
+    """What it is where ``FAMILIES`` lacks it; sizes are then read as a Llama's, and good for estimates alone."""
     quantized: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
@@ -220,6 +273,8 @@ class Architecture:
     logit_cap: float | None = None
     activation: str = "silu"
     gated: bool = True
+    two_way: bool = False
+    """Whether a token sees those behind it."""
     fused: frozenset[Literal["qkv", "gate_up"]] = frozenset()
     """Matrices that are one on disk."""
 
@@ -229,15 +284,14 @@ class Architecture:
         return len(self.attention)
 
     @property
-    def rotary(self) -> Rotary:
-        """The rotary embedding of a decoder that has one and the same in every layer."""
-        (rotary,) = {layer.rotary for layer in self.attention if layer and layer.rotary}
-        return rotary
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """The rotary embeddings of the layers that have one, each once."""
+        return tuple(dict.fromkeys(layer.rotary for layer in self.attention if layer and layer.rotary))
 
     def features(self, context_length: int) -> frozenset[Feature]:
         """What of the features counts for a context of so many tokens: a window that holds all of it is none."""
         found = {
-            Feature.UNKNOWN: not self.known,
+            Feature.TWO_WAY: self.two_way,
             Feature.QKV_BIAS: self.qkv_bias,
             Feature.OUT_BIAS: self.out_bias,
             Feature.MLP_BIAS: self.mlp_bias,
@@ -259,35 +313,36 @@ class Architecture:
             Feature.FUSED_QKV: "qkv" in self.fused,
             Feature.FUSED_GATE_UP: "gate_up" in self.fused,
         }
-        return frozenset(feature for feature, there in found.items() if there) | self._by_layer(context_length)
+        own = {feature for feature, there in found.items() if there} | ({self.unknown} if self.unknown else set())
+        return frozenset(own) | self._by_layer(context_length)
 
     def _by_layer(self, context_length: int) -> frozenset[Feature]:
         layers = {layer for layer in self.attention if layer}
-        ropes = {layer.rotary for layer in layers if layer.rotary}
+        ropes = self.rotaries
+        kinds = {_ROPE_FEATURES.get(rope.scaling, Feature.OTHER_ROPE) for rope in ropes} - {None}
         found = {
             Feature.NO_ATTENTION: None in self.attention,
             Feature.SLIDING_WINDOW: any(a.window is not None and a.window < context_length for a in layers),
             Feature.NO_ROPE: any(layer.rotary is None for layer in layers),
             Feature.ROPE_BY_LAYER: len(ropes) > 1,
             Feature.PARTIAL_ROPE: any(rope.dim != self.head_dim for rope in ropes),
-            Feature.LLAMA3_ROPE: any(rope.scaling == "llama3" for rope in ropes),
-            Feature.OTHER_ROPE: any(rope.scaling not in ("default", "llama3") for rope in ropes),
         }
-        return frozenset(feature for feature, there in found.items() if there)
+        return frozenset(feature for feature, there in {**found, **dict.fromkeys(kinds, True)}.items() if there)
 
     def weights(self) -> dict[str, Weight]:
         """Role and shape of every parameter, by its name in the file, in order; a tied head is the embedding."""
         found = {EMBEDDING: Weight("embedding", (self.vocab_size, self.hidden))}
         for layer, attention in enumerate(self.attention):
-            parts = self._layer(attends=attention is not None)
+            parts = self._layer(layer, attends=attention is not None)
             found |= {f"model.layers.{layer}.{name}": part._replace(layer=layer) for name, part in parts.items()}
         found["model.norm.weight"] = Weight("norm", (self.hidden,))
         return found if self.tied else found | {HEAD: Weight("head", (self.vocab_size, self.hidden))}
 
-    def _layer(self, *, attends: bool) -> dict[str, Weight]:
+    def _layer(self, layer: int, *, attends: bool) -> dict[str, Weight]:
         """A layer's parameters: matrices and the norms about them, then biases, then norms of query and key."""
         attention, mlp = self._attention_matrices() if attends else {}, self._mlp_matrices()
-        before, behind, middle, end = self._norms()
+        norm, at = Weight("norm", (self.hidden,)), f"model.layers.{layer}."
+        before, behind, middle, end = ({n.removeprefix(at): norm} if n else {} for n in self.norm_names(layer))
         found = {**before, **attention, **behind} if attends else {}
         found |= {**middle, **mlp, **end}
         for name, matrix in {**attention, **mlp}.items():
@@ -300,18 +355,18 @@ class Architecture:
             found |= {f"self_attn.{p}_norm.weight": norm for p, norm in norms.items()}
         return found
 
-    def _norms(self) -> list[dict[str, Weight]]:
-        """Those before attention, behind it, before the MLP and behind it. Llama's ``post_attention_layernorm`` stands
-        before the MLP, Gemma's and OLMo's of the same name behind attention."""
-        first, second = "input_layernorm", "post_attention_layernorm"
-        third, fourth = "pre_feedforward_layernorm", "post_feedforward_layernorm"
-        names = {
-            "before": (first, "", second, ""),
-            "after": ("", second, "", fourth),
-            "around": (first, second, third, fourth),
-        }
-        norm = Weight("norm", (self.hidden,))
-        return [{f"{name}.weight": norm} if name else {} for name in names[self.norms]]
+    def norm_names(self, layer: int) -> Norms:
+        """The norms of a layer, by their names in the file. Llama's ``post_attention_layernorm`` stands before the MLP,
+        Gemma's and OLMo's of the same name behind attention."""
+        first, second, third, fourth = (
+            f"model.layers.{layer}.{name}_layernorm.weight"
+            for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+        )
+        return {
+            "before": Norms(first, "", second, ""),
+            "after": Norms("", second, "", fourth),
+            "around": Norms(first, second, third, fourth),
+        }[self.norms]
 
     def _attention_matrices(self) -> dict[str, Weight]:
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -335,7 +390,7 @@ class Architecture:
 
     def layer_parameters(self) -> int:
         """Number of a decoder layer's weights."""
-        return sum(math.prod(weight.shape) for weight in self._layer(attends=True).values())
+        return sum(math.prod(weight.shape) for weight in self._layer(0, attends=True).values())
 
     def kv_bytes(self, context_length: int, value_bytes: int) -> int:
         """Bytes of the keys and values of so many positions over all layers; a window's layer keeps its window."""
@@ -402,6 +457,7 @@ def _defaults(model_type: Any) -> dict[str, object]:
     of a class are another vocabulary's."""
     kind, names = _class(model_type), _names(model_type)
     found = {key: getattr(kind, name, None) for key, name in names.items() if not key.endswith("_token_id")}
+    found["rope_theta"] = getattr(kind, "default_theta", None)
     return {key: value for key, value in found.items() if type(value) in (int, float, bool, str)}
 
 
@@ -426,7 +482,8 @@ def read_architecture(config: Mapping[str, object], subject: str = "config.json"
     decoder = read_decoder(config, subject)
     family, classes = FAMILIES.get(decoder.model_type), decoder.architectures
     if family is None or config.get("text_config") or (classes or [family.class_name]) != [family.class_name]:
-        return replace(_estimate(decoder), class_name=", ".join(classes or [decoder.model_type]))
+        names = ", ".join(classes or [decoder.model_type])
+        return replace(_estimate(decoder), class_name=names, unknown=_unknown(config))
     if decoder.size("num_attention_heads") % decoder.kv_heads:
         raise Unsupported(
             f"{subject}: num_attention_heads {decoder.size('num_attention_heads')} is not divisible by "
@@ -488,6 +545,92 @@ def _qwen_attention(decoder: Decoder) -> tuple[Attention | None, ...]:
     return _attention(decoder, kinds)
 
 
+def _smollm3(decoder: Decoder) -> Architecture:
+    """SmolLM3 (Bakouch et al. 2025): every fourth layer has no rotary embedding, and may have a window instead."""
+    layers, step = decoder.size("num_hidden_layers"), decoder.no_rope_layer_interval or 4
+    turns = decoder.no_rope_layers or [int((layer + 1) % step != 0) for layer in range(layers)]
+    turns = turns[:layers]
+    if len(turns) < layers:
+        raise EdgekdError(
+            f"config.json: key 'no_rope_layers' names {len(turns)} of {layers} layers.", "Save the model again."
+        )
+    windowed = decoder.use_sliding_window and decoder.sliding_window is not None
+    kinds = ["full_attention" if turn or not windowed else "sliding_attention" for turn in turns]
+    attention = _attention(decoder, decoder.layer_types or kinds)
+    return replace(
+        _llama(decoder),
+        attention=tuple(
+            a if a is None or turn else replace(a, rotary=None) for a, turn in zip(attention, turns, strict=True)
+        ),
+    )
+
+
+def _gemma2(decoder: Decoder) -> Architecture:
+    """Gemma 2 (Gemma Team 2024): norms by 1 + w around each block, a scaled embedding, soft caps, and a window in every
+    other layer."""
+    return replace(_gemma(decoder, 2), attention_cap=decoder.attn_logit_softcapping)
+
+
+def _gemma3(decoder: Decoder) -> Architecture:
+    """Gemma 3 (Gemma Team 2025): norms of queries and keys instead of attention's caps, a window in five layers of six,
+    and another rotary embedding in those."""
+    arch = _gemma(decoder, decoder.sliding_window_pattern or 6)
+    return replace(arch, qk_norm="head", two_way=bool(decoder.use_bidirectional_attention))
+
+
+def _gemma(decoder: Decoder, period: int) -> Architecture:
+    """What both have."""
+    layers = range(decoder.size("num_hidden_layers"))
+    kinds = decoder.layer_types or ["sliding_attention" if (i + 1) % period else "full_attention" for i in layers]
+    scalar = decoder.query_pre_attn_scalar
+    return replace(
+        _llama(decoder.model_copy(update={"hidden_act": decoder.hidden_activation, "layer_types": kinds})),
+        norm_offset=True,
+        norms="around",
+        embedding_scale=decoder.size("hidden_size") ** 0.5,
+        attention_scale=None if scalar is None else scalar**-0.5,
+        logit_cap=decoder.final_logit_softcapping,
+    )
+
+
+def _phi3(decoder: Decoder) -> Architecture:
+    """Phi-3 and Phi-4-mini (Abdin et al. 2024): a Mistral whose matrices are fused on disk."""
+    return replace(_mistral(decoder), fused=frozenset({"qkv", "gate_up"}))
+
+
+def _granite(decoder: Decoder) -> Architecture:
+    """Granite 3 (Granite Team 2024): a Llama with four multipliers."""
+    return replace(
+        _llama(decoder),
+        embedding_scale=decoder.embedding_multiplier or 1.0,
+        residual_scale=decoder.residual_multiplier or 1.0,
+        logit_scale=1 / (decoder.logits_scaling or 1.0),
+        attention_scale=decoder.attention_multiplier,
+    )
+
+
+def _olmo2(decoder: Decoder) -> Architecture:
+    """OLMo 2 (OLMo Team 2024): norms behind each block, and of query and key over their whole width."""
+    return replace(_llama(decoder), norms="after", qk_norm="whole", mlp_bias=False)
+
+
+def _unknown(config: Mapping[str, Any]) -> Feature:
+    """Of what kind a family is that is not known."""
+    keys = {key for key, value in {**config, **(config.get("text_config") or {})}.items() if value}
+    marks = {
+        Feature.MULTIMODAL: {"text_config", "vision_config", "audio_config"},
+        Feature.STATE_SPACE: {
+            "state_size",
+            "mamba_d_state",
+            "ssm_state_size",
+            "linear_conv_kernel_dim",
+            "conv_L_cache",
+        },
+        Feature.EXPERTS: {"num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"},
+    }
+    return next((feature for feature, names in marks.items() if keys & names), Feature.UNKNOWN)
+
+
 def _estimate(decoder: Decoder) -> Architecture:
     """A family that is not known, read as a Llama with full attention: of several widths the largest, and four times
     the hidden size where none is named; a context and an epsilon of 0 where the file says nothing."""
@@ -498,7 +641,7 @@ def _estimate(decoder: Decoder) -> Architecture:
         "rms_norm_eps": decoder.rms_norm_eps or 0.0,
         "layer_types": None,
     }
-    return replace(_llama(decoder.model_copy(update=filled)), known=False)
+    return _llama(decoder.model_copy(update=filled))
 
 
 class Family(NamedTuple):
@@ -509,10 +652,16 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
+    "gemma2": Family("Gemma2ForCausalLM", _gemma2),
+    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3),
+    "granite": Family("GraniteForCausalLM", _granite),
     "llama": Family("LlamaForCausalLM", _llama),
     "mistral": Family("MistralForCausalLM", _mistral),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2),
+    "phi3": Family("Phi3ForCausalLM", _phi3),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3),
+    "smollm3": Family("SmolLM3ForCausalLM", _smollm3),
 }
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
@@ -530,46 +679,124 @@ def _kinds(decoder: Decoder) -> list[str]:
 
 def _attention(decoder: Decoder, kinds: Sequence[str]) -> tuple[Attention | None, ...]:
     """Attention of every layer, by its kind."""
-    width = 0 if decoder.use_sliding_window is False else decoder.sliding_window or 0
+    width = None if decoder.use_sliding_window is False else decoder.sliding_window
     found: dict[str, Attention | None] = dict.fromkeys(kinds)
     if "full_attention" in found:
         found["full_attention"] = Attention(_rotary(decoder, "full_attention"))
     if "sliding_attention" in found:
+        if width is None:
+            raise EdgekdError("config.json: key 'sliding_window' does not say how wide it is.", "Save the model again.")
         found["sliding_attention"] = Attention(_rotary(decoder, "sliding_attention"), width)
     return tuple(found[kind] for kind in kinds)
 
 
 def _rotary(decoder: Decoder, kind: Literal["full_attention", "sliding_attention"]) -> Rotary:
-    """The rotary embedding of the layers of a kind."""
-    rope = decoder.rope_parameters or decoder.rope_scaling or Rope()
-    rope = getattr(rope, kind) or rope
+    """The rotary embedding of the layers of a kind. ``rope_scaling`` was the key before ``rope_parameters``; a second
+    base, of layers with a window, had a key of its own, and was never scaled."""
+    local, scaling = decoder.rope_local_base_freq, decoder.rope_scaling
+    rope = scaling or decoder.rope_parameters or Rope()
+    nested = getattr(decoder.rope_parameters or rope, kind)
+    if nested is None and local and kind == "sliding_attention":
+        return _scaled(decoder, Rope(rope_theta=local))
+    return _scaled(decoder, nested or rope)
+
+
+def _scaled(decoder: Decoder, rope: Rope) -> Rotary:
     theta = rope.rope_theta or decoder.rope_theta or 10000.0
     partial = rope.partial_rotary_factor or decoder.partial_rotary_factor or 1.0
-    dim = int(decoder.head_size * partial)
-    scaling = rope.rope_type or rope.type or "default"
+    plain = Rotary(theta, int(decoder.head_size * partial), rope.rope_type or rope.type or "default")
+    if rope.short_factor and plain.scaling in ("su", "yarn"):  # LongRoPE's names before it had one
+        plain = replace(plain, scaling="longrope")
     if any(isinstance(value, dict) for value in (rope.model_extra or {}).values()):
-        scaling = "by layer"
-    return Rotary(theta, dim, scaling, _llama3_factors(rope, theta, dim) if scaling == "llama3" else ())
+        plain = replace(plain, scaling="by layer")
+    scale = _SCALINGS.get(plain.scaling)
+    if scale is None:
+        return plain
+    longest = decoder.max_position_embeddings or 0
+    original = decoder.original_max_position_embeddings or rope.original_max_position_embeddings or longest
+    if not original:
+        raise _incomplete(plain, "original_max_position_embeddings")
+    return scale(replace(plain, original_context=int(original), factor=rope.factor or longest / original), rope)
 
 
-def _llama3_factors(rope: Rope, theta: float, dim: int) -> tuple[float, ...]:
-    """Frequency divisors of Llama 3.1's rotary scaling (Llama 3 Herd of Models, 2024, and its reference code)."""
-    factor, original = rope.factor, rope.original_max_position_embeddings
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    if factor is None or original is None or low is None or high is None or low >= high:
-        raise EdgekdError(
-            "config.json: rope_parameters: llama3 needs factor, original_max_position_embeddings, and low_freq_factor "
-            "below high_freq_factor.",
-            "Save the model again.",
-        )
+def _incomplete(rotary: Rotary, needs: str) -> EdgekdError:
+    return EdgekdError(f"config.json: rope_parameters: {rotary.scaling} needs {needs}.", "Save the model again.")
+
+
+def _linear(rotary: Rotary, rope: Rope) -> Rotary:
+    """Positions divided by a number (kaiokendev, 2023)."""
+    if rope.factor is None:
+        raise _incomplete(rotary, "factor")
+    return replace(rotary, factors=(rope.factor,) * (rotary.dim // 2))
+
+
+def _yarn(rotary: Rotary, rope: Rope) -> Rotary:
+    """YaRN (Peng et al. 2023): pairs that turn often in the trained context keep their frequency, those that hardly
+    turn are divided by ``factor``, and those between by what lies between."""
+    if rope.truncate is False:
+        return replace(rotary, scaling="yarn without truncation")
+    dim, factor, betas = rotary.dim, rotary.factor, (rope.beta_fast or 32.0, rope.beta_slow or 1.0)
+    if rotary.theta == 1:
+        raise _incomplete(rotary, "a rope_theta other than 1")
+    low, high = (
+        dim * math.log(rotary.original_context / (beta * 2 * math.pi)) / (2 * math.log(rotary.theta)) for beta in betas
+    )
+    first, last = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
+    width = last - first or 0.001
+    ramp = [min(max((pair - first) / width, 0.0), 1.0) for pair in range(dim // 2)]
+    attention = rope.attention_factor
+    if attention is None:
+        scale, of_all = (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1.0, 0.0)
+        attention = _yarn_scale(factor, scale) / _yarn_scale(factor, of_all)
+    factors = tuple(1 / (part / factor + 1 - part) for part in ramp)
+    return replace(rotary, factors=factors, attention_factor=attention, betas=betas)
+
+
+def _yarn_scale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _longrope(rotary: Rotary, rope: Rope) -> Rotary:
+    """LongRoPE (Ding et al. 2024): divisors that were searched for, of short and of long contexts."""
+    pairs, original = rotary.dim // 2, rotary.original_context
+    short, long = rope.short_factor or [], rope.long_factor or []
+    if len(short) != pairs or len(long) != pairs:
+        raise _incomplete(rotary, f"short_factor and long_factor, {pairs} numbers each")
+    attention, factor = rope.attention_factor, rotary.factor
+    if attention is None:
+        attention = 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return replace(rotary, factors=tuple(short), long_factors=tuple(long), attention_factor=attention)
+
+
+def _llama3(rotary: Rotary, rope: Rope) -> Rotary:
+    """Llama 3.1's rotary scaling (Llama 3 Herd of Models, 2024, and its reference code)."""
+    factor, low, high = rope.factor, rope.low_freq_factor, rope.high_freq_factor
+    if factor is None or low is None or high is None or low >= high:
+        raise _incomplete(rotary, "factor, and low_freq_factor below high_freq_factor")
     factors = []
-    for i in range(0, dim, 2):
-        wavelength = 2 * math.pi * theta ** (i / dim)
-        if wavelength < original / high:
+    for i in range(0, rotary.dim, 2):
+        wavelength = 2 * math.pi * rotary.theta ** (i / rotary.dim)
+        if wavelength < rotary.original_context / high:
             factors.append(1.0)
-        elif wavelength > original / low:
+        elif wavelength > rotary.original_context / low:
             factors.append(factor)
         else:
-            smooth = (original / wavelength - low) / (high - low)
+            smooth = (rotary.original_context / wavelength - low) / (high - low)
             factors.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(factors)
+    return replace(rotary, factors=tuple(factors))
+
+
+_SCALINGS: dict[str, Callable[[Rotary, Rope], Rotary]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "longrope": _longrope,
+    "yarn": _yarn,
+}
+_ROPE_FEATURES: dict[str, Feature | None] = {
+    "default": None,
+    "dynamic": None,  # it begins behind max_position_embeddings, where no artifact's context goes
+    "linear": Feature.LINEAR_ROPE,
+    "llama3": Feature.LLAMA3_ROPE,
+    "longrope": Feature.LONG_ROPE,
+    "yarn": Feature.YARN_ROPE,
+}

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ...architecture import Attention, Rotary
 from ...quant.recipe import GROUP
 from ..shared.decoder import EMBEDDING, HEAD, Architecture
 from .tools import builder
@@ -51,6 +52,8 @@ class Stored:
     part: Part
     dtype: Literal["int4", "int8", "uint4", "float16"]
     shape: tuple[int, ...]
+    rotary: Rotary | None = None
+    """Whose table it is."""
 
     @property
     def size_bytes(self) -> int:
@@ -128,6 +131,16 @@ class _Writer:
         return self.mb.constexpr_blockwise_shift_scale(data=q, scale=scale, name=mil)
 
 
+def _scaled(w: _Writer, x: Any, factor: float) -> Any:
+    """``x`` times a number."""
+    return x if factor == 1 else w.mb.mul(x=x, y=np.float16(factor))
+
+
+def _capped(w: _Writer, x: Any, cap: float | None) -> Any:
+    """``x`` bent to stay within a number."""
+    return x if cap is None else _scaled(w, w.mb.tanh(x=_scaled(w, x, 1 / cap)), cap)
+
+
 _MIL_TYPES = {"int4": "int4", "uint4": "uint4", "int8": "int8", "float16": "fp16"}
 
 
@@ -163,21 +176,26 @@ def _norm(w: _Writer, x: Any, name: str, size: int) -> Any:
     return mb.mul(x=mb.mul(x=x, y=inverse), y=w.weight(name, (size,)))
 
 
-def _rotate(w: _Writer, x: Any, rotary: tuple[Any, Any]) -> Any:
+def _rotate(w: _Writer, x: Any, rotary: Rotary, tables: tuple[Any, Any]) -> Any:
     """The rotary embedding of ``x (1, heads, T, D)``; the table of sines has the sign of the first half's swap."""
-    first, second = w.mb.split(x=x, num_splits=2, axis=-1)
-    swapped = w.mb.concat(values=[second, first], axis=-1)
-    return w.mb.add(x=w.mb.mul(x=x, y=rotary[0]), y=w.mb.mul(x=swapped, y=rotary[1]))
+    mb, rest = w.mb, w.arch.head_dim - rotary.dim
+    still = ()
+    if rest:
+        x, *still = mb.split(x=x, split_sizes=[rotary.dim, rest], axis=-1)
+    first, second = mb.split(x=x, num_splits=2, axis=-1)
+    swapped = mb.concat(values=[second, first], axis=-1)
+    x = mb.add(x=mb.mul(x=x, y=tables[0]), y=mb.mul(x=swapped, y=tables[1]))
+    return mb.concat(values=[x, *still], axis=-1) if still else x
 
 
 @dataclass(frozen=True)
 class _Step:
     """What every layer reads of the inputs."""
 
-    mask: Any
-    """``(1, 1, G * T, S)``"""
-    rotary: tuple[Any, Any]
-    """Cosines and sines ``(1, 1, T, D)``."""
+    masks: Mapping[int | None, Any]
+    """By the layer's window: ``(1, 1, G * T, S)``."""
+    rotary: Mapping[Rotary, tuple[Any, Any]]
+    """Cosines and sines ``(1, 1, T, dim)``."""
     begin: Any
     """First position, ``(1,)``."""
     end: Any
@@ -188,21 +206,46 @@ class _Step:
 
 def _step(w: _Writer, position_ids: Any, mask: Any) -> _Step:
     mb, arch = w.mb, w.arch
-    table = (w.settings.context_length, arch.head_dim)
-    rotary = [
-        mb.expand_dims(
-            x=mb.gather(x=w.const(f"rotary_{part}", Stored("", part, "float16", table)), indices=position_ids, axis=0),
-            axes=[1],
-        )
-        for part in ("cos", "sin")
-    ]
     begin = mb.slice_by_index(x=position_ids, begin=[0, 0], end=[1, 1], squeeze_mask=[True, False])
     count = mb.gather(x=mb.shape(x=position_ids), indices=[1], axis=0)
     seen = mb.gather(x=mb.shape(x=mask), indices=[3], axis=0)
+    masks = {window: _windowed(w, window, position_ids, mask) for window in _windows(w)}
     group = arch.heads // arch.kv_heads
     if group > 1:
-        mask = mb.tile(x=mask, reps=[1, 1, group, 1])
-    return _Step(mask, (rotary[0], rotary[1]), begin, mb.add(x=begin, y=count), seen)
+        masks = {window: mb.tile(x=part, reps=[1, 1, group, 1]) for window, part in masks.items()}
+    tables = {rotary: _tables(w, number, position_ids) for number, rotary in enumerate(arch.rotaries)}
+    return _Step(masks, tables, begin, mb.add(x=begin, y=count), seen)
+
+
+def _tables(w: _Writer, number: int, position_ids: Any) -> tuple[Any, Any]:
+    """Cosines and sines of the positions."""
+    rotary, mark = w.arch.rotaries[number], f"_{number}" if number else ""
+    stored = [Stored("", part, "float16", (w.settings.context_length, rotary.dim), rotary) for part in ("cos", "sin")]
+    rows = [
+        w.mb.gather(x=w.const(f"rotary{mark}_{table.part}", table), indices=position_ids, axis=0) for table in stored
+    ]
+    cos, sin = (w.mb.expand_dims(x=part, axes=[1]) for part in rows)
+    return cos, sin
+
+
+def _windows(w: _Writer) -> list[int | None]:
+    """The windows of the layers; of one that holds the whole context, None."""
+    return list(dict.fromkeys(_window(w, layer) for layer in w.arch.attention if layer))
+
+
+def _window(w: _Writer, attention: Attention) -> int | None:
+    width = attention.window
+    return None if width is None or width >= w.settings.context_length else width
+
+
+def _windowed(w: _Writer, window: int | None, position_ids: Any, mask: Any) -> Any:
+    """``mask (1, 1, T, S)`` with the entries hidden that lie before a token's window."""
+    if window is None:
+        return mask
+    mb = w.mb
+    entries = mb.range_1d(start=0, end=mb.gather(x=mb.shape(x=mask), indices=3, axis=0), step=1)
+    first = mb.expand_dims(x=mb.sub(x=position_ids, y=np.int32(window - 1)), axes=[1, 3])
+    return mb.select(cond=mb.less(x=entries, y=first), a=np.float16(MASKED), b=mask)
 
 
 def _cached(w: _Writer, state: Any, layer: int, new: Any, step: _Step) -> Any:
@@ -230,45 +273,75 @@ def _attention(w: _Writer, x: Any, layer: int, caches: tuple[Any, Any], step: _S
     """
     mb, arch, at = w.mb, w.arch, f"model.layers.{layer}.self_attn."
 
+    attention = arch.attention[layer]
+    assert attention
+
     def heads(part: str, count: int) -> Any:
         bias = f"{at}{part}_proj.bias" if arch.qkv_bias else ""
         y = _linear(w, x, f"{at}{part}_proj.weight", (count * arch.head_dim, arch.hidden), bias)
+        if arch.qk_norm == "whole" and part != "v":
+            y = _norm(w, y, f"{at}{part}_norm.weight", count * arch.head_dim)
         y = mb.reshape(x=y, shape=[1, -1, count, arch.head_dim])
         if arch.qk_norm == "head" and part != "v":
             y = _norm(w, y, f"{at}{part}_norm.weight", arch.head_dim)
         y = mb.transpose(x=y, perm=[0, 2, 1, 3])
-        return y if part == "v" else _rotate(w, y, step.rotary)
+        rotary = attention.rotary
+        return y if part == "v" or rotary is None else _rotate(w, y, rotary, step.rotary[rotary])
 
     query, key, value = heads("q", arch.heads), heads("k", arch.kv_heads), heads("v", arch.kv_heads)
     key, value = (_cached(w, state, layer, new, step) for state, new in zip(caches, (key, value), strict=True))
     query = mb.reshape(x=query, shape=[1, arch.kv_heads, -1, arch.head_dim])
-    y = mb.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=step.mask)
+    y = _attend(w, query, key, value, step.masks[_window(w, attention)])
     y = mb.transpose(x=mb.reshape(x=y, shape=[1, arch.heads, -1, arch.head_dim]), perm=[0, 2, 1, 3])
     return mb.reshape(x=y, shape=[1, -1, arch.heads * arch.head_dim])
 
 
+def _attend(w: _Writer, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """Softmax attention ``(1, N, G * T, D)``. The operator divides by the root of ``D``, and has no caps."""
+    mb, root = w.mb, math.sqrt(w.arch.head_dim)
+    if w.arch.attention_scale is not None:
+        query = _scaled(w, query, w.arch.attention_scale * root)
+    if w.arch.attention_cap is None:
+        return mb.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=mask)
+    scores = mb.matmul(x=_scaled(w, query, 1 / root), y=key, transpose_y=True)
+    weights = mb.softmax(x=mb.add(x=_capped(w, scores, w.arch.attention_cap), y=mask), axis=-1)
+    return mb.matmul(x=weights, y=value)
+
+
 def _mlp(w: _Writer, x: Any, layer: int) -> Any:
     at, wide = f"model.layers.{layer}.mlp.", (w.arch.intermediate, w.arch.hidden)
-    gate = w.mb.silu(x=_linear(w, x, f"{at}gate_proj.weight", wide))
-    up = _linear(w, x, f"{at}up_proj.weight", wide)
-    return _linear(w, w.mb.mul(x=gate, y=up), f"{at}down_proj.weight", wide[::-1])
+    bias = {p: f"{at}{p}_proj.bias" if w.arch.mlp_bias else "" for p in ("gate", "up", "down")}
+    gate = _linear(w, x, f"{at}gate_proj.weight", wide, bias["gate"])
+    gate = w.mb.silu(x=gate) if w.arch.activation == "silu" else w.mb.gelu(x=gate, mode="TANH_APPROXIMATION")
+    up = _linear(w, x, f"{at}up_proj.weight", wide, bias["up"])
+    return _linear(w, w.mb.mul(x=gate, y=up), f"{at}down_proj.weight", wide[::-1], bias["down"])
+
+
+def _layer(w: _Writer, x: Any, layer: int, caches: tuple[Any, Any], step: _Step) -> Any:
+    """One layer: attention and MLP, each with the norms about it, added to what enters it."""
+    mb, arch, at, names = w.mb, w.arch, f"model.layers.{layer}.self_attn.o_proj", w.arch.norm_names(layer)
+
+    def normed(y: Any, name: str) -> Any:
+        return _norm(w, y, name, arch.hidden) if name else y
+
+    y = _attention(w, normed(x, names.before_attention), layer, caches, step)
+    shape = (arch.hidden, arch.heads * arch.head_dim)
+    y = _linear(w, y, f"{at}.weight", shape, f"{at}.bias" if arch.out_bias else "")
+    x = mb.add(x=x, y=_scaled(w, normed(y, names.behind_attention), arch.residual_scale))
+    y = normed(_mlp(w, normed(x, names.before_mlp), layer), names.behind_mlp)
+    return mb.add(x=x, y=_scaled(w, y, arch.residual_scale))
 
 
 def _decoder(w: _Writer, ids: Any, outputs: Any, caches: tuple[Any, Any], step: _Step) -> Any:
     mb, arch = w.mb, w.arch
     table = (arch.vocab_size, arch.hidden)
-    x = mb.gather(x=w.weight(EMBEDDING, table), indices=ids, axis=0)
+    x = _scaled(w, mb.gather(x=w.weight(EMBEDDING, table), indices=ids, axis=0), arch.embedding_scale)
     for layer in range(arch.layers):
-        at = f"model.layers.{layer}."
-        normed = _norm(w, x, f"{at}input_layernorm.weight", arch.hidden)
-        attended = _attention(w, normed, layer, caches, step)
-        shape = (arch.hidden, arch.heads * arch.head_dim)
-        x = mb.add(x=x, y=_linear(w, attended, f"{at}self_attn.o_proj.weight", shape))
-        normed = _norm(w, x, f"{at}post_attention_layernorm.weight", arch.hidden)
-        x = mb.add(x=x, y=_mlp(w, normed, layer))
+        x = _layer(w, x, layer, caches, step)
     x = _norm(w, mb.gather(x=x, indices=outputs, axis=1), "model.norm.weight", arch.hidden)
     head = EMBEDDING if w.settings.tied else HEAD
-    return mb.linear(x=x, weight=w.weight(head, table), bias=w.zeros(arch.vocab_size), name="logits")
+    y = mb.linear(x=x, weight=w.weight(head, table), bias=w.zeros(arch.vocab_size))
+    return mb.identity(x=_capped(w, _scaled(w, y, arch.logit_scale), arch.logit_cap), name="logits")
 
 
 def build(arch: Architecture, settings: Settings) -> Graph:

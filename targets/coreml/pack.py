@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from ...quant.source import Source
-from ..shared.decoder import Architecture, rotary_tables
+from ..shared.decoder import rotary_tables
 from ..shared.source import exact_half, narrow
 from .graph import Graph, Stored, palette_rows
 from .tools import builder
@@ -61,9 +61,7 @@ class WeightFile:
         self._file.write(struct.pack("<II56x", self._count, 2))
 
 
-def write_package(
-    folder: Path, graph: Graph, description: ModelDescription, weights: Source, arch: Architecture
-) -> None:
+def write_package(folder: Path, graph: Graph, description: ModelDescription, weights: Source) -> None:
     """Write the ``.mlpackage``.
 
     Raises:
@@ -75,7 +73,7 @@ def write_package(
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:
         blobs = WeightFile(file)
-        program = _program(graph, blobs, _Pieces(weights, arch))
+        program = _program(graph, blobs, _Pieces(weights))
         blobs.close()
     model = Model_pb2.Model(specificationVersion=SPECIFICATION_VERSION, description=description, mlProgram=program)
     # Maps have no order of their own: without this, two exports would differ.
@@ -134,14 +132,14 @@ def _manifest() -> dict[str, object]:
 class _Pieces:
     """The bytes of constants, from the student or its quantized form."""
 
-    def __init__(self, weights: Source, arch: Architecture) -> None:
-        self._weights, self._arch = weights, arch
+    def __init__(self, weights: Source) -> None:
+        self._weights = weights
         self._palette: tuple[str, np.ndarray, np.ndarray] | None = None
 
     def of(self, stored: Stored) -> Iterator[np.ndarray]:
         """A constant's bytes, in order."""
-        if stored.part in ("cos", "sin"):
-            cos, sin = rotary_tables(self._arch, stored.shape[0])
+        if stored.rotary:
+            cos, sin = rotary_tables(stored.rotary, stored.shape[0])
             whole = np.concatenate([cos, cos] if stored.part == "cos" else [-sin, sin], axis=1)
             yield whole.astype("<f2")
         elif stored.part == "value":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...architecture import read_architecture
 from ..shared.selftest import check_agreement, quantized_llama
+from ..shared.source import plain_form
 
 _PROMPT = 48
 
@@ -36,10 +37,10 @@ def self_test() -> str:
             max_position_embeddings=_PROMPT,
             initializer_range=0.2,
         )
-        arch = read_architecture(quantized.config)
+        weights, arch = plain_form(quantized, read_architecture(quantized.config))
         settings = graph_.Settings(dict(quantized.kinds), quantized.tied, _PROMPT)
         graph = graph_.build(arch, settings)
-        write_package(package, graph, graph_.describe(arch, settings, {}), quantized, arch)
+        write_package(package, graph, graph_.describe(arch, settings, {}), weights)
         runner, half = open_runner(package), _PROMPT // 2
         pieces = [runner.run(step_inputs(ids[i : i + half], i, all_logits=True))[0] for i in (0, half)]  # (T, V)
         with torch.no_grad():

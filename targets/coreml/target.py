@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ...architecture import Architecture, Feature
+from ...architecture import Architecture
 from ...checkpoint import Checkpoint
 from ...errors import Unsupported
 from ...files import file_sha256, write_json
@@ -20,6 +20,7 @@ from ...session import Arithmetic, Session
 from ...student import load_tokenizer
 from ..shared.artifact import Details, Job, Written, build_artifact, check_installed, details_of, main_file
 from ..shared.decoder import (
+    DECODER_FEATURES,
     EMBEDDING,
     MAX_CACHE_BYTES,
     asked_for,
@@ -30,6 +31,7 @@ from ..shared.decoder import (
 from ..shared.proto import messages
 from ..shared.recipes import load_recipe
 from ..shared.session import DecoderSession
+from ..shared.source import plain_form
 from ..shared.target import TargetOptions
 from ..shared.tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, contract_of
 from . import graph as graph_
@@ -46,7 +48,7 @@ __all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export
 TITLE, EXTRA = "Core ML", "coreml"
 PACKAGES = ("coremltools",)
 PACKAGE = "model.mlpackage"
-FEATURES = frozenset({Feature.FREE_HEADS, Feature.HEAD_NORM, Feature.LLAMA3_ROPE, Feature.QKV_BIAS})
+FEATURES = DECODER_FEATURES
 """What the program has a place for."""
 MINIMUM_IOS = 18
 _CACHE_BYTES = 2  # float16
@@ -100,7 +102,7 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
 
 def _check_sizes(arch: Architecture, context_length: int) -> None:
     check_head_dim(arch)
-    size = arch.kv_bytes(context_length, _CACHE_BYTES)
+    size = context_length * arch.kv_bytes(1, _CACHE_BYTES)  # a window saves nothing: all of it is kept
     if size > MAX_CACHE_BYTES:
         most = MAX_CACHE_BYTES // arch.kv_bytes(1, _CACHE_BYTES) // 256 * 256
         raise Unsupported(
@@ -190,8 +192,9 @@ def _write(job: Job, spec: Options) -> Written:
     """Write everything but the manifest."""
     from .pack import WEIGHT_FILE, write_package
 
-    checkpoint, source, folder, arch = job.checkpoint, job.source, job.folder, job.checkpoint.architecture
-    check_weights(arch, source, TITLE)
+    checkpoint, folder = job.checkpoint, job.folder
+    check_weights(checkpoint.architecture, job.source, TITLE)
+    source, arch = plain_form(job.source, checkpoint.architecture)
     settings = graph_.Settings(_forms(job.recipe, source), source.tied, spec.context or arch.context_length)
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
@@ -200,7 +203,7 @@ def _write(job: Job, spec: Options) -> Written:
 
     graph = graph_.build(arch, settings)
     description = graph_.describe(arch, settings, _metadata(contract, job.name, job.recipe.name, folder))
-    write_package(folder / PACKAGE, graph, description, source, arch)
+    write_package(folder / PACKAGE, graph, description, source)
     table = () if arch.tied else (stored for stored in graph.stored.values() if stored.source == EMBEDDING)
     return Written(
         contract=contract,

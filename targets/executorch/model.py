@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ...architecture import Rotary as RotaryEmbedding
 from ...quant.grid import pack_int4
 from ...quant.recipe import GROUP, Kind
 from ...quant.source import Source
@@ -27,6 +28,9 @@ from ..shared.recipes import Real
 from ..shared.source import narrow
 
 _DIGITS = 8
+HIDDEN = -1e9
+"""Added to the score of what must not be seen; of minus infinity, a block of them alone makes ExecuTorch's attention
+give NaN."""
 
 
 @dataclass
@@ -209,20 +213,125 @@ class Norm(nn.Module):
         return x * torch.rsqrt(functional.linear(x * x, self.mean, self.eps)) * self.weight
 
 
+class Scale(nn.Module):
+    """``x`` times a number."""
+
+    factor: torch.Tensor
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.full((1,), factor))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+def scale(factor: float) -> nn.Module:
+    """``Scale``, where there is something to do."""
+    return nn.Identity() if factor == 1 else Scale(factor)
+
+
+def cap(bound: float | None) -> nn.Module:
+    """``x`` bent to stay within a number."""
+    return nn.Identity() if bound is None else nn.Sequential(Scale(1 / bound), nn.Tanh(), Scale(bound))
+
+
+class Silu(nn.Module):
+    """By two operators that XNNPACK has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+
+class GeluTanh(nn.Module):
+    """GELU by its tanh: ``x sigmoid(2 u)`` is ``x (1 + tanh u) / 2``. XNNPACK has the other one alone, and takes it for
+    this."""
+
+    cubic: torch.Tensor
+    linear: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        root = (8 / np.pi) ** 0.5
+        self.register_buffer("cubic", torch.full((1,), 0.044715 * root))
+        self.register_buffer("linear", torch.full((1,), root))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x * (x * x * self.cubic + self.linear))
+
+
 class Rotary(nn.Module):
-    """The rotary embedding of heads ``(1, T, H, D)``; cosines and sines are ``(T, 1, D)``."""
+    """The rotary embedding of heads ``(1, T, H, D)``; cosines and sines are ``(T, 1, D)``. Where it turns part of a
+    head, the other channels' cosines are 1 and their sines 0."""
 
     turn: torch.Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, turned: int) -> None:
         super().__init__()
-        half = torch.eye(size // 2)
-        turn = torch.zeros(size, size)
-        turn[: size // 2, size // 2 :], turn[size // 2 :, : size // 2] = -half, half
+        half, turn = turned // 2, torch.zeros(size, size)
+        turn[:half, half:turned], turn[half:turned, :half] = -torch.eye(half), torch.eye(half)
         self.register_buffer("turn", turn)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return x * cos + functional.linear(x, self.turn) * sin
+
+
+def rotary_rows(rotary: RotaryEmbedding, size: int, context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines ``(C, 1, D)`` for ``Rotary``."""
+    cos, sin = (np.concatenate([half, half], -1) for half in rotary_tables(rotary, context_length))
+    still = ((0, 0), (0, size - rotary.dim))
+    rows = np.pad(cos, still, constant_values=1), np.pad(sin, still)
+    return torch.from_numpy(rows[0]).unsqueeze(1), torch.from_numpy(rows[1]).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer reads of the inputs."""
+
+    position: int
+    rotary: dict[RotaryEmbedding, tuple[torch.Tensor, torch.Tensor]]
+    masks: dict[int | None, torch.Tensor]
+    """What is added to scores ``(T, C)``, by window; only those that attention does not know itself."""
+
+
+class Attention(nn.Module):
+    """Attention of one layer over its cache, without projections."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, arch: Architecture, window: int | None, context_length: int) -> None:
+        super().__init__()
+        self.arch, self.window = arch, window
+        self.factor = arch.head_dim**-0.5 if arch.attention_scale is None else arch.attention_scale
+        self.scale, self.cap = scale(self.factor), cap(arch.attention_cap)
+        cache = (1, context_length, arch.kv_heads, arch.head_dim)
+        for p in ("keys", "values"):  # NumPy's zeros take no memory until they are touched
+            self.register_buffer(p, torch.from_numpy(np.zeros(cache, np.float32)))
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> torch.Tensor:
+        """``(1, T, H * D)`` of heads ``(1, T, H or K, D)``."""
+        ops, at = torch.ops.llama, step.position
+        ops.update_cache(k, self.keys, at)
+        ops.update_cache(v, self.values, at)
+        if self.arch.attention_cap is not None:
+            y = self._capped(q, step.masks[self.window])
+        elif self.window is not None:
+            mask = step.masks[self.window]
+            y = ops.custom_sdpa(q, self.keys, self.values, at, mask, 0.0, False, self.factor)
+        else:
+            y = ops.custom_sdpa(q, self.keys, self.values, at, None, 0.0, True, self.factor)
+        return y.reshape(1, -1, self.arch.heads * self.arch.head_dim)
+
+    def _capped(self, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """By products of its own: ExecuTorch's attention has no caps."""
+        arch, group, size = self.arch, self.arch.heads // self.arch.kv_heads, self.arch.head_dim
+        q = self.scale(q).view(-1, arch.kv_heads, group, size).permute(1, 2, 0, 3).reshape(arch.kv_heads, -1, size)
+        scores = self.cap(torch.bmm(q, self.keys[0].permute(1, 2, 0)))
+        scores = scores.view(arch.kv_heads, group, -1, len(self.keys[0])) + mask
+        weights = torch.softmax(scores, -1).view(arch.kv_heads, -1, len(self.keys[0]))
+        y = torch.bmm(weights, self.values[0].permute(1, 0, 2))
+        return y.view(arch.kv_heads, group, -1, size).permute(2, 0, 1, 3)
 
 
 class Layer(nn.Module):
@@ -240,40 +349,52 @@ class Layer(nn.Module):
 
     def __init__(self, weights: Weights, arch: Architecture, number: int, context_length: int) -> None:
         super().__init__()
-        at = f"model.layers.{number}."
-        self.arch = arch
-        self.input_norm = Norm(weights, f"{at}input_layernorm.weight", arch.hidden, arch.norm_eps)
-        self.mlp_norm = Norm(weights, f"{at}post_attention_layernorm.weight", arch.hidden, arch.norm_eps)
-        bias = arch.qkv_bias
-        for p in "qkv":
+        at, attention = f"model.layers.{number}.", arch.attention[number]
+        assert attention
+        self.arch, self.turns = arch, attention.rotary
+        for place, name in arch.norm_names(number)._asdict().items():
+            norm = Norm(weights, name, arch.hidden, arch.norm_eps) if name else nn.Identity()
+            setattr(self, place, norm)
+        biased = {"o": arch.out_bias, **dict.fromkeys("qkv", arch.qkv_bias)}
+        for p in "qkvo":
             name = f"{at}self_attn.{p}_proj"
-            setattr(self, p, Linear(weights, f"{name}.weight", f"{name}.bias" if bias else None))
-        for p in ("q", "k") if arch.qk_norm == "head" else ():
-            setattr(self, f"{p}_norm", Norm(weights, f"{at}self_attn.{p}_norm.weight", arch.head_dim, arch.norm_eps))
-        self.o = Linear(weights, f"{at}self_attn.o_proj.weight")
+            setattr(self, p, Linear(weights, f"{name}.weight", f"{name}.bias" if biased[p] else None))
         for p in ("gate", "up", "down"):
-            setattr(self, p, Linear(weights, f"{at}mlp.{p}_proj.weight"))
-        self.rotary = Rotary(arch.head_dim)
-        cache = (1, context_length, arch.kv_heads, arch.head_dim)
-        for p in ("keys", "values"):  # NumPy's zeros take no memory until they are touched
-            self.register_buffer(p, torch.from_numpy(np.zeros(cache, np.float32)))
+            name = f"{at}mlp.{p}_proj"
+            setattr(self, p, Linear(weights, f"{name}.weight", f"{name}.bias" if arch.mlp_bias else None))
+        for p, heads in (("q", arch.heads), ("k", arch.kv_heads)) if arch.qk_norm != "none" else ():
+            size = arch.head_dim * (heads if arch.qk_norm == "whole" else 1)
+            setattr(self, f"{p}_norm", Norm(weights, f"{at}self_attn.{p}_norm.weight", size, arch.norm_eps))
+        self.rotary = Rotary(arch.head_dim, self.turns.dim) if self.turns else None
+        self.attention = Attention(arch, window_of(arch, number, context_length), context_length)
+        self.activation = Silu() if arch.activation == "silu" else GeluTanh()
+        self.residual = scale(arch.residual_scale)
 
-    def forward(self, x: torch.Tensor, position: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        (y,) = project(self._attend(self.before_attention(x), step), self.o)
+        x = x + self.residual(self.behind_attention(y))
+        gate, up = project(self.before_mlp(x), self.gate, self.up)
+        (y,) = project(self.activation(gate) * up, self.down)
+        return x + self.residual(self.behind_mlp(y))
+
+    def _attend(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        q, k, v = project(x, self.q, self.k, self.v)
+        if self.arch.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
         heads = self.arch.heads, self.arch.kv_heads, self.arch.kv_heads
-        products = project(self.input_norm(x), self.q, self.k, self.v)
-        q, k, v = (y.view(1, -1, n, self.arch.head_dim) for y, n in zip(products, heads, strict=True))
+        q, k, v = (y.view(1, -1, n, self.arch.head_dim) for y, n in zip((q, k, v), heads, strict=True))
         if self.arch.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
-        ops = torch.ops.llama
-        ops.update_cache(k, self.keys, position)
-        ops.update_cache(v, self.values, position)
-        attended = ops.custom_sdpa(q, self.keys, self.values, position, None, 0.0, True)
-        (y,) = project(attended.view(1, -1, self.arch.heads * self.arch.head_dim), self.o)
-        x = x + y
-        gate, up = project(self.mlp_norm(x), self.gate, self.up)
-        (y,) = project(gate * torch.sigmoid(gate) * up, self.down)
-        return x + y
+        if self.rotary is not None and self.turns is not None:
+            q, k = (self.rotary(y, *step.rotary[self.turns]) for y in (q, k))
+        return self.attention(q, k, v, step)
+
+
+def window_of(arch: Architecture, layer: int, context_length: int) -> int | None:
+    """The window of a layer, where it does not hold the whole context."""
+    attention = arch.attention[layer]
+    wide = attention is None or attention.window is None or attention.window >= context_length
+    return None if wide or attention is None else attention.window
 
 
 class Embedding(nn.Module):
@@ -304,19 +425,33 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """Ids ``(1, T)`` and the position ``(1,)`` of the first to logits of the last ``(1, 1, V)``."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    head: Linear
+    slots: torch.Tensor
+    seen: torch.Tensor
+    hidden: torch.Tensor
 
     def __init__(self, weights: Weights, arch: Architecture, context_length: int) -> None:
         super().__init__()
-        self.context_length = context_length
-        self.embedding = Embedding(weights)
+        self.arch, self.context_length = arch, context_length
+        self.embedding, self.embedding_scale = Embedding(weights), scale(arch.embedding_scale)
         self.layers = nn.ModuleList(Layer(weights, arch, n, context_length) for n in range(arch.layers))
         self.norm = Norm(weights, "model.norm.weight", arch.hidden, arch.norm_eps)
         self.head = Linear(weights, EMBEDDING if weights.source.tied else HEAD)
-        for name, half in zip(("cos", "sin"), rotary_tables(arch, context_length), strict=True):
-            self.register_buffer(name, torch.from_numpy(np.concatenate([half, half], -1)).unsqueeze(1))
+        self.logits = nn.Sequential(scale(arch.logit_scale), cap(arch.logit_cap))
+        for number, rotary in enumerate(arch.rotaries):
+            for part, rows in zip(("cos", "sin"), rotary_rows(rotary, arch.head_dim, context_length), strict=True):
+                self.register_buffer(f"{part}_{number}", rows)
+        self.windows = {window_of(arch, n, context_length) for n in range(arch.layers)}
+        if arch.attention_cap is None:
+            self.windows -= {None}
+        if self.windows:
+            self.register_buffer("slots", torch.arange(context_length))
+            self.register_buffer("seen", torch.zeros(1))
+            self.register_buffer("hidden", torch.full((1,), HIDDEN))
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of what is no weight: cosines, sines and numbers of positions."""
+        return sum(table.nbytes for name, table in self.named_buffers(recurse=False))
 
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
         position: Any = input_pos[0].item()  # a number that torch.export keeps as a symbol
@@ -324,9 +459,24 @@ class Decoder(nn.Module):
         torch._check(position >= 0)
         torch._check(position < self.context_length)
         torch._check(position + count <= self.context_length)
-        cos, sin = self.cos.narrow(0, position, count), self.sin.narrow(0, position, count)
-        x = self.embedding(tokens)
+        turns = {
+            rotary: (self._rows(f"cos_{n}", position, count), self._rows(f"sin_{n}", position, count))
+            for n, rotary in enumerate(self.arch.rotaries)
+        }
+        step = Step(position, turns, {window: self._mask(window, position, count) for window in self.windows})
+        x = self.embedding_scale(self.embedding(tokens))
         for layer in self.layers:
-            x = layer(x, position, cos, sin)
+            x = layer(x, step)
         (logits,) = project(self.norm(x[:, -1:]), self.head)
-        return logits
+        return self.logits(logits)
+
+    def _rows(self, name: str, position: int, count: int) -> torch.Tensor:
+        return self.get_buffer(name).narrow(0, position, count)
+
+    def _mask(self, window: int | None, position: int, count: int) -> torch.Tensor:
+        """What is added to the cache's scores: entries to come, and those before the window, are hidden."""
+        back = self._rows("slots", position, count).unsqueeze(1) - self.slots
+        hidden = back < 0
+        if window is not None:
+            hidden = torch.logical_or(hidden, back >= window)
+        return torch.where(hidden, self.hidden, self.seen)

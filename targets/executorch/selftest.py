@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...architecture import read_architecture
 from ..shared.selftest import check_agreement, quantized_llama
+from ..shared.source import plain_form
 
 _HIDDEN, _MLP, _VOCAB, _HEADS, _PROMPT = 256, 512, 512, 4, 48
 
@@ -37,8 +38,8 @@ def self_test() -> str:
             max_position_embeddings=64,
             initializer_range=0.1,
         )
-        weights = Weights(opened, "float16", stand_ins=True)
-        arch = read_architecture(opened.config)
+        source, arch = plain_form(opened, read_architecture(opened.config))
+        weights = Weights(source, "float16", stand_ins=True)
         lowered = lower(Decoder(weights, arch, arch.context_length).eval(), "cpu", {})
         write_program(folder / "model.pte", lowered.manager, weights)
         with torch.no_grad():

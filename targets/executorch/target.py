@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ...architecture import Architecture, Feature
+from ...architecture import Architecture
 from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, EdgekdError, SpecError, Unsupported
 from ...manifest import Artifact, Contract
@@ -34,6 +34,7 @@ from ..shared.artifact import (
     main_file,
 )
 from ..shared.decoder import (
+    DECODER_FEATURES,
     MAX_CACHE_BYTES,
     asked_for,
     check_features,
@@ -42,6 +43,7 @@ from ..shared.decoder import (
 )
 from ..shared.recipes import real_of
 from ..shared.session import DecoderSession
+from ..shared.source import plain_form
 from ..shared.target import TargetOptions
 from ..shared.tokenizer import TOKENIZER, SessionTokenizer, check_has_tokenizer, compare_tokenizers, contract_of
 from .selftest import self_test
@@ -56,7 +58,7 @@ TITLE, EXTRA = "ExecuTorch", "executorch"
 PACKAGES = ("executorch", "torch", "torchao")
 MAIN_FILE = "model.pte"
 _CACHE_BYTES = 4  # float32
-FEATURES = frozenset({Feature.FREE_HEADS, Feature.HEAD_NORM, Feature.LLAMA3_ROPE, Feature.QKV_BIAS})
+FEATURES = DECODER_FEATURES
 """What the module has a place for."""
 PROVIDERS = {"cpu": "tested", "vulkan": "not run"}
 """``cpu`` is XNNPACK."""
@@ -124,7 +126,7 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
 
 
 def _check_cache(arch: Architecture, context_length: int) -> None:
-    size = arch.kv_bytes(context_length, _CACHE_BYTES)
+    size = context_length * arch.kv_bytes(1, _CACHE_BYTES)  # a window saves nothing: all of it is kept
     if size > MAX_CACHE_BYTES:
         raise Unsupported(
             f"targets: the cache of {context_length} tokens takes {size / 2**30:.1f} GiB, which ExecuTorch allocates "
@@ -190,8 +192,9 @@ def _write(job: Job, spec: Options) -> Written:
     from .model import Decoder, Weights, table_bytes
     from .pack import write_program
 
-    checkpoint, folder, arch = job.checkpoint, job.folder, job.checkpoint.architecture
-    check_weights(arch, job.source, TITLE)
+    checkpoint, folder = job.checkpoint, job.folder
+    check_weights(checkpoint.architecture, job.source, TITLE)
+    source, arch = plain_form(job.source, checkpoint.architecture)
     context, (provider,) = spec.context or arch.context_length, spec.providers
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
@@ -201,9 +204,10 @@ def _write(job: Job, spec: Options) -> Written:
     )
 
     cpu = provider == "cpu"
-    weights = Weights(job.source, real_of(job.recipe) if cpu else "float32", stand_ins=cpu)
+    weights = Weights(source, real_of(job.recipe) if cpu else "float32", stand_ins=cpu)
     weights.check()
-    lowered = lower(Decoder(weights, arch, context).eval(), provider, runner_methods(arch, contract))
+    decoder = Decoder(weights, arch, context).eval()
+    lowered = lower(decoder, provider, runner_methods(arch, contract))
     if lowered.heavy:
         warnings.warn(
             f"{provider} does not run {', '.join(lowered.heavy)} of this model: generation will be slow.", stacklevel=2
@@ -211,7 +215,7 @@ def _write(job: Job, spec: Options) -> Written:
     written = write_program(folder / MAIN_FILE, lowered.manager, weights)
     return Written(
         contract=contract,
-        weight_bytes=written.tensor_bytes - 2 * 4 * context * arch.head_dim,  # without cosines and sines, float32
+        weight_bytes=written.tensor_bytes - decoder.table_bytes,
         table_bytes=table_bytes(weights),
         cache_value_bytes=_CACHE_BYTES,
         details=ExecutorchDetails(
@@ -221,7 +225,7 @@ def _write(job: Job, spec: Options) -> Written:
             undelegated=lowered.undelegated,
             undelegated_heavy=lowered.heavy,
             chunk_tokens=CHUNK,
-            cache_bytes=arch.kv_bytes(context, _CACHE_BYTES),
+            cache_bytes=context * arch.kv_bytes(1, _CACHE_BYTES),
             tokenizer=told,
             file_bytes=(folder / MAIN_FILE).stat().st_size,
             head_bytes=written.head_bytes,

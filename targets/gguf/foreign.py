@@ -14,7 +14,7 @@ from ...checkpoint import INDEX_FILE
 from ...errors import EdgekdError, Unsupported
 from ...files import write_json
 from .file import GgufFile
-from .names import RUNTIMES, Weight, plan
+from .names import Weight, plan
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ _KEYS = {
 _READ = {*_KEYS, "attention.value_length", "rope.dimension_count", "rope.freq_base", "vocab_size"}
 _NOTHING = (0, 0.0, False, "none", "")
 """What a key of a feature says where the model does not have it."""
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The same in every Llama 3.1 to 3.3; the file holds only what follows from it."""
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -80,9 +81,9 @@ def _architecture(file: GgufFile) -> str:
         Unsupported: it is none that the import knows, has features that it does not know, or is part of a model.
     """
     name: str = file.need("general.architecture", str)
-    if name not in RUNTIMES:
+    if name not in _ARCHITECTURES:
         raise Unsupported(
-            f"{file.path}: architecture {name!r:.60} cannot be imported.", f"Take one of {', '.join(sorted(RUNTIMES))}."
+            f"{file.path}: architecture {name!r:.60} cannot be imported.", f"Take one of {', '.join(_ARCHITECTURES)}."
         )
     if (kind := file.get("general.type", str, "model")) != "model":
         raise Unsupported(f"{file.path}: it holds an {kind:.60}, not a model.", "Merge it into its model first.")
@@ -105,7 +106,7 @@ def _check_rope(file: GgufFile, arch: Architecture) -> None:
 
     if _ROPE_FACTORS not in file.tensors:
         return
-    found, expected = file.tensor(_ROPE_FACTORS), torch.tensor(arch.rotary.factors)
+    found, expected = file.tensor(_ROPE_FACTORS), torch.tensor(arch.rotaries[0].factors)
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-5):
         raise Unsupported(f"{file.path}: tensor {_ROPE_FACTORS!r} does not hold Llama 3.1's factors.")
 

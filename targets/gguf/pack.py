@@ -5,6 +5,7 @@ Shapes: ``q (out, in)`` int8; ``scale (out, in / 32)`` float32; blocks ``(out, b
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,9 +103,13 @@ def write_file(
     plan: list[Weight],
     source: Source,
     *,
-    rope_factors: tuple[float, ...] = (),
+    vectors: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """Write a whole file: header, keys, then tensor after tensor. Matrices that are not quantized become fp16."""
+    """Write a whole file: header, keys, then tensor after tensor. Matrices that are not quantized become fp16.
+
+    Args:
+        vectors: further tensors, which become float32.
+    """
     import gguf
 
     for weight in plan:
@@ -112,14 +117,14 @@ def write_file(
         shape = gguf.quant_shape_to_byte_shape(weight.shape, kind)
         size = int(np.prod(shape))
         writer.add_tensor_info(weight.name, shape, np.dtype(np.uint8), size, raw_dtype=kind)
-    factors = np.array(rope_factors, np.float32)
-    if rope_factors:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    further = {name: np.array(values, np.float32) for name, values in (vectors or {}).items()}
+    for name, values in further.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for weight in plan:
         writer.write_tensor_data(encode(weight, source))
-    if rope_factors:
-        writer.write_tensor_data(factors)
+    for values in further.values():
+        writer.write_tensor_data(values)
     writer.close()

@@ -18,6 +18,7 @@ from ...student import load_tokenizer
 from ..shared.artifact import Details, Job, TokenizerProof, Written, build_artifact, check_installed, cores, main_file
 from ..shared.decoder import asked_for
 from ..shared.session import DecoderSession
+from ..shared.source import plain_form
 from ..shared.target import TargetOptions
 from ..shared.tokenizer import compare_ids
 from . import names as arch_
@@ -142,6 +143,7 @@ def _write(job: Job, spec: Options, moments: Path | None) -> Written:
     checkpoint, recipe, folder = job.checkpoint, job.recipe, job.folder
     arch = checkpoint.architecture
     plan = arch_.weights(arch, job.source)
+    source, _ = plain_form(job.source, arch, split=False)  # of fused matrices, llama.cpp's are fused too
     tokenizer = load_tokenizer(checkpoint.folder)
     vocabulary = vocab_.read_tokenizer(tokenizer, checkpoint.folder, arch.vocab_size)
     context_length = spec.context or arch.context_length
@@ -153,7 +155,9 @@ def _write(job: Job, spec: Options, moments: Path | None) -> Written:
     path = folder / MAIN_FILE
     packed = folder / "f16.gguf" if recipe.native else path
     file_type = "q4_0" if recipe.has_int4 else "q8_0" if recipe.on_grid else "f16"
-    write_file(writer(pre, FILE_TYPES[file_type]), packed, plan, job.source, rope_factors=arch.rotary.factors)
+    write_file(
+        writer(pre, FILE_TYPES[file_type]), packed, plan, source, vectors=arch_.rope_tensors(arch, context_length)
+    )
     if recipe.native:
         importance = _importance(plan, checkpoint, moments) if recipe.needs_moments else {}
         _quantize(packed, path, FILE_TYPES[recipe.native.type], importance)

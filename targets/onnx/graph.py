@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ...architecture import Attention, Rotary
 from ...quant.recipe import GROUP, Kind
 from ..shared.decoder import EMBEDDING, HEAD, Architecture
 from ..shared.recipes import Real
@@ -48,6 +49,8 @@ class Stored:
     """Which bytes: integers, scales, or a plain tensor as it is or transposed; or a table of the rotary embedding."""
     sources: tuple[str, ...]
     kind: Kind
+    rotary: Rotary | None = None
+    """Whose table it is."""
 
     @property
     def size_bytes(self) -> int:
@@ -100,8 +103,20 @@ class _Graph:
 
     def constant(self, value: int | list[int]) -> str:
         """Whole numbers, inside the graph's own file."""
-        array = np.asarray(value, np.int64)
-        name = f"constant {value}"
+        return self._constant(np.asarray(value, np.int64), f"constant {value}")
+
+    def scaled(self, x: str, factor: float) -> str:
+        """``x`` times a number."""
+        if factor == 1:
+            return x
+        array = np.asarray(factor, self.settings.activations)
+        return self.node("Mul", [x, self._constant(array, f"factor {factor}")])
+
+    def capped(self, x: str, cap: float | None) -> str:
+        """``x`` bent to stay within a number."""
+        return x if cap is None else self.scaled(self.node("Tanh", [self.scaled(x, 1 / cap)]), cap)
+
+    def _constant(self, array: np.ndarray, name: str) -> str:
         self.constants[name] = array
         return name
 
@@ -187,13 +202,14 @@ def _head(graph: _Graph, hidden: str) -> None:
     arch, settings = graph.arch, graph.settings
     shape = (arch.vocab_size, arch.hidden)
     if not settings.tied:
-        _matmul(graph, hidden, HEAD, (HEAD,), shape)
+        y = _matmul(graph, hidden, HEAD, (HEAD,), shape)
     elif settings.kinds[EMBEDDING] != "plain":
-        _matmul(graph, hidden, EMBEDDING, (EMBEDDING,), shape)
+        y = _matmul(graph, hidden, EMBEDDING, (EMBEDDING,), shape)
     else:
         table = graph.store(Stored(EMBEDDING, settings.plain, shape, "value", (EMBEDDING,), "plain"))
         table = graph.cast(table, settings.plain, settings.activations)
-        graph.node("MatMul", [hidden, graph.node("Transpose", [table], perm=[1, 0])])
+        y = graph.node("MatMul", [hidden, graph.node("Transpose", [table], perm=[1, 0])])
+    graph.capped(graph.scaled(y, arch.logit_scale), arch.logit_cap)
     graph.nodes[-1].output[0] = "logits"
 
 
@@ -211,68 +227,102 @@ def _add_norm(graph: _Graph, x: str, skip: str, weight: str) -> tuple[str, str]:
     return normed, outputs[3]
 
 
-def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str], rotary: tuple[str, str]) -> str:
-    """Self-attention of one layer over normed ``x (B, S, E)``, without the output projection."""
-    arch, at = graph.arch, f"model.layers.{layer}.self_attn."
+def _project(graph: _Graph, x: str, name: str, shape: tuple[int, int], *, biased: bool = False) -> str:
+    """``x`` times one matrix, and its bias."""
+    bias = graph.vector(f"{name}.bias", shape[0]) if biased else ""
+    return _matmul(graph, x, f"{name}.weight", (f"{name}.weight",), shape, bias)
+
+
+def _heads(graph: _Graph, x: str, at: str, *, apart: bool) -> list[str]:
+    """Queries, keys and values of ``x (B, S, E)``; all in the first, and the others empty, unless they must be
+    ``apart``, or are stored in different ways."""
+    arch = graph.arch
     query, key = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    sizes = {"q": query, "k": key, "v": key}
-    biases = {p: f"{at}{p}_proj.bias" for p in sizes} if arch.qkv_bias else {}
-    kinds = {graph.settings.kinds[f"{at}{p}_proj.weight"] for p in sizes}
-    norms = arch.qk_norm == "head"
-    if len(kinds) == 1:
-        bias = graph.vector(f"{at}qkv_proj.bias", query + 2 * key, tuple(biases.values())) if biases else ""
-        sources = tuple(f"{at}{p}_proj.weight" for p in sizes)
-        packed = _matmul(graph, x, f"{at}qkv_proj.weight", sources, (query + 2 * key, arch.hidden), bias)
-        parts = [packed, "", ""]
-        if norms or graph.settings.rotary_apart:
-            parts = [f"{packed}.{p}" for p in sizes]
-            graph.node("Split", [packed, graph.constant(list(sizes.values()))], parts, axis=-1)
-    else:
-        parts = [
-            _matmul(
-                graph,
-                x,
-                f"{at}{p}_proj.weight",
-                (f"{at}{p}_proj.weight",),
-                (size, arch.hidden),
-                graph.vector(biases[p], size) if biases else "",
-            )
-            for p, size in sizes.items()
-        ]
-    if norms:  # GroupQueryAttention takes their weights too, but its CPU kernel refuses them
-        for i, p in enumerate(("q", "k")):
-            heads = graph.node("Reshape", [parts[i], graph.constant([0, 0, -1, arch.head_dim])])
-            heads = _norm(graph, heads, f"{at}{p}_norm.weight", arch.head_dim)
-            parts[i] = graph.node("Reshape", [heads, graph.constant([0, 0, -1])])
-    inside = not graph.settings.rotary_apart
-    if not inside:
-        for i in range(2):
-            parts[i] = graph.node("RotaryEmbedding", [parts[i], POSITIONS, *rotary], domain=MS, interleaved=0)
+    sizes = {f"{at}{p}_proj": size for p, size in (("q", query), ("k", key), ("v", key))}
+    if len({graph.settings.kinds[f"{name}.weight"] for name in sizes}) > 1:
+        return [_project(graph, x, name, (n, arch.hidden), biased=arch.qkv_bias) for name, n in sizes.items()]
+    biases = tuple(f"{name}.bias" for name in sizes)
+    bias = graph.vector(f"{at}qkv_proj.bias", query + 2 * key, biases) if arch.qkv_bias else ""
+    sources = tuple(f"{name}.weight" for name in sizes)
+    packed = _matmul(graph, x, f"{at}qkv_proj.weight", sources, (query + 2 * key, arch.hidden), bias)
+    if not apart:
+        return [packed, "", ""]
+    parts = [f"{packed}.{p}" for p in "qkv"]
+    graph.node("Split", [packed, graph.constant(list(sizes.values()))], parts, axis=-1)
+    return parts
+
+
+def _head_norm(graph: _Graph, x: str, weight: str, heads: int) -> str:
+    """Queries or keys by their norm. GroupQueryAttention takes its weights too, but its CPU kernel refuses them."""
+    size = graph.arch.head_dim
+    if graph.arch.qk_norm == "whole":
+        return _norm(graph, x, weight, heads * size)
+    x = _norm(graph, graph.node("Reshape", [x, graph.constant([0, 0, -1, size])]), weight, size)
+    return graph.node("Reshape", [x, graph.constant([0, 0, -1])])
+
+
+def _attention(graph: _Graph, x: str, layer: int, lengths: tuple[str, str]) -> str:
+    """Self-attention of one layer over ``x (B, S, E)``, without the output projection."""
+    arch, at, attention = graph.arch, f"model.layers.{layer}.self_attn.", graph.arch.attention[layer]
+    assert attention
+    normed, rotary = arch.qk_norm != "none", attention.rotary
+    tables = _tables(graph, rotary) if rotary else []
+    apart = bool(tables) and graph.settings.rotary_apart
+    parts = _heads(graph, x, at, apart=normed or apart)
+    for i, (p, heads) in enumerate((("q", arch.heads), ("k", arch.kv_heads))):
+        if normed:
+            parts[i] = _head_norm(graph, parts[i], f"{at}{p}_norm.weight", heads)
+        if apart and rotary:
+            part = {"num_heads": heads, "rotary_embedding_dim": rotary.dim} if rotary.dim < arch.head_dim else {}
+            parts[i] = graph.node("RotaryEmbedding", [parts[i], POSITIONS, *tables], domain=MS, interleaved=0, **part)
     inputs = [*parts, *(f"past_key_values.{layer}.{p}" for p in ("key", "value")), *lengths]
     outputs = [f"{at}output", *(f"present.{layer}.{p}" for p in ("key", "value"))]
     return graph.node(
         "GroupQueryAttention",
-        [*inputs, *rotary] if inside else inputs,
+        inputs if apart else [*inputs, *tables],
         outputs,
         domain=MS,
         num_heads=arch.heads,
         kv_num_heads=arch.kv_heads,
-        do_rotary=int(inside),
+        do_rotary=int(bool(tables) and not apart),
         rotary_interleaved=0,
+        **_settings_of(graph, attention),
     )
+
+
+def _settings_of(graph: _Graph, attention: Attention) -> dict[str, int | float]:
+    """What of a layer's attention is not as it is by default."""
+    arch = graph.arch
+    found: dict[str, int | float] = {}
+    if attention.window is not None and attention.window < graph.settings.context_length:
+        found["local_window_size"] = attention.window
+    if arch.attention_scale is not None:
+        found["scale"] = arch.attention_scale
+    if arch.attention_cap is not None:
+        found["softcap"] = arch.attention_cap
+    return found
+
+
+def _tables(graph: _Graph, rotary: Rotary) -> list[str]:
+    """Cosines and sines of a rotary embedding."""
+    place = graph.arch.rotaries.index(rotary)
+    shape = (graph.settings.context_length, rotary.dim // 2)
+    names = {"cos": COSINES, "sin": "rotary.sin"} if not place else {p: f"rotary.{place}.{p}" for p in ("cos", "sin")}
+    return [
+        graph.store(Stored(names[p], graph.settings.activations, shape, p, (), "plain", rotary)) for p in ("cos", "sin")
+    ]
 
 
 def _mlp(graph: _Graph, x: str, layer: int) -> str:
     arch, at = graph.arch, f"model.layers.{layer}.mlp."
-
-    def project(p: str, y: str, shape: tuple[int, int]) -> str:
-        return _matmul(graph, y, f"{at}{p}_proj.weight", (f"{at}{p}_proj.weight",), shape)
-
-    wide = (arch.intermediate, arch.hidden)
-    gate = project("gate", x, wide)
-    up = project("up", x, wide)
-    swish = graph.node("Mul", [gate, graph.node("Sigmoid", [gate])])  # onnxruntime makes one node of the two
-    return project("down", graph.node("Mul", [swish, up]), wide[::-1])
+    wide, biased = (arch.intermediate, arch.hidden), arch.mlp_bias
+    gate = _project(graph, x, f"{at}gate_proj", wide, biased=biased)
+    up = _project(graph, x, f"{at}up_proj", wide, biased=biased)
+    if arch.activation == "silu":
+        active = graph.node("Mul", [gate, graph.node("Sigmoid", [gate])])  # onnxruntime makes one node of the two
+    else:
+        active = graph.node("Gelu", [gate], approximate="tanh")
+    return _project(graph, graph.node("Mul", [active, up]), f"{at}down_proj", wide[::-1], biased=biased)
 
 
 def _lengths(graph: _Graph) -> tuple[str, str]:
@@ -298,30 +348,31 @@ class Models:
     """What the data file holds, in order."""
 
 
+def _join(graph: _Graph, total: str, y: str, behind: str, before: str) -> tuple[str, str]:
+    """A block's output ``y``, through the norm behind it, added to what has come so far; and that sum's norm before the
+    next block. Both norms may be none."""
+    y = graph.scaled(_norm(graph, y, behind, graph.arch.hidden) if behind else y, graph.arch.residual_scale)
+    if before:
+        return _add_norm(graph, total, y, before)
+    total = graph.node("Add", [total, y])
+    return total, total
+
+
 def build(arch: Architecture, settings: Settings) -> Models:
     """The graphs of a student."""
     graph = _Graph(arch, settings)
     lengths = _lengths(graph)
-    table = (settings.context_length, arch.head_dim // 2)
-    rotary = (
-        graph.store(Stored(COSINES, settings.activations, table, "cos", (), "plain")),
-        graph.store(Stored("rotary.sin", settings.activations, table, "sin", (), "plain")),
-    )
-    total = _embedding(graph, "input_ids")
-    x = _norm(graph, total, "model.layers.0.input_layernorm.weight", arch.hidden)
+    total = graph.scaled(_embedding(graph, "input_ids"), arch.embedding_scale)
+    first = arch.norm_names(0).before_attention
+    x = _norm(graph, total, first, arch.hidden) if first else total
     for layer in range(arch.layers):
-        at, following = f"model.layers.{layer}.", f"model.layers.{layer + 1}.input_layernorm.weight"
-        heads = _attention(graph, x, layer, lengths, rotary)
-        attended = _matmul(
-            graph,
-            heads,
-            f"{at}self_attn.o_proj.weight",
-            (f"{at}self_attn.o_proj.weight",),
-            (arch.hidden, arch.heads * arch.head_dim),
-        )
-        x, total = _add_norm(graph, total, attended, f"{at}post_attention_layernorm.weight")
-        fed = _mlp(graph, x, layer)
-        x, total = _add_norm(graph, total, fed, following if layer + 1 < arch.layers else "model.norm.weight")
+        names = arch.norm_names(layer)
+        following = arch.norm_names(layer + 1).before_attention if layer + 1 < arch.layers else "model.norm.weight"
+        heads = _attention(graph, x, layer, lengths)
+        shape = (arch.hidden, arch.heads * arch.head_dim)
+        attended = _project(graph, heads, f"model.layers.{layer}.self_attn.o_proj", shape, biased=arch.out_bias)
+        x, total = _join(graph, total, attended, names.behind_attention, names.before_mlp)
+        x, total = _join(graph, total, _mlp(graph, x, layer), names.behind_mlp, following)
     graph.nodes[-1].output[:] = [HIDDEN]
     _head(graph, graph.node("Gather", [HIDDEN, graph.constant([-1])], axis=1))
     head = _Graph(arch, settings)

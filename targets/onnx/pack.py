@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...quant.source import Source
-from ..shared.decoder import Architecture, rotary_tables
+from ..shared.decoder import rotary_tables
 from ..shared.source import exact_half, narrow
 from .graph import BLOCK, Stored, offsets
 
@@ -32,7 +32,7 @@ def pack_rows(q: torch.Tensor, kind: str, *, whole_blocks: bool) -> np.ndarray:
     return np.pad(codes, ((0, 0), (0, missing)), constant_values=0x80)
 
 
-def write_data(path: Path, stored: list[Stored], weights: Source, arch: Architecture, context_length: int) -> None:
+def write_data(path: Path, stored: list[Stored], weights: Source) -> None:
     """Write the data file.
 
     Raises:
@@ -46,15 +46,15 @@ def write_data(path: Path, stored: list[Stored], weights: Source, arch: Architec
                 continue
             done.add(places[item.name])
             file.seek(places[item.name])
-            for piece in _pieces(item, weights, arch, context_length):
+            for piece in _pieces(item, weights):
                 file.write(np.ascontiguousarray(piece).data)
         file.truncate(max(places[item.name] + item.size_bytes for item in stored))
 
 
-def _pieces(item: Stored, weights: Source, arch: Architecture, context_length: int) -> Iterator[np.ndarray]:
+def _pieces(item: Stored, weights: Source) -> Iterator[np.ndarray]:
     """The bytes of an initialiser, in order."""
-    if item.part in ("cos", "sin"):
-        yield rotary_tables(arch, context_length)[item.part == "sin"].astype(item.dtype)
+    if item.rotary:
+        yield rotary_tables(item.rotary, item.shape[0])[item.part == "sin"].astype(item.dtype)
         return
     if item.part == "transposed":
         yield np.concatenate([narrow(weights, source, item.dtype) for source in item.sources]).T

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ...architecture import Architecture, Feature
+from ...architecture import Architecture
 from ...checkpoint import Checkpoint
 from ...errors import BadArtifact, SpecError, Unsupported
 from ...files import write_json
@@ -31,9 +31,10 @@ from ..shared.artifact import (
     details_of,
     main_file,
 )
-from ..shared.decoder import asked_for, check_features, check_weights
+from ..shared.decoder import DECODER_FEATURES, asked_for, check_features, check_weights
 from ..shared.recipes import Real, real_of
 from ..shared.session import DecoderSession
+from ..shared.source import plain_form
 from ..shared.target import TargetOptions
 from ..shared.tokenizer import (
     CHATS,
@@ -59,7 +60,7 @@ __all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export
 TITLE, EXTRA = "ONNX", "onnx"
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "onnx")
 MAIN_FILE = "model.onnx"
-FEATURES = frozenset({Feature.FREE_HEADS, Feature.HEAD_NORM, Feature.LLAMA3_ROPE, Feature.QKV_BIAS})
+FEATURES = DECODER_FEATURES
 """What the graph has a place for."""
 TESTED = ("cpu",)
 _WITHOUT_KERNELS = ("coreml", "qnn", "nnapi")
@@ -114,9 +115,20 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
     arch, context_length = asked_for(config, spec)
     _check_providers(spec.providers)
     check_features(arch, FEATURES, TITLE, context_length)
+    _check_heads(arch)
     check_has_tokenizer(tokenizer_folder)
     check_installed("onnx", "onnx", GENAI, "tokenizers")
     runtime()
+
+
+def _check_heads(arch: Architecture) -> None:
+    for channels in (arch.head_dim, *(rotary.dim for rotary in arch.rotaries)):
+        if channels % 16:
+            raise Unsupported(
+                f"config.json: head_dim {arch.head_dim}: onnxruntime's GroupQueryAttention takes heads, and rotary "
+                f"embeddings, of a multiple of 16 channels, not {channels}.",
+                "Export another target.",
+            )
 
 
 def _check_providers(providers: list[str]) -> None:
@@ -196,8 +208,9 @@ def _write(job: Job, spec: Options) -> Written:
     """Write everything but the manifest."""
     from .pack import write_data
 
-    checkpoint, source, folder, arch = job.checkpoint, job.source, job.folder, job.checkpoint.architecture
-    check_weights(arch, source, TITLE)
+    checkpoint, folder = job.checkpoint, job.folder
+    check_weights(checkpoint.architecture, job.source, TITLE)
+    source, arch = plain_form(job.source, checkpoint.architecture)
     activations: Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
     context = spec.context or arch.context_length
     apart = "dml" in spec.providers
@@ -210,7 +223,7 @@ def _write(job: Job, spec: Options) -> Written:
     models = graph_.build(arch, settings)
     (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
     (folder / graph_.HEAD_FILE).write_bytes(models.head.SerializeToString())
-    write_data(folder / graph_.DATA_FILE, models.stored, source, arch, context)
+    write_data(folder / graph_.DATA_FILE, models.stored, source)
     _prove(folder)
     places = graph_.offsets(models.stored)
     sizes = {places[item.name]: item.size_bytes for item in models.stored if item.sources}
@@ -238,7 +251,7 @@ def genai_config(
     past, present = "past_key_values.%d.", "present.%d."
     return {
         "model": {
-            "type": arch.model_type,
+            "type": "llama",  # to genai, a decoder of text: what it is made of stands in the graph
             "bos_token_id": contract.eos_ids[0] if contract.bos_id is None else contract.bos_id,
             "eos_token_id": contract.eos_ids,
             "pad_token_id": contract.eos_ids[0] if pad_id is None else pad_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...architecture import EMBEDDING, HEAD, Architecture, Feature, read_architecture
+from ...architecture import EMBEDDING, HEAD, Architecture, Feature, Rotary, read_architecture
 from ...errors import EdgekdError, SpecError, Unsupported
 from ...quant.source import Source
 from ...spec import TargetSpec
@@ -15,6 +15,37 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["EMBEDDING", "HEAD", "MAX_CACHE_BYTES", "Architecture"]
+DECODER_FEATURES = frozenset(
+    {
+        Feature.QKV_BIAS,
+        Feature.OUT_BIAS,
+        Feature.MLP_BIAS,
+        Feature.HEAD_NORM,
+        Feature.WIDE_NORM,
+        Feature.NORM_OFFSET,
+        Feature.NORMS_AFTER,
+        Feature.NORMS_AROUND,
+        Feature.FREE_HEADS,
+        Feature.EMBEDDING_SCALE,
+        Feature.RESIDUAL_SCALE,
+        Feature.LOGIT_SCALE,
+        Feature.ATTENTION_SCALE,
+        Feature.ATTENTION_CAP,
+        Feature.LOGIT_CAP,
+        Feature.GELU_TANH,
+        Feature.SLIDING_WINDOW,
+        Feature.NO_ROPE,
+        Feature.ROPE_BY_LAYER,
+        Feature.PARTIAL_ROPE,
+        Feature.LINEAR_ROPE,
+        Feature.LLAMA3_ROPE,
+        Feature.YARN_ROPE,
+        Feature.LONG_ROPE,
+        Feature.FUSED_QKV,
+        Feature.FUSED_GATE_UP,
+    }
+)
+"""What a target has a place for whose decoder is written operator by operator, from all that ``Architecture`` tells."""
 MAX_CACHE_BYTES = 2 * 2**30
 """Of a key-value cache that is there in full from the start: about what a phone gives an app in all."""
 
@@ -75,23 +106,24 @@ def check_head_dim(arch: Architecture) -> None:
     Raises:
         Unsupported: the head size is odd.
     """
-    if arch.head_dim % 2:
+    if odd := next((rotary.dim for rotary in arch.rotaries if rotary.dim % 2), 0):
         raise Unsupported(
-            f"config.json: head_dim {arch.head_dim} is odd: the rotary embedding turns pairs.", "Use an even head_dim."
+            f"config.json: head_dim {odd} is odd: the rotary embedding turns pairs.", "Use an even head_dim."
         )
 
 
-def rotary_tables(arch: Architecture, context_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of every position, float32 ``(context_length, head_dim / 2)`` each."""
+def rotary_tables(rotary: Rotary, context_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of every position, float32 ``(context_length, rotary.dim / 2)`` each."""
     import numpy as np
 
-    rotary = arch.rotary
+    rotary = rotary.at(context_length)
     exponents = np.arange(0, rotary.dim, 2, dtype=np.float32) / np.float32(rotary.dim)
     frequencies = 1 / np.power(np.float32(rotary.theta), exponents)
     if rotary.factors:
         frequencies = frequencies / np.array(rotary.factors, np.float32)
     angles = np.arange(context_length, dtype=np.float32)[:, None] * frequencies[None]
-    return np.cos(angles), np.sin(angles)
+    scale = np.float32(rotary.attention_factor)
+    return np.cos(angles) * scale, np.sin(angles) * scale
 
 
 def check_weights(arch: Architecture, source: Source, form: str) -> None:
