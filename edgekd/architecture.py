@@ -158,7 +158,10 @@ class Feature(Enum):
     EMBEDDING_SCALE = "a scaled embedding", "embedding_multiplier"
     RESIDUAL_SCALE = "scaled residuals", "residual_multiplier"
     LOGIT_SCALE = "scaled logits", "logits_scaling"
-    ATTENTION_SCALE = "attention scaled by another number than the head size's root", "attention_multiplier"
+    ATTENTION_SCALE = (
+        "attention scaled by another number than the head size's root",
+        "attention_multiplier, query_pre_attn_scalar",
+    )
     ATTENTION_CAP = "soft caps of attention", "attn_logit_softcapping"
     LOGIT_CAP = "soft caps of logits", "final_logit_softcapping"
     GELU_TANH = "the activation gelu_tanh", "hidden_act"
@@ -640,6 +643,7 @@ def _estimate(decoder: Decoder) -> Architecture:
         "max_position_embeddings": decoder.max_position_embeddings or 0,
         "rms_norm_eps": decoder.rms_norm_eps or 0.0,
         "layer_types": None,
+        "hidden_act": "silu",
     }
     return _llama(decoder.model_copy(update=filled))
 

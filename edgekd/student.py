@@ -381,22 +381,25 @@ def _cut_config(spec: CutStudent, teacher: Mapping[str, object]) -> dict[str, ob
         )
     config = {**teacher, "num_hidden_layers": spec.layers, "dtype": "float32"}
     config.pop("torch_dtype", None)
-    return config | _cut_layer_types(spec, teacher, layers) | _cut_widths(spec, teacher)
+    return config | _cut_by_layer(spec, teacher, layers) | _cut_widths(spec, teacher)
 
 
-def _cut_layer_types(spec: CutStudent, teacher: Mapping[str, object], layers: int) -> dict[str, object]:
+def _cut_by_layer(spec: CutStudent, teacher: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """What a configuration says of each layer, of those that are kept. Where it says nothing, its class goes by the
+    layer's number, which the cut changes."""
     decoder = read_decoder(teacher)
-    types = decoder.layer_types
-    if types is None and decoder.use_sliding_window:
-        first_sliding = layers if decoder.max_window_layers is None else decoder.max_window_layers
-        types = ["sliding_attention" if i >= first_sliding else "full_attention" for i in range(layers)]
-    if types is None:
-        return {}
-    if len(types) != layers:
-        raise SpecError(
-            f"teacher.model: config.json names {layers} layers and {len(types)} layer_types.", "Save it again."
-        )
-    return {"layer_types": [types[i] for i in kept_layers(layers, spec.layers)]}
+    found: dict[str, Any] = {}
+    for key, usual in (("layer_types", "full_attention"), ("no_rope_layers", 1)):
+        said = getattr(decoder, key)
+        values = said or getattr(_transformers_config(teacher), key, None)
+        if values is None or (said is None and set(values) == {usual}):
+            continue
+        if len(values) < layers:
+            raise SpecError(
+                f"teacher.model: config.json names {layers} layers and {len(values)} {key}.", "Save it again."
+            )
+        found[key] = [values[i] for i in kept_layers(layers, spec.layers)]
+    return found
 
 
 def _cut_widths(spec: CutStudent, teacher: Mapping[str, object]) -> dict[str, object]:
@@ -494,7 +497,9 @@ def _copy_cut(model: PreTrainedModel, teacher: Checkpoint, layers: list[int]) ->
         if channels is not None and (side := _channel_side(name)) is not None:
             weight = weight.index_select(side, channels)
             if weight.ndim == 1 and "norm" in name:
-                weight = weight * (before / after) ** 0.5  # RMSNorm's mean is now over the kept channels alone
+                offset = int(teacher.architecture.norm_offset)
+                # RMSNorm's mean is now over the kept channels alone
+                weight = (weight + offset) * (before / after) ** 0.5 - offset
         if weight.shape != parameter.shape:
             raise EdgekdError(
                 f"{teacher.folder}: tensor {source} is {tuple(weight.shape)}, expected {tuple(parameter.shape)}.",
@@ -508,7 +513,7 @@ def _channel_side(name: str) -> int | None:
     """The side of a parameter that the residual stream's channels index, or None."""
     if name.endswith(("o_proj.weight", "down_proj.weight", "layernorm.weight", "model.norm.weight")):
         return 0
-    reads = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+    reads = tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "qkv", "gate", "up", "gate_up"))
     return 1 if name.endswith((*reads, "embed_tokens.weight", "lm_head.weight")) else None
 
 

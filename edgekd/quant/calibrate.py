@@ -87,7 +87,7 @@ class Layer:
 
 
 class Walk:
-    """A decoder of the Llama family over ``ids``, which are int ``(N, T)``.
+    """A decoder over ``ids``, which are int ``(N, T)``.
 
     Raises:
         EdgekdError: ids are no window or lie beyond the vocabulary, or the architecture cannot be walked.
@@ -112,7 +112,8 @@ class Walk:
         for windows in _batches(self._hidden):
             index = ids[windows].flatten().long()
             gathered = rows[index].float()
-            self._hidden[windows] = (embed(index, gathered) if embed else gathered).view(self._hidden[windows].shape)
+            entering = (embed(index, gathered) if embed else gathered) * checkpoint.architecture.embedding_scale
+            self._hidden[windows] = entering.view(self._hidden[windows].shape)
 
     def __len__(self) -> int:
         """Number of decoder layers."""
@@ -210,13 +211,15 @@ def _skeleton(checkpoint: Checkpoint) -> tuple[Any, Any, str, str]:
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _cannot_walk(checkpoint) from error
     model.eval()
     base = model.base_model
     embedding = model.get_input_embeddings()
-    if not all(hasattr(base, part) for part in ("layers", "norm", "rotary_emb")) or type(embedding) is not nn.Embedding:
+    scales = checkpoint.architecture.embedding_scale != 1  # then the embedding is of a kind of its own
+    plain = type(embedding) is nn.Embedding or scales
+    if not plain or not all(hasattr(base, part) for part in ("layers", "norm", "rotary_emb")):
         raise _cannot_walk(checkpoint)
     # Its frequencies are no weights of the file.
     base.rotary_emb = type(base.rotary_emb)(config=config)
@@ -228,7 +231,7 @@ def _cannot_walk(checkpoint: Checkpoint) -> EdgekdError:
     kind = checkpoint.config.get("model_type")
     return EdgekdError(
         f"{checkpoint.folder}: model_type {kind!r}: no decoder layers are found that calibration can walk.",
-        "Use Llama, Qwen2 or Qwen3, or quantize by round to nearest.",
+        "Use a model of docs/architectures.md, or quantize by round to nearest.",
     )
 
 
@@ -249,8 +252,8 @@ def _calls(checkpoint: Checkpoint, base: Any, context: int) -> list[_Call]:
         raise _cannot_walk(checkpoint) from error
     finally:
         base.layers, base.norm = layers, norm
-    # Some architectures scale the embedding between it and the layers; nothing here would.
-    if not torch.equal(out, ones):
+    # Some architectures scale the embedding between it and the layers, others in it; of neither more than is known.
+    if not any(torch.equal(out, ones * factor) for factor in (1, checkpoint.architecture.embedding_scale)):
         raise _cannot_walk(checkpoint)
     return calls
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import make_tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 700,
@@ -31,6 +33,8 @@ GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
 }
+GEMMA2 = {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 6.0}
+"""Caps low enough to be felt."""
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -80,12 +84,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "embedding_multiplier": 12.0,
             "residual_multiplier": 0.22,
             "attention_multiplier": 0.1,
-            "logits_scaling": 8.0,
+            "logits_scaling": 1.5,
         },
     ),
     "OLMo 2": ("olmo2", {}),
-    "Gemma 2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": WINDOW}),
-    "Gemma 2, scaled attention": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}),
+    "Gemma 2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, **GEMMA2}),
+    "Gemma 2, scaled attention": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 20, **GEMMA2}),
     "Gemma 3": (
         "gemma3_text",
         {
@@ -96,6 +100,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": GEMMA3_ROPES,
         },
     ),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mixtral, and other mixtures of experts": ("mixtral", {"num_local_experts": 8}),
+    "Gemma 3 with images, and other multimodal models": ("gemma3", {"text_config": {"model_type": "gemma3_text"}}),
+    "Mamba, and other state-space models": ("mamba", {"state_size": 16}),
+    "GPT-2, and all others": ("gpt2", {}),
 }
 ODD = {
     "hidden_size": 80,
@@ -108,14 +118,30 @@ ODD = {
 """No whole blocks of 32."""
 
 
+def config_of(case: str, *, tied: bool, **settings: Any) -> PreTrainedConfig:
+    """Its configuration; ``settings`` come before its own."""
+    model_type, keys = CASES[case]
+    return CONFIG_MAPPING[model_type](**{**SIZES, **keys, **settings, "tie_word_embeddings": tied})
+
+
+def architectures() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every case with a window and a context as real models have them, and one of every kind that is refused."""
+    for case, (_, keys) in CASES.items():
+        real = {"max_position_embeddings": 8192} | ({"sliding_window": 4096} if keys.get("sliding_window") else {})
+        for tied in (True, False) if case == "Gemma 2" else (True,):
+            name = case if tied else f"{case}, a head of its own"
+            yield name, json.loads(config_of(case, tied=tied, **real).to_json_string())
+    for name, (model_type, keys) in REFUSED.items():
+        yield name, {"model_type": model_type, **SIZES, **keys}
+
+
 def make_family(folder: Path, case: str, *, tied: bool, **settings: Any) -> Path:
     """A random student, its weights exact in fp16 and large enough for its logits to be far apart."""
     model_type, keys = CASES[case]
     if "rope_parameters" in keys and model_type == "phi3":  # its factors are as many as a head's pairs
         settings = {key: value for key, value in settings.items() if key == "intermediate_size"}
-    config = CONFIG_MAPPING[model_type](**{**SIZES, **keys, **settings, "tie_word_embeddings": tied})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config_of(case, tied=tied, **settings))
     with torch.no_grad():
         for name, value in model.named_parameters():
             spread = 0.3 if "norm" in name or "embed" in name or "bias" in name else value.shape[-1] ** -0.5
