@@ -322,7 +322,7 @@ class Architecture:
     def _by_layer(self, context_length: int) -> frozenset[Feature]:
         layers = {layer for layer in self.attention if layer}
         ropes = self.rotaries
-        kinds = {_ROPE_FEATURES.get(rope.scaling, Feature.OTHER_ROPE) for rope in ropes} - {None}
+        kinds = {kind for rope in ropes if (kind := _ROPE_FEATURES.get(rope.scaling, Feature.OTHER_ROPE))}
         found = {
             Feature.NO_ATTENTION: None in self.attention,
             Feature.SLIDING_WINDOW: any(a.window is not None and a.window < context_length for a in layers),
@@ -330,7 +330,7 @@ class Architecture:
             Feature.ROPE_BY_LAYER: len(ropes) > 1,
             Feature.PARTIAL_ROPE: any(rope.dim != self.head_dim for rope in ropes),
         }
-        return frozenset(feature for feature, there in {**found, **dict.fromkeys(kinds, True)}.items() if there)
+        return frozenset(feature for feature, there in found.items() if there) | kinds
 
     def weights(self) -> dict[str, Weight]:
         """Role and shape of every parameter, by its name in the file, in order; a tied head is the embedding."""

@@ -337,6 +337,10 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """One decoder layer with its cache."""
 
+    before_attention: nn.Module
+    behind_attention: nn.Module
+    before_mlp: nn.Module
+    behind_mlp: nn.Module
     q: Linear
     k: Linear
     v: Linear

@@ -81,8 +81,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite 3": (
         "granite",
         {
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
+            "embedding_multiplier": 1.5,
+            "residual_multiplier": 0.6,
             "attention_multiplier": 0.1,
             "logits_scaling": 1.5,
         },

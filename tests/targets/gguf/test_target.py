@@ -197,8 +197,8 @@ def test_llama3_rope_is_read_from_either_generation_of_config(tiny_student: Path
         "rope_theta": 10000.0,
         "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"},
     }
-    factors = read_architecture(old).rotary.factors
-    assert factors == read_architecture(config | {"rope_parameters": LLAMA3_ROPE}).rotary.factors
+    factors = read_architecture(old).rotaries[0].factors
+    assert factors == read_architecture(config | {"rope_parameters": LLAMA3_ROPE}).rotaries[0].factors
     assert len(factors) == 16 and factors[0] == 1.0 and factors[-1] == 8.0 and list(factors) == sorted(factors)
     with pytest.raises(Unsupported, match=r"GGUF's qwen3 cannot hold: .* rope_parameters"):
         targets.check(Checkpoint(tiny_student).config | {"rope_parameters": LLAMA3_ROPE}, tiny_student, spec())
