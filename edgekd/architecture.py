@@ -27,6 +27,7 @@ Count = Annotated[int, Field(gt=0, le=2**16)]
 """Of what transformers, or one of our tables, holds something in memory for each."""
 Id = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 is some files' word for "none"
 Positive = Annotated[float, Field(gt=0, lt=1e30)]
+Turns = Annotated[float, Field(ge=1e-3, lt=1e6)]
 
 
 class Rope(BaseModel):
@@ -42,8 +43,8 @@ class Rope(BaseModel):
     attention_factor: Positive | None = None
     mscale: Annotated[float, Field(ge=0, lt=1e30)] | None = None
     mscale_all_dim: Annotated[float, Field(ge=0, lt=1e30)] | None = None
-    beta_fast: Positive | None = None
-    beta_slow: Positive | None = None
+    beta_fast: Turns | None = None
+    beta_slow: Turns | None = None
     truncate: bool | None = None
     short_factor: list[Positive] | None = None
     long_factor: list[Positive] | None = None
@@ -169,6 +170,7 @@ class Feature(Enum):
     PLAIN_MLP = "an MLP without a gate", "model_type"
     SLIDING_WINDOW = "sliding windows of attention", "sliding_window, use_sliding_window, layer_types"
     NO_ATTENTION = "layers of another kind than attention", "layer_types"
+    NO_POSITIONS = "no rotary embedding at all", "no_rope_layers"
     NO_ROPE = "layers without a rotary embedding", "no_rope_layers"
     ROPE_BY_LAYER = "rotary embeddings that differ by layer", "rope_parameters"
     PARTIAL_ROPE = "a rotary embedding of part of a head", "rope_parameters, partial_rotary_factor"
@@ -326,7 +328,8 @@ class Architecture:
         found = {
             Feature.NO_ATTENTION: None in self.attention,
             Feature.SLIDING_WINDOW: any(a.window is not None and a.window < context_length for a in layers),
-            Feature.NO_ROPE: any(layer.rotary is None for layer in layers),
+            Feature.NO_POSITIONS: not ropes,
+            Feature.NO_ROPE: bool(ropes) and any(layer.rotary is None for layer in layers),
             Feature.ROPE_BY_LAYER: len(ropes) > 1,
             Feature.PARTIAL_ROPE: any(rope.dim != self.head_dim for rope in ropes),
         }
@@ -708,6 +711,11 @@ def _rotary(decoder: Decoder, kind: Literal["full_attention", "sliding_attention
 def _scaled(decoder: Decoder, rope: Rope) -> Rotary:
     theta = rope.rope_theta or decoder.rope_theta or 10000.0
     partial = rope.partial_rotary_factor or decoder.partial_rotary_factor or 1.0
+    if partial > 1 or decoder.head_size * partial < 2:
+        raise EdgekdError(
+            f"config.json: partial_rotary_factor {partial} of {decoder.head_size} channels is no pair.",
+            "Save it again.",
+        )
     plain = Rotary(theta, int(decoder.head_size * partial), rope.rope_type or rope.type or "default")
     if rope.short_factor and plain.scaling in ("su", "yarn"):  # LongRoPE's names before it had one
         plain = replace(plain, scaling="longrope")
@@ -718,7 +726,7 @@ def _scaled(decoder: Decoder, rope: Rope) -> Rotary:
         return plain
     longest = decoder.max_position_embeddings or 0
     original = decoder.original_max_position_embeddings or rope.original_max_position_embeddings or longest
-    if not original:
+    if original < 1:
         raise _incomplete(plain, "original_max_position_embeddings")
     return scale(replace(plain, original_context=int(original), factor=rope.factor or longest / original), rope)
 

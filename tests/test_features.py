@@ -90,6 +90,7 @@ EXAMPLES: dict[Feature, dict[str, Any]] = {
     Feature.PLAIN_MLP: {"gated": False},
     Feature.SLIDING_WINDOW: {"attention": (Attention(ROTARY), Attention(ROTARY, 16))},
     Feature.NO_ATTENTION: {"attention": (Attention(ROTARY), None)},
+    Feature.NO_POSITIONS: {"attention": (Attention(None),)},
     Feature.NO_ROPE: {"attention": (Attention(ROTARY), Attention(None))},
     Feature.ROPE_BY_LAYER: {"attention": (Attention(ROTARY), Attention(replace(ROTARY, theta=1e6)))},
     Feature.PARTIAL_ROPE: {"attention": (Attention(replace(ROTARY, dim=8)),)},
@@ -190,6 +191,8 @@ def test_a_file_that_says_nothing_of_rope_has_that_of_its_class(model_type: str)
         ({"type": "linear"}, "linear needs factor"),
         ({"type": "llama3", "factor": 8.0}, "llama3 needs factor, and low_freq_factor below high_freq_factor"),
         ({"type": "longrope", "short_factor": [1.0]}, "longrope needs short_factor and long_factor, 8 numbers each"),
+        ({"type": "yarn", "original_max_position_embeddings": 0.5}, "yarn needs original_max_position_embeddings"),
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor 2.0 of 16 channels is no pair"),
     ],
 )
 def test_a_rope_that_lacks_a_number_is_refused(rope: dict[str, Any], needs: str) -> None:
