@@ -415,7 +415,7 @@ def test_auto_takes_the_faster_precision_and_keeps_to_it(tmp_path, monkeypatch):
     timed["bfloat16"] = 2.0
     assert _train(_model(0), tmp_path / "a", precision="auto", steps=4)["precision"] == "bfloat16"
     assert _train(_model(0), tmp_path / "b", precision="auto")["precision"] == "float32"
-    timed["bfloat16"] = 0.97  # within the clock's noise
+    timed["bfloat16"] = 0.8  # another run might find the contrary
     assert _train(_model(0), tmp_path / "c", precision="auto")["precision"] == "float32"
     shared = tmp_path / "a" / "precision.json"
     assert _train(_model(0), tmp_path / "d", precision="auto", shared=shared)["precision"] == "bfloat16"

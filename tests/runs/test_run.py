@@ -19,12 +19,12 @@ name: tiny
 teacher: {{model: {teacher}}}
 student: {{init: cut, layers: 2}}
 data: {{source: text, paths: [text/*.txt], context: 32, validation_share: 0.2, test_share: 0.2}}
-distill: {{steps: {steps}, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
+distill: {{precision: float32, steps: {steps}, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
 quantize:
   method: qad
   compare: [rtn, gptq]
   calibration_windows: 8
-  qad: {{steps: 80, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
+  qad: {{precision: float32, steps: 80, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
 targets: [{{target: gguf, recipes: [fp16, portable-int4], context: 96}}]
 verify: {{windows: 2, context: 32, greedy_tokens: 4, thresholds: {{fp16: {{kl_mean_max: {gate}}}}}}}
 bench: {{prompt_tokens: [8], decode_tokens: 4, runs: 1}}

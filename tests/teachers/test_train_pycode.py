@@ -81,7 +81,12 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
 
         model = small_model()
         spec = TrainingSpec(
-            loss={"cross_entropy": 1.0}, steps=STEPS, batch_size=2, validate_every=2, checkpoint_every=1
+            loss={"cross_entropy": 1.0},
+            precision="float32",
+            steps=STEPS,
+            batch_size=2,
+            validate_every=2,
+            checkpoint_every=1,
         )
         method = Descent(MuonAdamW(model), partial(rate, STEPS))
         train(model, windows, windows, spec, signal=None, seed=0, work_dir=folder, on_event=on_event, method=method)
