@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16"]
 _WINDOWS = 4
 _STEPS = 3
-# bfloat16 rounds more, and two runs of one spec should choose alike: it must be faster by far more than the clock's noise.
+# bfloat16 rounds more, and two runs of one spec should choose alike: it must be faster by more than the clock's noise.
 # Where a CPU or a GPU has units for it, it is twice as fast; where it has not, it was 0.7 to 1.1 times as fast.
 _GAIN = 0.75
 

@@ -2,7 +2,7 @@
 
 A fault of an exporter or a runtime changes the logits by more than that; a gate on it needs no constant that was fitted
 to a model. Measured on SmolLM2-135M and on the quickstart's student, a sound runtime's KL to the model it packs was 0.5
-to 1.4 times the KL of this rounding (llama.cpp, onnxruntime, ExecuTorch).
+to 1.4 times the KL of this rounding (llama.cpp, onnxruntime, ExecuTorch, and the stand-in for Core ML).
 """
 
 from __future__ import annotations
@@ -42,19 +42,31 @@ def noise_of(model: PreTrainedModel, arithmetic: Arithmetic, windows: np.ndarray
 @contextmanager
 def _rounding(model: PreTrainedModel, arithmetic: Arithmetic) -> Iterator[None]:
     """Round the inputs of every matrix product, and in half precision the matrices too."""
-    import torch
+    from torch.nn import Embedding, Linear
 
-    def before(layer: torch.nn.Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (_ROUND[arithmetic](inputs[0]), *inputs[1:])
+    def before(layer: Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (_ROUND[arithmetic](inputs[0].float()), *inputs[1:])
 
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    def after(layer: Linear | Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.half()
+
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
     hooks = [linear.register_forward_pre_hook(before) for linear in linears]
     kept: list[tuple[Any, Tensor]] = []
-    if arithmetic == "float16":
+    if arithmetic.startswith("float16"):
         # The embedding that is also the head is one tensor, which must be put back once.
         kept = [(weight, weight.data) for weight in {id(linear.weight): linear.weight for linear in linears}.values()]
         for weight, exact in kept:
             weight.data = _halved(exact)
+    if arithmetic == "float16 throughout":
+        # Matrix products accumulate in float32, and what they give is half; then so is what every other operator gives.
+        matrices = [*linears, *(module for module in model.modules() if isinstance(module, Embedding))]
+        hooks += [matrix.register_forward_hook(after) for matrix in matrices]
+        held = {id(weight) for matrix in matrices for weight in matrix.parameters(recurse=False)}
+        kept += [(weight, weight.data) for weight in model.parameters() if id(weight) not in held]
+        for weight, exact in kept:
+            if id(weight) not in held:
+                weight.data = exact.half()
     try:
         yield
     finally:
@@ -89,6 +101,7 @@ def _by_token(x: Tensor) -> Tensor:
 
 _ROUND: dict[Arithmetic, Callable[[Tensor], Tensor]] = {
     "float16": _halved,
+    "float16 throughout": _halved,
     "int8 by 32": _by_32,
     "int8 by token": _by_token,
 }

@@ -30,6 +30,6 @@ def logits_of(model: PreTrainedModel, vocab_size: int | None = None) -> Logits:
     def logits(ids: Sequence[int] | np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             found = model(torch.as_tensor(np.asarray(ids), dtype=torch.long)[None], use_cache=False).logits
-        return found[0, :, :vocab_size].numpy()
+        return found[0, :, :vocab_size].float().numpy()
 
     return logits

@@ -73,7 +73,7 @@ class CoremlDetails(Details):
 
 def arithmetic(recipe: Recipe) -> Arithmetic:
     """The program computes in fp16 throughout; its compressed weights are fp16 when they are read."""
-    return "float16"
+    return "float16 throughout"
 
 
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:

@@ -17,14 +17,14 @@ from edgekd.proof import TokenCheck
 from edgekd.spec import Thresholds
 from edgekd.student import load_model, load_tokenizer, resolve_model
 from edgekd.verify.noise import _ROUND, _rounding, noise_of
-from edgekd.verify.parity import first_windows, judge, measure
+from edgekd.verify.parity import NOISE_WINDOWS, compare, first_windows, judge, measure
 from edgekd.verify.reference import logits_of
 from edgekd.verify.tokens import check_tokens
 
 from .conftest import TorchSession
 
 SAME = TokenCheck(strings=2, strings_identical=2, chats=1, chats_identical=1, round_trips=0, round_trips_identical=0)
-EVERY = ["float32", "float16", "int8 by 32", "int8 by token"]
+EVERY = ["float32", "float16", "float16 throughout", "int8 by 32", "int8 by token"]
 
 
 def judged(session, model, windows, arithmetic):
@@ -48,7 +48,7 @@ class Rounding(TorchSession):
         with _rounding(self.model, self.arithmetic):
             logits = super().prefill(ids, all_logits=True)
             with torch.inference_mode():
-                nudged = torch.from_numpy(logits) * (1 + 1e-6 * len(ids))
+                nudged = torch.from_numpy(logits).float() * (1 + 1e-6 * len(ids))
         logits = nudged.numpy()
         return logits if all_logits else logits[-1]
 
@@ -215,6 +215,18 @@ def test_the_model_is_as_it_was_after_the_rounding(tied, windows):
         assert noise == 0 if arithmetic == "float32" else 0 < noise < 0.1
     assert all(torch.equal(before[name], weight) for name, weight in tied.state_dict().items())
     np.testing.assert_array_equal(logits_of(tied)(windows[0]), logits)
+
+
+def test_half_precision_throughout_is_a_model_in_half_precision(trained):
+    """But for what a matrix product keeps until its end, which torch's own leaves to the machine."""
+    model, text = trained
+    half = copy.deepcopy(model)
+    for weight in half.parameters():
+        weight.data = weight.data.half()
+    expected = compare(logits_of(model), logits_of(half), text[:NOISE_WINDOWS]).kl_mean
+    found = noise_of(model, "float16 throughout", text)
+    assert found == pytest.approx(expected, rel=0.5)
+    assert found > 2 * noise_of(model, "float16", text)
 
 
 def test_rounding_is_that_of_its_definition():
