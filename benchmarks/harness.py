@@ -334,6 +334,6 @@ def _death(what: str, exitcode: int | None) -> EdgekdError:
     if exitcode is None or exitcode >= 0:
         return EdgekdError(f"{what} ended without a result (exit code {exitcode}).", remedy)
     known = {int(number): number.name for number in signal.Signals}
-    if -exitcode == signal.SIGKILL:
+    if known.get(-exitcode) == "SIGKILL":
         remedy = f"Memory may have run out: free some, or use a smaller model. {remedy}"
     return EdgekdError(f"{what} was ended by {known.get(-exitcode, f'signal {-exitcode}')}.", remedy)

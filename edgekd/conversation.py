@@ -237,6 +237,6 @@ def _placeholder(value: Any) -> str:
 
 def _why(status: int) -> tuple[str, str]:
     """Cause and remedy of a template's process that ended."""
-    if status == -signal.SIGPROF:
+    if sys.platform != "win32" and status == -signal.SIGPROF:
         return f"the chat template does not end: stopped after {MOST_CPU_SECONDS:g} s of work.", "Change the template."
     return f"the chat template ended its process (status {status}).", "Change the template."

@@ -314,6 +314,8 @@ def _transformers_config(config: Mapping[str, object]) -> PreTrainedConfig:
 def _reason(error: Exception) -> str:
     """The line of a library's error that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if lines[0].startswith("Unrecognized configuration class"):  # and then a page of class names
+        return "it is no model that continues text (model_type)"
     return f"{lines[1 if lines[0].endswith(':') and lines[1:] else 0].rstrip('.'):.300}"
 
 

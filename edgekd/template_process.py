@@ -7,7 +7,6 @@ here and gives the same text.
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -128,16 +127,27 @@ def _answer(line: bytes) -> bytes:
     return json.dumps({"refused": " ".join(words[:1000].split()).rstrip(".")}).encode()
 
 
-def main() -> None:
-    """Answer requests until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer
+def _bound() -> Callable[[float], object]:
+    """Bound the process's memory; what is returned bounds its CPU seconds from now, 0 for no bound. Windows
+    has neither, and is left to the sandbox's own limits."""
+    if sys.platform == "win32":
+        return lambda seconds: None
+    import resource
+
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, inside a C function too
     with suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
+    return lambda seconds: signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer
+    bound = _bound()
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, MOST_CPU_SECONDS)
+        bound(MOST_CPU_SECONDS)
         answer = _answer(line)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        bound(0)
         sys.stdout.buffer.write(answer + b"\n")
         sys.stdout.buffer.flush()
 

@@ -234,3 +234,14 @@ def test_a_tokenizers_setting_of_a_wrong_type_is_refused(tiny_teacher, tmp_path,
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
     with pytest.raises(EdgekdError, match="no usable tokenizer"):
         load_tokenizer(folder)
+
+
+def test_a_model_of_another_kind_is_refused_in_a_sentence(tiny_teacher, tmp_path):
+    """transformers' own words are a page of class names."""
+    shutil.copytree(tiny_teacher, tmp_path / "encoder")
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(config | {"model_type": "clip_text_model"}))
+    with pytest.raises(EdgekdError) as refused:
+        load_model(tmp_path / "encoder")
+    assert str(refused.value).count("\n") == 0
+    assert "cannot be loaded: it is no model that continues text (model_type)." in str(refused.value)
