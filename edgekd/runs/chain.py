@@ -1,7 +1,8 @@
 """A run as a chain of stages.
 
 A stage's key is the hash of what it depends on: the keys of the stages it reads, its section of the spec, the digests
-of the files it reads, and the source of the code that does it.
+of the files it reads, and what does the work: the source of the code, or, where the work takes long, the version of the
+algorithm (``distill.versions``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from shutil import which
 from typing import Literal
 
 from .. import benchmarks, plan
+from ..distill import versions as algorithms
 from ..files import digest, file_sha256
 from ..plan import Cost, Machine
 from ..spec import Method, TrainingSpec
@@ -26,9 +28,6 @@ from .run import Export, Quantization, Run
 
 _SOURCE = Path(__file__).parent.parent
 _BENCHMARKS = Path(benchmarks.__path__[0])
-_TEXT = ("distill/data.py", "distill/corpus.py", "distill/chat.py", "conversation.py", "template_process.py")
-_LOOP = ("distill/train.py", "distill/precision.py", "distill/losses.py", "distill/signals.py")
-_TRAINING = (*_LOOP, "distill/checkpoint.py", "student.py", "checkpoint.py", "architecture.py")
 _OF_TEACHER = ("loss", "temperature", "jsd_beta")
 _PROOF = "proof.py"
 _CALIBRATION = ("quant/calibrate.py",)
@@ -38,7 +37,7 @@ _METHODS: dict[Method, Sequence[str]] = {
     "rtn": _QUANTIZE,
     "search": (*_QUANTIZE, *_CALIBRATION, "quant/search.py"),
     "gptq": (*_QUANTIZE, *_CALIBRATION, "quant/gptq.py"),
-    "qad": (*_QUANTIZE, *_CALIBRATION, "quant/gptq.py", "distill/qad.py", *_LOOP, "distill/checkpoint.py"),
+    "qad": (),
 }
 
 
@@ -106,7 +105,8 @@ def _data(run: Run) -> Stage:
     spec = run.spec.data
     key = _key(
         [],
-        _TEXT,
+        [],
+        algorithms.TEXT,
         spec.model_dump(exclude={"allow_skipped"}),
         [file_sha256(path) for path in spec.files(run.base)],
         platform.python_version() if spec.source == "stdlib" else None,
@@ -124,9 +124,10 @@ def _of_seed(run: Run, seed: int, data: Stage, machine: Machine) -> list[Stage]:
     cost = plan.inference_cost(models, run.spec.data.max_test_tokens, machine)
     reads, job = [data, *trained], partial(work.measure_quality, run, seed)
     name = _of("quality", run, seed)
+    key = _key(reads, [_PROOF], algorithms.EVALUATION)
     return [
         *trained,
-        Stage(name, run.of_seed(seed, "quality"), _key(reads, [*_LOOP, _PROOF]), cost, job, _folders(reads)),
+        Stage(name, run.of_seed(seed, "quality"), key, cost, job, _folders(reads)),
     ]
 
 
@@ -135,7 +136,8 @@ def _trained(run: Run, seed: int, name: str, data: Stage, machine: Machine) -> S
     spec, distilled = run.spec, name == "student"
     settings = spec.distill.model_dump(exclude={"baseline"} if distilled else {"baseline", *_OF_TEACHER})
     initial = run.initial and run.initial.checkpoint.digest
-    key = _key([data], _TRAINING, spec.student.model_dump(), initial, seed, run.reader.checkpoint.digest, settings)
+    algorithm = [algorithms.STUDENT, algorithms.TRAINING]
+    key = _key([data], [], algorithm, spec.student.model_dump(), initial, seed, run.reader.checkpoint.digest, settings)
     taught = run.reader.config if distilled else None
     cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
     state = run.state / f"{name}-{key[:12]}"
@@ -187,7 +189,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
         wanted.recipe.model_dump(),
         method,
         settings.calibration_windows if method != "rtn" else None,
-        [settings.qad.model_dump(), run.spec.seed] if method == "qad" else None,
+        [algorithms.QAD, algorithms.TRAINING, settings.qad.model_dump(), run.spec.seed] if method == "qad" else None,
     ]
     key = _key(reads, _METHODS[method], facts)
     job, state = partial(work.quantize, run, wanted), None

@@ -70,7 +70,6 @@ def edited(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("part", "redone"),
     [
-        ("distill/chat.py", "data"),
         ("quant/calibrate.py", "calibrate"),
         ("quant/gptq.py", "quantize portable-int4 gptq"),
         ("verify/tokens.py", "verify gguf-fp16"),
@@ -82,10 +81,37 @@ def test_code_that_changes_redoes_what_it_makes(folder, tiny_teacher, edited, pa
     edited(Path(edgekd.__file__).parent / part)
     found = changed(before, chain(folder, tiny_teacher))
     assert redone in found
-    if redone == "data":
-        assert found == before.keys()
-    else:
-        assert not {"data", "student", "baseline", "quality"} & found
+    assert not {"data", "student", "baseline", "quality"} & found
+
+
+def test_an_edited_comment_discards_no_training(folder, tiny_teacher, monkeypatch):
+    """Whichever file of the package it stands in."""
+    spec = {"quantize": {"method": "qad"}}
+    before = chain(folder, tiny_teacher, **spec)
+    true = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda p: true(p) + b"# edited" * (p.suffix == ".py"))
+    found = changed(before, chain(folder, tiny_teacher, **spec))
+    assert not {"data", "student", "baseline", "quantize portable-int4 qad"} & found
+    assert {"verify gguf-fp16", "quality", "export gguf-portable-int4"} <= found
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "redone"),
+    [
+        ("TEXT", "data"),
+        ("STUDENT", "student"),
+        ("TRAINING", "student"),
+        ("EVALUATION", "quality"),
+        ("QAD", "quantize portable-int4 qad"),
+    ],
+)
+def test_another_version_of_an_algorithm_redoes_what_it_made(folder, tiny_teacher, monkeypatch, algorithm, redone):
+    spec = {"quantize": {"method": "qad"}}
+    before = chain(folder, tiny_teacher, **spec)
+    monkeypatch.setattr(f"edgekd.distill.versions.{algorithm}", 999)
+    found = changed(before, chain(folder, tiny_teacher, **spec))
+    trained = {"student", "baseline"} if redone == "student" else set()
+    assert found == hanging_on(redone, before).union(*(hanging_on(name, before) for name in trained))
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx", "coreml"])
