@@ -17,7 +17,7 @@ from importlib import resources
 from itertools import islice
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
@@ -39,7 +39,9 @@ LossWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
 Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 _SOME_TARGETS = Field(min_length=1, max_length=100)
 M = TypeVar("M", bound=BaseModel)
-LossName = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+LossName = Literal[
+    "forward_kl", "reverse_kl", "skewed_kl", "skewed_reverse_kl", "jsd", "total_variation", "cross_entropy"
+]
 Method = Literal["rtn", "search", "gptq", "qad"]
 
 
@@ -149,6 +151,7 @@ class TrainingSpec(_Strict):
     )
     temperature: Annotated[float, Field(ge=0.01, le=1000)] = Field(1.0, description="Softens both distributions.")
     jsd_beta: Share = Field(0.5, description="Mixing weight of the teacher in the generalised JSD.")
+    skew: Share = Field(0.1, description="Share of the other distribution that the skewed divergences mix in.")
     steps: Count = 1000
     batch_size: Width = Field(8, description="Windows of one forward pass.")
     gradient_accumulation: Width = 1
@@ -166,7 +169,7 @@ class TrainingSpec(_Strict):
     @model_validator(mode="after")
     def _has_loss(self) -> Self:
         if not self.loss:
-            raise ValueError("loss needs at least one of forward_kl, reverse_kl, jsd, cross_entropy")
+            raise ValueError(f"loss needs at least one of {', '.join(get_args(LossName))}")
         return self
 
 

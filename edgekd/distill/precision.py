@@ -6,35 +6,28 @@ What a CPU's flags promise is not what its kernels hold: with AVX512-BF16 and wi
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from ..errors import EdgekdError
 from ..files import read_json, write_json
-from .losses import needs_teacher, summed_losses
 
 if TYPE_CHECKING:
     from ..spec import TrainingSpec
-    from .data import Windows
-    from .signals import TeacherSignal
 
 Precision = Literal["float32", "bfloat16"]
-_WINDOWS = 4
-_STEPS = 3
+_PASSES = 3
 # bfloat16 rounds more, and two runs of one spec should choose alike: it must be faster by more than the clock's noise.
 # Where a CPU or a GPU has units for it, it is twice as fast; where it has not, it was 0.7 to 1.1 times as fast.
 _GAIN = 0.75
 
 
-def choose_precision(
-    model: torch.nn.Module, windows: Windows, spec: TrainingSpec, signal: TeacherSignal | None, file: Path
-) -> Precision:
+def choose_precision(spec: TrainingSpec, one_pass: Callable[[Precision], None], file: Path) -> Precision:
     """``spec.precision``, or for "auto" bfloat16 where its forward and backward pass take clearly less time here.
 
     Args:
-        model: on the device that trains; its gradients are cleared.
+        one_pass: the training's own forward and backward pass, of which nothing stays.
         file: remembers the choice and what was measured, so that a training that goes on takes the same.
     """
     if spec.precision != "auto":
@@ -44,38 +37,17 @@ def choose_precision(
         return chosen
     except (EdgekdError, KeyError, TypeError):
         pass
-    seconds = {name: _seconds(model, windows, spec, signal, name) for name in ("float32", "bfloat16")}
+    seconds = {name: _seconds(one_pass, name) for name in ("float32", "bfloat16")}
     chosen = "bfloat16" if seconds["bfloat16"] < _GAIN * seconds["float32"] else "float32"
     write_json(file, {"precision": chosen, "seconds": seconds, "source": "measured:training-pass"})
     return chosen
 
 
-def _seconds(
-    model: torch.nn.Module, windows: Windows, spec: TrainingSpec, signal: TeacherSignal | None, precision: str
-) -> float:
+def _seconds(one_pass: Callable[[Precision], None], precision: Precision) -> float:
     """The fastest of a few passes; the first of them also warms up."""
-    device = next(model.parameters()).device
-    ids = windows.ids[: min(_WINDOWS, spec.batch_size)].long().to(device)
-    mask = torch.ones_like(ids)
-    weights: dict[str, float] = {"cross_entropy": 1.0} if signal is None else {str(k): v for k, v in spec.loss.items()}
     samples = []
-    for _ in range(_STEPS):
+    for _ in range(_PASSES):
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            student = model(input_ids=ids, use_cache=False).logits[..., : signal.vocab_size if signal else None]
-            teacher = signal.logits(ids) if signal and needs_teacher(weights) else None
-        total, _ = summed_losses(
-            student,
-            teacher,
-            ids.roll(-1, 1),
-            mask,
-            weights,
-            temperature=spec.temperature,
-            jsd_beta=spec.jsd_beta,
-        )
-        total.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        one_pass(precision)
         samples.append(time.perf_counter() - began)
-    model.zero_grad(set_to_none=True)
     return min(samples)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..architecture import EMBEDDING, HEAD, read_architecture
 from ..quant.gptq import gptq_student
 from ..quant.grid import GROUP, fake_quant_int4, fake_quant_int8_rows, quantize_int4, quantize_int8_rows, round_int4
 from ..quant.recipe import Kind, Recipe
@@ -26,8 +27,12 @@ from ..spec import QadSpec
 from ..student import load_model
 from .checkpoint import Event
 from .data import Windows
+from .head import Head, Outputs
 from .signals import TeacherSignal
 from .train import evenly_spaced, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _INSIDE = 0.49
 """Of a step, from the integer to where a weight still rounds to it."""
@@ -42,7 +47,7 @@ class FakeQuantized(nn.Module):
         scales: first int4 scales ``(O, G)`` by parameter name.
     """
 
-    def __init__(self, model: nn.Module, kinds: Mapping[str, Kind], scales: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, kinds: Mapping[str, Kind], scales: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.model = model
         self.kinds = dict(kinds)
@@ -63,8 +68,22 @@ class FakeQuantized(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         """The model's own output, computed from its weights on the grid."""
-        weights = {name: self._on_grid(name, weight) for name, weight in self.model.named_parameters()}
-        return torch.func.functional_call(self.model, weights, kwargs=inputs)
+        return torch.func.functional_call(self.model, self._all_on_grid(), kwargs=inputs)
+
+    def outputs(self, ids: Tensor) -> Outputs:
+        """Hidden states and head of int64 ids ``(B, T)``, from the weights on the grid."""
+        weights = self._all_on_grid()
+        body = self.model.get_decoder()
+        (prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is body)
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        given = {"input_ids": ids, "use_cache": False}
+        hidden = torch.func.functional_call(body, own, kwargs=given).last_hidden_state
+        arch = read_architecture(self.config.to_dict())
+        head = weights.get(HEAD, weights[EMBEDDING])
+        return Outputs(hidden, Head(head, None, arch.logit_scale, arch.logit_cap))
+
+    def _all_on_grid(self) -> dict[str, Tensor]:
+        return {name: self._on_grid(name, weight) for name, weight in self.model.named_parameters()}
 
     def _on_grid(self, name: str, weight: Tensor) -> Tensor:
         kind = self.kinds[name]

@@ -6,7 +6,8 @@ Shapes: ``B`` windows, ``T`` tokens, ``V`` the ids that teacher and student shar
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from .head import Outputs, WithHead
+    from .losses import Teaching
+
 
 class TeacherSignal(Protocol):
     """What the loop knows of a teacher."""
@@ -27,8 +31,12 @@ class TeacherSignal(Protocol):
         """``V``: rows beyond it are padding, and are cut from teacher and student alike."""
         ...
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits ``(B, T, V)``, any float dtype, of int64 ids ``(B, T)``; without gradient."""
+    def teach(self, ids: Tensor, index: Tensor | None) -> Teaching:
+        """What it says of int64 ids ``(B, T)``, without gradient: ``head.Outputs``, or ``losses.Sparse``.
+
+        Args:
+            index: the numbers ``(B,)`` of the windows in the training split; None for text of another kind.
+        """
         ...
 
 
@@ -44,14 +52,26 @@ class OnlineTeacher:
     model: PreTrainedModel
     vocab_size: int
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits ``(B, T, V)``; see ``TeacherSignal``."""
+    @cached_property
+    def _with_head(self) -> WithHead:
+        from .head import with_head
+
+        return with_head(self.model)
+
+    def teach(self, ids: Tensor, index: Tensor | None = None) -> Outputs:
+        """Its hidden states and head; see ``TeacherSignal``."""
         import torch
 
         if self.model.device != ids.device:
             self.model.to(ids.device)  # type: ignore[arg-type]
         with torch.inference_mode():
-            return self.model(input_ids=ids, use_cache=False).logits[..., : self.vocab_size]
+            return replace(self._with_head.outputs(ids), vocab_size=self.vocab_size)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits ``(B, T, V)`` of int64 ids ``(B, T)``, without gradient."""
+        import torch
+
+        return self.teach(ids).rows(torch.arange(ids.numel(), device=ids.device)).unflatten(0, ids.shape)
 
 
 def check_same_tokenizer(teacher_folder: Path, student_folder: Path, *, trust_remote_code: bool = False) -> int:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -26,7 +26,8 @@ from torch import Tensor
 from ..errors import EdgekdError, SpecError
 from .checkpoint import Event, Progress, RunLog, load_checkpoint, save_checkpoint, set_weights, weights_of
 from .data import Windows
-from .losses import cross_entropy, forward_kl, log_probs, needs_teacher, summed_losses
+from .head import Outputs, with_head
+from .losses import Settings, chunk_rows, cross_entropy, forward_kl, log_probs, needs_teacher, summed_losses
 from .precision import Precision, choose_precision
 from .signals import TeacherSignal
 
@@ -39,11 +40,10 @@ if TYPE_CHECKING:
 VALIDATION_TOKENS = 16_384
 """Read at each validation while training: evenly spaced windows, the same every time."""
 
+_TIMED_WINDOWS = 4
+
 PRECISION = "precision.json"
 """Remembers in a folder what ``choose_precision`` chose."""
-
-_CHUNK_ELEMENTS = 1 << 18
-"""Logits judged at a time, so that their float32 copies stay in the cache."""
 
 
 class Trained(TypedDict):
@@ -114,9 +114,10 @@ def train(
     work_dir.mkdir(parents=True, exist_ok=True)
     key = _run_key(model, windows, spec, weights, signal.vocab_size if signal else None, seed)
     method = method or Descent(_adamw(model, spec), partial(learning_rate, spec))
-    model, optimizer = accelerator.prepare(model, method.optimizer)
-    precision = choose_precision(model, windows, spec, signal, precision_file or work_dir / PRECISION)
-    run = _Run(accelerator, model, optimizer, method.rate, windows, spec, weights, signal, seed, precision)
+    model, optimizer = accelerator.prepare(with_head(model), method.optimizer)
+    run = _Run(accelerator, model, optimizer, method.rate, windows, spec, weights, signal, seed, "float32")
+    precision = choose_precision(spec, partial(_pass, run), precision_file or work_dir / PRECISION)
+    run = replace(run, precision=precision)
     validation = evenly_spaced(validation, max(1, VALIDATION_TOKENS // context))
     progress, best = load_checkpoint(work_dir, model, optimizer.optimizer, key)
     log = RunLog(work_dir, progress.step)
@@ -175,23 +176,16 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     count = 0
+    student, vocab_size = with_head(model), teacher.vocab_size if teacher else None
     for start in range(0, len(windows), batch_size):
         ids, labels, mask = _batch(windows, slice(start, start + batch_size), device)
         with torch.autocast(device.type, enabled=False):
-            logits = model(input_ids=ids, use_cache=False).logits
-            reference = teacher.logits(ids).flatten(0, 1) if teacher else None
-        flat = logits[..., : teacher.vocab_size if teacher else None].flatten(0, 1)
-        chosen = mask.flatten().nonzero().squeeze(-1)
-        count += len(chosen)
-        for index in chosen.split(max(1, _CHUNK_ELEMENTS // flat.shape[-1])):
-            ours, label = log_probs(flat[index]), labels.flatten()[index]
-            top = ours.argmax(-1)
-            sums[0] += cross_entropy(ours, label).sum().cpu()
-            sums[1] += (top == label).sum().cpu()
-            if reference is not None:
-                theirs = log_probs(reference[index])
-                sums[2] += forward_kl(ours, theirs).sum().cpu()
-                sums[3] += (top == theirs.argmax(-1)).sum().cpu()
+            ours = replace(student.outputs(ids), vocab_size=vocab_size)
+            theirs = teacher.teach(ids, None) if teacher else None
+            chosen = mask.flatten().nonzero().squeeze(-1)
+            count += len(chosen)
+            for index in chosen.split(chunk_rows(ours)):
+                sums += _judged(ours.rows(index), theirs.rows(index) if theirs else None, labels.flatten()[index]).cpu()
     model.train(was_training)
     means = (sums / max(1, count)).tolist()
     figures = {
@@ -203,6 +197,16 @@ def evaluate(
     if teacher is not None:
         figures |= {"kl_to_teacher": means[2], "top1_agreement_with_teacher": means[3]}
     return figures
+
+
+def _judged(logits: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+    """Sums over ``(n, V)`` logits: loss, correct tokens, KL to the teacher, agreement with it; float64 ``(4,)``."""
+    ours = log_probs(logits)
+    top = ours.argmax(-1)
+    sums = [cross_entropy(ours, labels).nats.sum(), (top == labels).sum()]
+    if teacher is not None:
+        sums += [forward_kl(ours, log_probs(teacher)).nats.sum(), (top == teacher.argmax(-1)).sum()]
+    return torch.stack([*map(Tensor.double, sums), *[torch.zeros_like(sums[0], dtype=torch.float64)] * (4 - len(sums))])
 
 
 def batch_indices(seed: int, step: int, windows: int, size: int) -> Tensor:
@@ -243,18 +247,27 @@ class _Run:
     precision: Precision
 
     @property
-    def vocab_size(self) -> int | None:
-        return self.signal.vocab_size if self.signal else None
+    def settings(self) -> Settings:
+        return Settings(self.spec.temperature, self.spec.jsd_beta, self.spec.skew)
 
-    @property
-    def bf16(self) -> bool:
-        return self.precision == "bfloat16"
+    def losses(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """``summed_losses`` of some windows."""
+        device = self.accelerator.device
+        ids, labels, mask = _batch(self.windows, index, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            taught = self.signal.teach(ids, index) if self.signal and needs_teacher(self.weights) else None
+
+            def judge(student: Outputs) -> tuple[Tensor, Tensor]:
+                student = replace(student, vocab_size=self.signal.vocab_size if self.signal else None)
+                return summed_losses(student, taught, labels, mask, self.weights, self.settings)
+
+            return self.model(ids, judge)
 
 
 def _step(run: _Run, progress: Progress) -> Event:
     """One optimizer step over ``batch_size × gradient_accumulation`` windows; the event that tells of it."""
     began = time.perf_counter()
-    spec, step, device = run.spec, progress.step, run.accelerator.device
+    spec, step = run.spec, progress.step
     # Dropout, where a model has it, must not depend on how often the run was resumed.
     torch.manual_seed(int(np.random.SeedSequence([run.seed, step]).generate_state(1)[0]))
     run.model.train()
@@ -266,13 +279,7 @@ def _step(run: _Run, progress: Progress) -> Event:
     learned = max(1, int(run.windows.loss_mask[index, 1:].sum()))
     parts = torch.zeros(len(run.weights), dtype=torch.float64)
     for micro in index.split(spec.batch_size):
-        ids, labels, mask = _batch(run.windows, micro, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
-            student = run.model(input_ids=ids, use_cache=False).logits[..., : run.vocab_size]
-            teacher = run.signal.logits(ids) if run.signal and needs_teacher(run.weights) else None
-        total, sums = summed_losses(
-            student, teacher, labels, mask, run.weights, temperature=spec.temperature, jsd_beta=spec.jsd_beta
-        )
+        total, sums = run.losses(micro)
         run.accelerator.backward(total / learned)
         parts += sums.cpu()
     norm = run.accelerator.clip_grad_norm_(run.model.parameters(), spec.max_grad_norm)
@@ -293,6 +300,16 @@ def _step(run: _Run, progress: Progress) -> Event:
         "tokens_per_s": tokens / seconds,
     }
     return Event("step", progress.step, spec.steps, figures)
+
+
+def _pass(run: _Run, precision: Precision) -> None:
+    """A forward and a backward pass over a few windows, of which nothing stays."""
+    count = min(_TIMED_WINDOWS, run.spec.batch_size, len(run.windows))
+    total, _ = replace(run, precision=precision).losses(torch.arange(count))
+    run.accelerator.backward(total)
+    run.optimizer.zero_grad()
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.synchronize(run.accelerator.device)
 
 
 def _validate(run: _Run, validation: Windows, progress: Progress) -> Event:
@@ -349,7 +366,7 @@ def _run_key(
 ) -> str:
     """A digest of what the outcome depends on: spec, seed, first weights and data."""
     sample = evenly_spaced(windows, 256)
-    of_teacher: set[str] = set() if needs_teacher(weights) else {"temperature", "jsd_beta"}
+    of_teacher: set[str] = set() if needs_teacher(weights) else {"temperature", "jsd_beta", "skew"}
     settings = spec.model_dump(exclude={"baseline", "checkpoint_every", "loss"} | of_teacher)
     facts = [settings, weights, vocab_size, seed, len(windows)]
     digest = hashlib.sha256(json.dumps(facts).encode())

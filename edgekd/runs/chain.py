@@ -28,7 +28,7 @@ from .run import Export, Quantization, Run
 
 _SOURCE = Path(__file__).parent.parent
 _BENCHMARKS = Path(benchmarks.__path__[0])
-_OF_TEACHER = ("loss", "temperature", "jsd_beta")
+_OF_TEACHER = ("loss", "temperature", "jsd_beta", "skew")
 _PROOF = "proof.py"
 _CALIBRATION = ("quant/calibrate.py",)
 _STORE = ("quant/store",)

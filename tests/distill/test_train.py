@@ -408,7 +408,7 @@ def test_auto_takes_the_faster_precision_and_keeps_to_it(tmp_path, monkeypatch):
     import edgekd.distill.precision as precision
 
     timed = {"float32": 1.0, "bfloat16": 0.5}
-    monkeypatch.setattr(precision, "_seconds", lambda model, windows, spec, signal, name: timed[name])
+    monkeypatch.setattr(precision, "_seconds", lambda one_pass, name: timed[name])
     assert _train(_model(0), tmp_path / "a", precision="auto")["precision"] == "bfloat16"
     told = json.loads((tmp_path / "a" / "precision.json").read_text())
     assert told == {"precision": "bfloat16", "seconds": timed, "source": "measured:training-pass"}
