@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from .errors import SpecError
 from .strict_yaml import read_yaml
 
+CUT_TOKENS = 512
+"""Of text, on which it is chosen what a cut student keeps."""
 MAX_SEED = 2**32 - 1  # numpy's generators take no larger one
 _MAX_FILES = 100_000
 _MAX_SHOWN = 200
@@ -59,12 +61,18 @@ class TeacherSpec(_Strict):
 
 
 class CutStudent(_Strict):
-    """A student cut from the teacher: evenly spaced layers, the channels and MLP units of largest weights."""
+    """A student cut from the teacher."""
 
     init: Literal["cut"]
-    layers: Few = Field(description="Layers to keep, the first and the last always among them.")
-    hidden_size: Width | None = Field(None, description="Channels to keep, those with the largest weights first.")
-    intermediate_size: Width | None = Field(None, description="MLP units to keep per layer, largest weights first.")
+    layers: Few = Field(description="Layers to keep.")
+    hidden_size: Width | None = Field(None, description="Channels to keep. Default: all.")
+    intermediate_size: Width | None = Field(None, description="MLP units to keep per layer. Default: all.")
+    choose: Literal["greedy", "even"] = Field(
+        "greedy",
+        description=f"greedy: on {CUT_TOKENS} tokens of the data, leave out layer by layer the one without which the "
+        "outputs stay nearest to the teacher's; keep the channels and units of largest activations. even: evenly "
+        "spaced layers, the first and the last among them; the channels and units of largest weights.",
+    )
 
 
 class ConfigStudent(_Strict):

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -279,19 +280,33 @@ def generation_config(spec: StudentSpec, teacher_folder: Path, base: Path = Path
     return found
 
 
-def student_config(spec: StudentSpec, teacher: Mapping[str, object], base: Path = Path()) -> dict[str, object]:
+@dataclass(frozen=True)
+class Kept:
+    """What a cut student keeps of its teacher, all ascending."""
+
+    layers: Sequence[int]
+    channels: torch.Tensor | None = None
+    """int64: of the residual stream; None: every one, or those of largest weights where the student is narrower."""
+    units: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """int64, by the teacher's layer: of its MLP; where it names none, every one, or those of largest weights."""
+
+
+def student_config(
+    spec: StudentSpec, teacher: Mapping[str, object], base: Path = Path(), layers: Sequence[int] | None = None
+) -> dict[str, object]:
     """``config.json`` of the student that ``spec`` describes, without building it.
 
     Args:
         teacher: the teacher's ``config.json``.
         base: folder that relative paths start from.
+        layers: of the teacher that a cut student keeps; default: evenly spaced ones.
 
     Raises:
         SpecError: more layers or units than the teacher has, heads that do not divide, or no such architecture.
     """
     if spec.init == "checkpoint":
         return Checkpoint(resolve_model(spec.model, base)).config
-    config = _cut_config(spec, teacher) if spec.init == "cut" else _fresh_config(spec, teacher)
+    config = _cut_config(spec, teacher, layers) if spec.init == "cut" else _fresh_config(spec, teacher)
     _transformers_config(config)
     return config
 
@@ -320,16 +335,22 @@ def _reason(error: Exception) -> str:
 
 
 def init_student(
-    spec: StudentSpec, teacher_folder: Path, seed: int, base: Path = Path(), *, trust_remote_code: bool = False
+    spec: StudentSpec,
+    teacher_folder: Path,
+    seed: int,
+    base: Path = Path(),
+    *,
+    kept: Kept | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The student before training, in float32.
 
-    A cut student holds exact copies of the teacher's weights: evenly spaced layers (DistilBERT, Sanh et al. 2019;
-    Minitron, Muralidharan et al. 2024) and, where narrower, the MLP units with the largest product of weight norms.
-    The teacher is read tensor by tensor.
+    A cut student holds exact copies of the teacher's weights. The teacher is read tensor by tensor.
 
     Args:
         seed: seeds the weights of a fresh student; PyTorch's global generator is left as it was.
+        kept: of the teacher, for a cut. Default: evenly spaced layers (DistilBERT, Sanh et al. 2019) and, where the
+            student is narrower, what has the largest weights.
         trust_remote_code: of the teacher's tokenizer.
 
     Raises:
@@ -350,16 +371,18 @@ def init_student(
         return load_model(folder)
     teacher = Checkpoint(teacher_folder)
     _ = teacher.tensors  # names a damaged file before a model is built
-    config = _transformers_config(student_config(spec, teacher.config, base))
+    if spec.init == "cut" and kept is None:
+        kept = Kept(evenly_spaced_layers(teacher.decoder.size("num_hidden_layers"), spec.layers))
+    config = _transformers_config(student_config(spec, teacher.config, base, kept.layers if kept else None))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if spec.init == "cut":
-        _copy_cut(model, teacher, kept_layers(teacher.decoder.size("num_hidden_layers"), spec.layers))
+    if kept is not None:
+        _copy_cut(model, teacher, kept)
     return model.eval()
 
 
-def kept_layers(teacher_layers: int, layers: int) -> list[int]:
+def evenly_spaced_layers(teacher_layers: int, layers: int) -> list[int]:
     """Indices of ``layers`` evenly spaced teacher layers, the first and the last among them, ascending."""
     if layers == 1:
         return [0]
@@ -367,7 +390,7 @@ def kept_layers(teacher_layers: int, layers: int) -> list[int]:
     return [(2 * i * (teacher_layers - 1) + gaps) // (2 * gaps) for i in range(layers)]
 
 
-def _cut_config(spec: CutStudent, teacher: Mapping[str, object]) -> dict[str, object]:
+def _cut_config(spec: CutStudent, teacher: Mapping[str, object], kept: Sequence[int] | None) -> dict[str, object]:
     if "num_hidden_layers" not in teacher:
         raise SpecError("student.init: cut: the teacher's config.json has no num_hidden_layers.", "Use init: config.")
     layers = read_decoder(teacher).size("num_hidden_layers")
@@ -376,17 +399,18 @@ def _cut_config(spec: CutStudent, teacher: Mapping[str, object]) -> dict[str, ob
             f"student.layers: {spec.layers} layers cannot be cut from a teacher of {layers}.",
             f"Set student.layers to {layers} or fewer.",
         )
-    if spec.layers == 1 < layers:
+    if spec.choose == "even" and spec.layers == 1 < layers:
         raise SpecError(
             f"student.layers: 1 cannot keep the first and the last of the teacher's {layers} layers.",
-            "Set student.layers to 2 or more.",
+            "Set student.layers to 2 or more, or student.choose to greedy.",
         )
+    kept = kept or evenly_spaced_layers(layers, spec.layers)
     config = {**teacher, "num_hidden_layers": spec.layers, "dtype": "float32"}
     config.pop("torch_dtype", None)
-    return config | _cut_by_layer(spec, teacher, layers) | _cut_widths(spec, teacher)
+    return config | _cut_by_layer(kept, teacher, layers) | _cut_widths(spec, teacher)
 
 
-def _cut_by_layer(spec: CutStudent, teacher: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def _cut_by_layer(kept: Sequence[int], teacher: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """What a configuration says of each layer, of those that are kept. Where it says nothing, its class goes by the
     layer's number, which the cut changes."""
     decoder = read_decoder(teacher)
@@ -400,7 +424,7 @@ def _cut_by_layer(spec: CutStudent, teacher: Mapping[str, Any], layers: int) -> 
             raise SpecError(
                 f"teacher.model: config.json names {layers} layers and {len(values)} {key}.", "Save it again."
             )
-        found[key] = [values[i] for i in kept_layers(layers, spec.layers)]
+        found[key] = [values[i] for i in kept]
     return found
 
 
@@ -477,13 +501,14 @@ def _check_heads(spec: ConfigStudent) -> None:
         )
 
 
-def _copy_cut(model: PreTrainedModel, teacher: Checkpoint, layers: list[int]) -> None:
+def _copy_cut(model: PreTrainedModel, teacher: Checkpoint, kept: Kept) -> None:
     """Fill every parameter of ``model`` with the teacher's of the layer it stands for."""
     import torch
 
-    units: dict[int, torch.Tensor] = {}
+    layers, units, channels = kept.layers, dict(kept.units), kept.channels
     before, after = teacher.decoder.size("hidden_size"), model.config.hidden_size
-    channels = _largest_channels(teacher, layers, after) if after < before else None
+    if channels is None and after < before:
+        channels = _largest_channels(teacher, layers, after)
     for name, parameter in model.named_parameters():
         found = re.match(r"(.*\blayers\.)(\d+)(\..*)", name)
         layer = layers[int(found[2])] if found else None
@@ -519,7 +544,7 @@ def _channel_side(name: str) -> int | None:
     return 1 if name.endswith((*reads, "embed_tokens.weight", "lm_head.weight")) else None
 
 
-def _largest_channels(teacher: Checkpoint, layers: list[int], keep: int) -> torch.Tensor:
+def _largest_channels(teacher: Checkpoint, layers: Sequence[int], keep: int) -> torch.Tensor:
     """Ascending int64 ``(keep,)`` indices of the channels with the largest norm over all that writes to them: the
     embedding, and the output projections of the kept layers."""
     import torch

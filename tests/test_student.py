@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from edgekd.checkpoint import Checkpoint
 from edgekd.errors import EdgekdError, SpecError
 from edgekd.spec import StudentSpec
-from edgekd.student import init_student, kept_layers, load_model, load_tokenizer, save_model, student_config
+from edgekd.student import evenly_spaced_layers, init_student, load_model, load_tokenizer, save_model, student_config
 
 IDS = torch.arange(24).view(2, 12) * 13 % 320
 
@@ -26,8 +26,8 @@ def _logits(model):
 
 
 @pytest.mark.parametrize("layers", range(2, 30))
-def test_kept_layers_are_evenly_spaced_with_both_ends(layers):
-    kept = kept_layers(29, layers)
+def test_evenly_spaced_layers_are_evenly_spaced_with_both_ends(layers):
+    kept = evenly_spaced_layers(29, layers)
     gaps = {b - a for a, b in itertools.pairwise(kept)}
     assert len(kept) == layers and kept[0] == 0 and kept[-1] == 28
     assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1

@@ -8,6 +8,9 @@ little of each algorithm and compares what comes out with what came out before.
 TEXT = 1
 """From documents to windows: reading, splitting, tokenizing, packing."""
 
+CUT = 1
+"""What a cut student keeps of the teacher."""
+
 STUDENT = 1
 """The first weights: cut from the teacher, or fresh."""
 

@@ -17,10 +17,11 @@ from shutil import which
 from typing import Literal
 
 from .. import benchmarks, plan
+from ..architecture import read_architecture
 from ..distill import versions as algorithms
 from ..files import digest, file_sha256
 from ..plan import Cost, Machine
-from ..spec import Method, TrainingSpec
+from ..spec import CUT_TOKENS, Method, TrainingSpec
 from ..targets import code_of, versions
 from . import work
 from .records import Figures
@@ -62,12 +63,13 @@ class Stage:
 def stages(run: Run, machine: Machine) -> list[Stage]:
     """Every stage of a run in the order of work, but the report."""
     data = _data(run)
-    by_seed = [stage for seed in run.seeds for stage in _of_seed(run, seed, data, machine)] if run.teacher else []
+    read = [data, *([_cut(run, data, machine)] if run.chooses_cut else [])]
+    by_seed = [stage for seed in run.seeds for stage in _of_seed(run, seed, read, machine)] if run.teacher else []
     student = by_seed[0] if by_seed else _taken(run)
     trained = by_seed or [student]
     calibration = _calibration(run, data, student, machine)
     quantized = {wanted: _quantized(run, wanted, data, student, machine) for wanted in run.quantizations}
-    chain = [data, *trained, *calibration, *quantized.values()]
+    chain = [*read, *trained, *calibration, *quantized.values()]
     chain.append(_ledger(run, [data, student, *quantized.values()], machine))
     for export in run.exports:
         made_from = [student, *([quantized[export.packs]] if export.packs else [])]
@@ -116,9 +118,24 @@ def _data(run: Run) -> Stage:
     return Stage("data", "data", key, Cost(2**30, 2**28, 15), partial(work.prepare_data, run))
 
 
-def _of_seed(run: Run, seed: int, data: Stage, machine: Machine) -> list[Stage]:
-    """Training with a seed, the student first, and how good what it gave is."""
-    trained = [_trained(run, seed, name, data, machine) for name in run.trained(seed)]
+def _cut(run: Run, data: Stage, machine: Machine) -> Stage:
+    """What a cut student keeps of the teacher."""
+    teacher, student = run.reader.checkpoint.architecture, read_architecture(run.student_config)
+    key = _key([data], [], algorithms.CUT, run.spec.student.model_dump(), run.reader.checkpoint.digest)
+    # Each layer that goes was tried with all that were left, half of them computed.
+    passes = sum(kept / 2 + 1 for kept in range(student.layers + 1, teacher.layers + 1))
+    cost = plan.inference_cost([run.reader.config], int(passes * CUT_TOKENS), machine)
+    return Stage("cut", work.CUT, key, cost, partial(work.choose_cut, run), [data.folder])
+
+
+def _of_seed(run: Run, seed: int, read: Sequence[Stage], machine: Machine) -> list[Stage]:
+    """Training with a seed, the student first, and how good what it gave is.
+
+    Args:
+        read: what training reads, the data first.
+    """
+    data = read[0]
+    trained = [_trained(run, seed, name, read, machine) for name in run.trained(seed)]
     teacher, student = run.reader.config, run.student_config
     models = [teacher, *[teacher, student] * len(trained)]
     cost = plan.inference_cost(models, run.spec.data.max_test_tokens, machine)
@@ -131,19 +148,19 @@ def _of_seed(run: Run, seed: int, data: Stage, machine: Machine) -> list[Stage]:
     ]
 
 
-def _trained(run: Run, seed: int, name: str, data: Stage, machine: Machine) -> Stage:
+def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Machine) -> Stage:
     """The student, or the baseline, whose outcome no setting of the teacher's losses touches."""
     spec, distilled = run.spec, name == "student"
     settings = spec.distill.model_dump(exclude={"baseline"} if distilled else {"baseline", *_OF_TEACHER})
     initial = run.initial and run.initial.checkpoint.digest
     algorithm = [algorithms.STUDENT, algorithms.TRAINING]
-    key = _key([data], [], algorithm, spec.student.model_dump(), initial, seed, run.reader.checkpoint.digest, settings)
+    key = _key(read, [], algorithm, spec.student.model_dump(), initial, seed, run.reader.checkpoint.digest, settings)
     taught = run.reader.config if distilled else None
     cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
     state = run.state / f"{name}-{key[:12]}"
     cost = _with_measured_time(cost, spec.distill, run, state)
     job = partial(work.train_student, run, seed, distilled, state)
-    return Stage(_of(name, run, seed), run.trained(seed)[name], key, cost, job, [data.folder], state)
+    return Stage(_of(name, run, seed), run.trained(seed)[name], key, cost, job, _folders(read), state)
 
 
 def _taken(run: Run) -> Stage:

@@ -106,7 +106,7 @@ class Run:
     initial: Model | None
     """The checkpoint that the student starts from, if there is one."""
     student_config: Mapping[str, object]
-    """``config.json`` of the student that will be."""
+    """``config.json`` of the student that will be; where a cut is still to choose its layers, of evenly spaced ones."""
     quantizations: Sequence[Quantization]
     """Of a recipe, the exported one comes last."""
     exports: Sequence[Export]
@@ -131,6 +131,11 @@ class Run:
     def state(self) -> Path:
         """Where records, the lock and the state of trainings lie."""
         return self.folder / ".edgekd"
+
+    @property
+    def chooses_cut(self) -> bool:
+        """Whether text decides what the student keeps of the teacher."""
+        return self.spec.student.init == "cut" and self.spec.student.choose == "greedy"
 
     def trained(self, seed: int) -> dict[str, str]:
         """Folders of what is trained with a seed: the student and, if wanted, the baseline on labels alone."""

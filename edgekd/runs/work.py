@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+CUT = "cut"
 MOMENTS = "moments.safetensors"
 Tell = Callable[[float, str], None]
 """Takes the share of the work that is done, and a note."""
@@ -39,9 +40,22 @@ def prepare_data(run: Run, out: Path, tell: Tell) -> Figures:
     )
 
 
+def choose_cut(run: Run, out: Path, tell: Tell) -> Figures:
+    """Choose what a cut student keeps of the teacher."""
+    from ..distill.cut import choose, sample, write_kept
+    from ..distill.data import load_windows
+
+    student = run.spec.student
+    assert student.init == "cut"
+    kept = choose(student, run.reader.model(), sample(load_windows(run.path("data"), "train")), tell)
+    write_kept(out, kept)
+    return {"layers": list(kept.layers)}
+
+
 def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, tell: Tell) -> Figures:
     """Train the student; on labels alone where it is not distilled."""
     from ..distill.checkpoint import validation_curve
+    from ..distill.cut import read_kept
     from ..distill.data import load_windows
     from ..distill.signals import OnlineTeacher
     from ..distill.train import PRECISION, train
@@ -49,7 +63,8 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
     spec, data = run.spec, run.path("data")
     teacher = run.reader
     tokenizer, trusted = teacher.tokenizer(), teacher.trust_remote_code
-    model = init_student(spec.student, teacher.folder, seed, run.base, trust_remote_code=trusted)
+    kept = read_kept(run.path(CUT)) if run.chooses_cut else None
+    model = init_student(spec.student, teacher.folder, seed, run.base, kept=kept, trust_remote_code=trusted)
     generation = generation_config(spec.student, teacher.folder, run.base)
     figures = train(
         model,

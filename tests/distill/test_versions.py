@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from edgekd.distill import train as loop
 from edgekd.distill import versions
+from edgekd.distill.cut import choose
 from edgekd.distill.data import Windows, load_windows, prepare
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.qad import quantize_aware_distill
@@ -111,6 +112,7 @@ EVALUATED = {
     }
 }
 TEXTS = {1: {"text": "c032b4e90e7eefc3", "chat": "196bd73caa26a6aa"}}
+CUTS = {1: [[0, 1, 2], 1563, [4138, 4292, 4000]]}
 STUDENTS = {1: [1.1788909, -0.66484665]}
 QADS = {1: [0.33867926, 0.15687366]}
 
@@ -174,6 +176,15 @@ def folder_of(made: Qwen3ForCausalLM, tiny_teacher: Path, out: Path) -> Path:
     shutil.copytree(tiny_teacher, out)
     made.save_pretrained(out)
     return out
+
+
+def test_cuts():
+    teacher = wide(5)
+    ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(2))
+    kept = choose(CutStudent(init="cut", layers=3, hidden_size=48, intermediate_size=64), teacher.eval(), ids)
+    assert kept.channels is not None
+    found = [list(kept.layers), int(kept.channels.sum()), [int(units.sum()) for units in kept.units.values()]]
+    assert found == CUTS[versions.CUT], told(versions.CUT)
 
 
 def test_students(tmp_path, tiny_teacher):
