@@ -185,7 +185,7 @@ FRESH = {
     ("keys", "message"),
     [
         ({"init": "cut", "layers": 4}, r"student\.layers: 4 .* teacher of 3"),
-        ({"init": "cut", "layers": 1}, r"student\.layers: 1 .* 3 layers"),
+        ({"init": "cut", "layers": 1, "choose": "even"}, r"student\.layers: 1 .* 3 layers"),
         ({"init": "cut", "layers": 2, "intermediate_size": 129}, r"student\.intermediate_size: 129 .* 128"),
         ({"init": "cut", "layers": 2, "hidden_size": 65}, r"student\.hidden_size: 65 .* 64"),
         ({**FRESH, "hidden_size": 62}, r"student\.heads: 4 .* 62"),
