@@ -1,67 +1,62 @@
-"""Time an artifact as its runtime runs it, each repetition in a fresh process.
+"""Time artifacts as their runtimes run them: medians over fresh processes, in turns where there are several.
 
-A repetition opens the artifact, runs one generation that is not counted, times every prompt length, then decodes after
-the longest prompt. Time to first token runs from the ids in hand to the first token chosen; tokenizing is timed apart.
-Nothing here imports a runtime: the child calls the function it is given.
+What is measured stands in ``definitions``, what a process does in ``measure``. Nothing here imports a runtime: the
+child calls the function it is given.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import platform
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import psutil
 
 from ..errors import EdgekdError
 from ..manifest import Artifact, Traffic
-from ..proof import Benchmark, BenchSettings, Figure, Host, figure
-from ..session import Session, sample
+from ..proof import Benchmark, BenchSettings, Figure, Host, Noise, PhaseMemory, figure, unknown
 from ..spec import BenchSpec
-from .metrics import (
-    bandwidth_buffer_bytes,
-    bandwidth_samples,
-    decode_roofline_fraction,
-    last_level_cache_bytes,
-    median,
-    percentile,
-    tokens_per_s,
-)
+from . import measure
+from .children import Limits, in_child, in_turns, now
+from .machine import NoiseWatch, bandwidth_buffer_bytes, bandwidth_samples, describe_machine, last_level_cache_bytes
+from .measure import WARM_UP_TOKENS, ColdStart, CurvePoint, OpenSession, Repetition, curve_lengths
+from .memory import NOT_LINUX, Phase, drop_from_page_cache
+from .metrics import bootstrap_median, decode_roofline_fraction, median, percentile, tokens_per_s
 
+__all__ = ["ONE_RUN", "Measured", "OpenSession", "bench", "bench_in_turns", "describe_machine"]
+ONE_RUN: Mapping[str, Any] = {"runs": 1, "cold_runs": 0, "curve_seconds": 0}
+"""Keys of the spec for who takes turns himself."""
 _CLOCK = "measured:clock"
-_PEAK_RSS_SOURCE = "measured:VmHWM" if sys.platform == "linux" else "measured:ru_maxrss"
-_WARM_UP_TOKENS = 8
+_NO_TEXT = "no token that was drawn has text"
+Measured = Benchmark | EdgekdError
+"""What came of an artifact."""
 
 
-class OpenSession(Protocol):
-    """A function at the head of a module, so that a fresh process can import it."""
+@dataclass
+class _Samples:
+    """What the processes of one artifact have measured so far."""
 
-    def __call__(self, artifact: Artifact, *, threads: int | None = None) -> Session: ...
+    artifact: Artifact
+    runs: list[Repetition] = field(default_factory=list)
+    cold: list[ColdStart] = field(default_factory=list)
+    curve: Mapping[int, CurvePoint] = field(default_factory=dict)
+    noises: list[Noise] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Repetition:
-    """What one process measured; what depends on the prompt, by its length."""
+class _Plan:
+    """What is done with each artifact."""
 
-    load_s: float
-    tokenize_s: Mapping[int, float]
-    prefill_s: Mapping[int, float]
-    ttft_s: Mapping[int, float]
-    inter_token_s: Sequence[float]
-    sampling_s: Sequence[float]
-    rss_before_load_bytes: int
-    peak_rss_bytes: int
-    torch_in_process: bool
+    open_session: OpenSession
+    spec: BenchSpec
+    threads: int
+    limits: Limits | None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the prompts, the shortest first."""
+        return sorted(set(self.spec.prompt_tokens))
 
 
 def bench(
@@ -70,94 +65,317 @@ def bench(
     spec: BenchSpec,
     *,
     on_run: Callable[[int, int], None] | None = None,
+    runtime_build: str | None = None,
+    limits: Limits | None = None,
 ) -> Benchmark:
-    """Measure load time, time to first token, prefill and decode speed, and memory.
-
-    Args:
-        open_session: opens the artifact in each child process.
-        artifact: what to measure.
-        spec: prompt lengths, tokens to decode, repetitions, threads.
-        on_run: told after each repetition how many are done, and of how many.
+    """Measure one artifact; see ``bench_in_turns``.
 
     Raises:
         EdgekdError: prompt and decoded tokens exceed the context, or a child process failed or died.
     """
-    context = artifact.manifest.contract.context_length
-    longest = max(spec.prompt_tokens)
+    builds = [runtime_build]
+    (measured,) = bench_in_turns(open_session, [artifact], spec, on_run=on_run, builds=builds, limits=limits)
+    if isinstance(measured, EdgekdError):
+        raise measured
+    return measured
+
+
+def bench_in_turns(
+    open_session: OpenSession,
+    artifacts: Sequence[Artifact],
+    spec: BenchSpec,
+    *,
+    on_run: Callable[[int, int], None] | None = None,
+    builds: Sequence[str | None] | None = None,
+    limits: Limits | None = None,
+) -> list[Measured]:
+    """Measure load, TTFT cold, first and warm, prefill and decode, their curves, and memory by phase.
+
+    Args:
+        open_session: opens an artifact in each child process.
+        spec: prompt lengths, tokens to decode, repetitions, threads.
+        on_run: told after each process how many are done, and of how many.
+        builds: the runtime's version and flags, for each artifact.
+        limits: of the device that this machine stands for.
+
+    Returns:
+        For each artifact its benchmark, or why it has none: the others go on.
+
+    Raises:
+        EdgekdError: prompt and decoded tokens exceed an artifact's context.
+    """
+    for artifact in artifacts:
+        _check_context(artifact, spec)
+    threads = spec.threads or (limits and limits.threads) or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    plan = _Plan(open_session, spec, threads, limits)
+    machines = [describe_machine(build) for build in builds or [None] * len(artifacts)]
+    buffer_bytes = bandwidth_buffer_bytes()
+    bandwidth = _bandwidth(threads, buffer_bytes)
+    gathered: list[_Samples | EdgekdError] = [_Samples(artifact) for artifact in artifacts]
+    rounds = in_turns(len(artifacts), _rounds(spec))
+    for number, turn in enumerate(rounds):
+        for done, i in enumerate(turn):
+            gathered[i] = _go_on(gathered[i], plan, number)
+            if on_run:
+                on_run(number * len(turn) + done + 1, len(rounds) * len(turn))
+    # Behind the runs too: giving gigabytes back slowed the prefill of a run right behind it by 8 %.
+    bandwidth += _bandwidth(threads, buffer_bytes)
+    return [
+        samples if isinstance(samples, EdgekdError) else _Summary(samples, plan, bandwidth, buffer_bytes).of(host)
+        for samples, host in zip(gathered, machines, strict=True)
+    ]
+
+
+def _check_context(artifact: Artifact, spec: BenchSpec) -> None:
+    context, longest = artifact.manifest.contract.context_length, max(spec.prompt_tokens)
     if longest + spec.decode_tokens > context:
         raise EdgekdError(
             f"bench.prompt_tokens {longest} and bench.decode_tokens {spec.decode_tokens} exceed the context of "
             f"{artifact.manifest.name}, {context} tokens.",
             "Lower one of them in the spec.",
         )
-    threads = spec.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    machine = describe_machine()
-    buffer_bytes = bandwidth_buffer_bytes()
-    runs: list[_Repetition] = []
-    for number in range(1, spec.runs + 1):
-        what = f"the benchmark of {artifact.manifest.name} (run {number} of {spec.runs})"
-        runs.append(_in_child(what, _measure_run, open_session, artifact, spec, threads))
-        if on_run:
-            on_run(number, spec.runs)
-    # Last: giving a gigabyte back slowed the prefill of a run right behind it by 8 %.
-    bandwidth = _in_child("the bandwidth measurement", bandwidth_samples, threads, buffer_bytes)
-    settings = BenchSettings(
-        threads=threads,
-        prompt_tokens=sorted(set(spec.prompt_tokens)),
-        decode_tokens=spec.decode_tokens,
-        decode_after_tokens=longest,
-        runs=spec.runs,
-        warm_up=f"{longest} tokens prefilled and {_WARM_UP_TOKENS} decoded in every run, not counted",
-        bandwidth_buffer_bytes=buffer_bytes,
-        torch_in_process=any(run.torch_in_process for run in runs),
-    )
-    return _medians(runs, spec, _traffic_of(artifact), bandwidth, settings, machine)
 
 
-def _medians(
-    runs: Sequence[_Repetition],
-    spec: BenchSpec,
-    traffic: Traffic,
-    bandwidth: list[float],
-    settings: BenchSettings,
-    machine: Host,
-) -> Benchmark:
-    """Medians over the runs, each with its samples."""
-    lengths = settings.prompt_tokens
-    intervals = [seconds for run in runs for seconds in run.inter_token_s]
-    decode = [tokens_per_s(spec.decode_tokens, sum(run.inter_token_s)) for run in runs]
-    read = traffic.bytes_per_token(lengths[-1] + spec.decode_tokens / 2)
-    roofline = [decode_roofline_fraction(rate, read, max(bandwidth)) for rate in decode]
+def _bandwidth(threads: int, buffer_bytes: int) -> list[float]:
+    samples: list[float] = in_child("the bandwidth measurement", bandwidth_samples, threads, buffer_bytes)
+    return samples
 
-    def of_runs(key: str, samples: Sequence[float], source: str = _CLOCK) -> Figure:
-        return figure(key, median(samples), source, samples)
 
-    def by_length(key: str, sample: Callable[[_Repetition, int], float]) -> dict[str, Figure]:
-        return {str(length): of_runs(key, [sample(run, length) for run in runs]) for length in lengths}
+def _rounds(spec: BenchSpec) -> int:
+    """Processes of each artifact: the repetitions, the cold starts, the curves."""
+    return spec.runs + spec.cold_runs + (spec.curve_seconds > 0)
 
-    def inter_token(q: float) -> Figure:
-        each = [percentile(run.inter_token_s, q) for run in runs]
-        return figure(f"inter_token_p{q:.0f}_s", percentile(intervals, q), _CLOCK, each)
 
-    return Benchmark(
-        settings=settings,
-        machine=machine,
-        load_s=of_runs("load_s", [run.load_s for run in runs]),
-        tokenize_s=by_length("tokenize_s", lambda run, n: run.tokenize_s[n]),
-        ttft_s=by_length("ttft_s", lambda run, n: run.ttft_s[n]),
-        prefill_tokens_per_s=by_length("prefill_tokens_per_s", lambda run, n: tokens_per_s(n, run.prefill_s[n])),
-        decode_tokens_per_s=of_runs("decode_tokens_per_s", decode),
-        inter_token_s=of_runs("inter_token_s", intervals),
-        sampling_s=of_runs("sampling_s", [seconds for run in runs for seconds in run.sampling_s]),
-        inter_token_p50_s=inter_token(50),
-        inter_token_p95_s=inter_token(95),
-        peak_rss_bytes=of_runs("peak_rss_bytes", [run.peak_rss_bytes for run in runs], _PEAK_RSS_SOURCE),
-        rss_before_load_bytes=of_runs(
-            "rss_before_load_bytes", [run.rss_before_load_bytes for run in runs], "measured:psutil"
-        ),
-        bandwidth_bytes_per_s=figure("bandwidth_bytes_per_s", max(bandwidth), "measured:numpy-read", bandwidth),
-        bytes_per_token=figure("bytes_per_token", read, "computed:manifest"),
-        decode_roofline_fraction=of_runs("decode_roofline_fraction", roofline),
+def _go_on(so_far: _Samples | EdgekdError, plan: _Plan, number: int) -> _Samples | EdgekdError:
+    """Do the next of an artifact's processes; one that failed before is left alone."""
+    if isinstance(so_far, EdgekdError):
+        return so_far
+    try:
+        _do(so_far, plan, number)
+    except EdgekdError as error:
+        return error
+    return so_far
+
+
+def _do(samples: _Samples, plan: _Plan, number: int) -> None:
+    spec, artifact = plan.spec, samples.artifact
+    what = f"the benchmark of {artifact.manifest.name} (run {number + 1} of {_rounds(spec)})"
+    if number < spec.runs:
+        run, noise = _undisturbed(lambda: _repetition(what, artifact, plan))
+        samples.runs.append(run)
+        samples.noises.append(noise)
+    elif number < spec.runs + spec.cold_runs:
+        samples.cold.append(_cold_start(what, samples, plan))
+    elif lengths := curve_lengths(artifact.manifest.contract.context_length):
+        args = (plan.open_session, artifact, lengths, plan.threads, spec.curve_seconds)
+        samples.curve = in_child(what, measure.curves, *args, limits=plan.limits)
+
+
+def _repetition(what: str, artifact: Artifact, plan: _Plan) -> Repetition:
+    args = (plan.open_session, artifact, plan.lengths, plan.spec.decode_tokens, plan.threads)
+    run: Repetition = in_child(what, measure.repetition, *args, limits=plan.limits)
+    return run
+
+
+def _undisturbed(attempt: Callable[[], Repetition]) -> tuple[Repetition, Noise]:
+    """A repetition and what disturbed it; one that was disturbed is tried once more, and the quieter is taken."""
+    found = []
+    for _ in range(2):
+        watch = NoiseWatch()
+        run = attempt()
+        found.append((run, watch.noise()))
+        if not found[-1][1].dirty:
+            break
+    run, noise = min(found, key=lambda pair: (len(pair[1].dirty), pair[1].others_cpu_share or 0.0))
+    return run, noise.model_copy(update={"repeated": len(found) > 1})
+
+
+def _cold_start(what: str, samples: _Samples, plan: _Plan) -> ColdStart:
+    artifact, shortest = samples.artifact, plan.lengths[0]
+    drop_from_page_cache(artifact.path(name) for name in artifact.manifest.files)
+    room = artifact.manifest.contract.context_length - shortest
+    args = (plan.open_session, artifact, samples.runs[0].shortest_text, room, plan.threads, now())
+    cold: ColdStart = in_child(what, measure.cold_start, *args, limits=plan.limits)
+    return cold
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _of_runs(key: str, samples: Iterable[float | None], source: str = _CLOCK, reason: str = _NO_TEXT) -> Figure:
+    """The median of one sample a process, with its interval; null where one has none."""
+    found = list(samples)
+    known = [sample for sample in found if sample is not None]
+    if not known or len(known) < len(found):
+        return unknown(key, reason)
+    return figure(key, median(known), source, known, bootstrap_median(known))
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """An artifact's samples on their way to figures."""
+
+    samples: _Samples
+    plan: _Plan
+    bandwidth: Sequence[float]
+    buffer_bytes: int
+
+    def of(self, host: Host) -> Benchmark:
+        """The benchmark."""
+        figures = self._requests() | self._decoding() | self._cold() | self._curves() | self._memory()
+        return Benchmark.model_validate(
+            {"settings": self._settings(), "machine": host, "noise": _worst(self.samples.noises)} | figures
+        )
+
+    def _settings(self) -> BenchSettings:
+        spec, limits, longest = self.plan.spec, self.plan.limits, self.plan.lengths[-1]
+        return BenchSettings(
+            ttft_from="text",
+            threads=self.plan.threads,
+            prompt_tokens=self.plan.lengths,
+            decode_tokens=spec.decode_tokens,
+            decode_after_tokens=longest,
+            cold_tokens=self.plan.lengths[0],
+            context_length=self.samples.artifact.manifest.contract.context_length,
+            runs=spec.runs,
+            warm_up=f"{longest} tokens prefilled and {WARM_UP_TOKENS} decoded in every run, not counted",
+            bandwidth_buffer_bytes=self.buffer_bytes,
+            torch_in_process=any(run.torch_in_process for run in self.samples.runs),
+            profile=limits.device if limits else None,
+            limits=limits.sentences() if limits else [],
+        )
+
+    def _requests(self) -> dict[str, object]:
+        """What depends on the prompt's length."""
+        runs = self.samples.runs
+        of = {n: [run.warm[n] for run in runs] for n in self.plan.lengths}
+        return {
+            "load_s": _of_runs("load_s", [run.load_s for run in runs]),
+            "first_ttft_s": _of_runs("first_ttft_s", [run.first.ttft_s for run in runs]),
+            "tokenize_s": {str(n): _of_runs("tokenize_s", [r.tokenize_s for r in of[n]]) for n in of},
+            "ttft_s": {str(n): _of_runs("ttft_s", [r.ttft_s for r in of[n]]) for n in of},
+            "first_token_s": {str(n): _of_runs("first_token_s", [r.first_token_s for r in of[n]]) for n in of},
+            "prefill_tokens_per_s": {
+                str(n): _of_runs("prefill_tokens_per_s", [tokens_per_s(n, r.prefill_s) for r in of[n]]) for n in of
+            },
+        }
+
+    def _decoding(self) -> dict[str, Figure]:
+        decodes = [run.decode for run in self.samples.runs]
+        rates = [tokens_per_s(r.decode_tokens, r.decode_s) for r in decodes]
+        gaps = [gap for r in decodes for gap in r.icl_s]
+        read = _traffic_of(self.samples.artifact).bytes_per_token(
+            self.plan.lengths[-1] + self.plan.spec.decode_tokens / 2
+        )
+
+        def icl(q: int) -> Figure:
+            key, each = f"icl_p{q}_s", [percentile(r.icl_s, q) for r in decodes if r.icl_s]
+            return figure(key, percentile(gaps, q), _CLOCK, each) if gaps else unknown(key, _NO_TEXT)
+
+        return {
+            "decode_tokens_per_s": _of_runs("decode_tokens_per_s", rates),
+            "itl_s": _of_runs("itl_s", [r.itl_s for r in decodes]),
+            "icl_s": figure("icl_s", median(gaps), _CLOCK, gaps) if gaps else unknown("icl_s", _NO_TEXT),
+            **{f"icl_p{q}_s": icl(q) for q in (50, 95, 99)},
+            "sampling_s": _of_runs("sampling_s", [s for r in decodes for s in r.sampling_s]),
+            "bandwidth_bytes_per_s": figure(
+                "bandwidth_bytes_per_s", max(self.bandwidth), "measured:memchr", self.bandwidth
+            ),
+            "bytes_per_token": figure("bytes_per_token", read, "computed:manifest"),
+            "decode_roofline_fraction": _roofline(rates, read, max(self.bandwidth)),
+        }
+
+    def _cold(self) -> dict[str, Figure]:
+        cold, none = self.samples.cold, "no cold start was asked for"
+        return {
+            "cold_ttft_s": _of_runs("cold_ttft_s", [c.ttft_s for c in cold], reason=_NO_TEXT if cold else none),
+            "cold_major_faults": _of_runs(
+                "cold_major_faults", [c.major_faults for c in cold], "measured:getrusage", none
+            ),
+            "cold_read_bytes": _of_runs("cold_read_bytes", [c.read_bytes for c in cold], "measured:proc-io", none),
+        }
+
+    def _curves(self) -> dict[str, object]:
+        lengths = curve_lengths(self.samples.artifact.manifest.contract.context_length)
+        points = self.samples.curve
+        if not self.plan.spec.curve_seconds:
+            return {}
+        late = f"bench.curve_seconds {self.plan.spec.curve_seconds:g} were used up"
+
+        def curve(key: str, attribute: str) -> dict[str, Figure]:
+            return {
+                str(n): _of_runs(key, [getattr(points[n], attribute)]) if n in points else unknown(key, late)
+                for n in lengths
+            }
+
+        return {
+            "ttft_curve_s": curve("ttft_curve_s", "ttft_s"),
+            "decode_curve_tokens_per_s": curve("decode_curve_tokens_per_s", "decode_tokens_per_s"),
+        }
+
+    def _memory(self) -> dict[str, object]:
+        runs, manifest = self.samples.runs, self.samples.artifact.manifest
+        each = manifest.traffic and manifest.traffic.kv_bytes_per_position
+
+        def cache(key: str, positions: int) -> Figure:
+            if each is None:
+                return unknown(key, "the exporter did not say")
+            return figure(key, each * positions, "computed:manifest")
+
+        return {
+            "memory": {name: _phase([run.memory[name] for run in runs]) for name in runs[0].memory},
+            "peak_rss_bytes": _of_runs("peak_rss_bytes", [run.peak_rss for run in runs], "measured:peak-rss"),
+            "rss_before_load_bytes": _of_runs(
+                "rss_before_load_bytes", [run.rss_before_load for run in runs], "measured:psutil"
+            ),
+            "kv_cache_bytes": cache("kv_cache_bytes", manifest.contract.context_length),
+            "kv_bytes_per_1000_tokens": cache("kv_bytes_per_1000_tokens", 1000),
+        }
+
+
+def _roofline(rates: Sequence[float], read: float, bandwidth: float) -> Figure:
+    """Share of the memory's roofline; above 1 it is no roofline, and none is given."""
+    fractions = [decode_roofline_fraction(rate, read, bandwidth) for rate in rates]
+    if (middle := median(fractions)) <= 1:
+        return _of_runs("decode_roofline_fraction", fractions)
+    cache = last_level_cache_bytes()
+    why = "what a token reads fits the cache" if cache and read < cache else "the bandwidth was measured too low"
+    return unknown("decode_roofline_fraction", f"wrong roofline: {middle:.0%} of it were reached; {why}")
+
+
+def _phase(phases: Sequence[Phase | None]) -> PhaseMemory:
+    """Medians of a phase over the runs."""
+    known = [phase for phase in phases if phase]
+    values = {
+        "peak_rss_bytes": [phase.peak_rss for phase in known],
+        "anonymous_bytes": [phase.end.anonymous for phase in known],
+        "file_backed_bytes": [phase.end.file_backed for phase in known],
+        "swap_bytes": [phase.end.swap for phase in known],
+        "pss_bytes": [phase.end.pss for phase in known],
+    }
+    sources = {key: "measured:VmHWM" if key == "peak_rss_bytes" else "measured:smaps_rollup" for key in values}
+    made = {key: _of_runs(key, found, sources[key], NOT_LINUX) for key, found in values.items()}
+    return PhaseMemory(**made, vram_bytes=unknown("vram_bytes", "nothing ran on a GPU"))
+
+
+def _worst(noises: Sequence[Noise]) -> Noise:
+    """Of several measurements, the greatest of everything."""
+    told: dict[str, object] = {}
+    for key in ("steal_share", "others_cpu_share", "cpu_pressure_share", "memory_pressure_share"):
+        told[key] = max((x for n in noises if (x := getattr(n, key)) is not None), default=None)
+    for key in ("frequency_mhz", "temperature_c"):
+        spans = [span for n in noises if (span := getattr(n, key))]
+        told[key] = [min(s[0] for s in spans), max(s[1] for s in spans)] if spans else None
+    switches = [n.involuntary_switches_per_s for n in noises if n.involuntary_switches_per_s is not None]
+    throttled = [n.throttled for n in noises if n.throttled is not None]
+    return Noise.model_validate(
+        told
+        | {
+            "involuntary_switches_per_s": max(switches, default=None),
+            "throttled": sum(throttled) if throttled else None,
+            "repeated": any(n.repeated for n in noises),
+            "dirty": list(dict.fromkeys(words for n in noises for words in n.dirty)),
+        }
     )
 
 
@@ -166,174 +384,3 @@ def _traffic_of(artifact: Artifact) -> Traffic:
     manifest = artifact.manifest
     weight_bytes = round(manifest.parameters * manifest.bits_per_weight / 8)
     return manifest.traffic or Traffic(weight_bytes=weight_bytes, kv_bytes_per_position=0)
-
-
-def describe_machine() -> Host:
-    """The machine the figures belong to, and how busy it was."""
-    return Host(
-        cpu=_cpu_name(),
-        cores=psutil.cpu_count(logical=False),
-        logical_cores=psutil.cpu_count(),
-        last_level_cache_bytes=last_level_cache_bytes(),
-        ram_bytes=psutil.virtual_memory().total,
-        os=platform.platform(),
-        architecture=platform.machine(),
-        python=platform.python_version(),
-        load_average_1min=psutil.getloadavg()[0],
-    )
-
-
-def _cpu_name() -> str | None:
-    if sys.platform == "darwin":
-        answer = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-        )
-        return answer.stdout.strip() or None
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line.partition(":") for line in file]
-    except OSError:
-        return platform.processor() or None
-    names = {key.strip(): value.strip() for key, _, value in lines}
-    return names.get("model name") or names.get("Model") or names.get("Hardware") or platform.processor() or None
-
-
-def _peak_rss_bytes() -> int:
-    """Most memory that this process has had resident."""
-    if sys.platform == "linux":
-        # ru_maxrss survives exec: a child starts with its parent's peak.
-        with open("/proc/self/status", encoding="ascii") as file:
-            line = next(line for line in file if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def _ordinary_ids(session: Session, count: int) -> list[int]:
-    """Pseudo-random ids that stand for text, the same in every run."""
-    rng = np.random.default_rng(0)
-    ids: list[int] = []
-    for _ in range(64 * count):
-        token = int(rng.integers(session.vocab_size))
-        if session.token_bytes(token):
-            ids.append(token)
-        if len(ids) == count:
-            return ids
-    raise EdgekdError("the artifact's tokenizer has hardly any token that stands for text.", "Export it again.")
-
-
-def _measure_run(open_session: OpenSession, artifact: Artifact, spec: BenchSpec, threads: int) -> _Repetition:
-    """One repetition, in the child."""
-    rng = np.random.default_rng(0)
-    before = psutil.Process().memory_info().rss
-    start = time.perf_counter()
-    session = open_session(artifact, threads=threads)
-    load = time.perf_counter() - start
-    try:
-        lengths = sorted(set(spec.prompt_tokens))
-        ids = _ordinary_ids(session, lengths[-1])
-        session.reset()
-        token = sample(session.prefill(ids), 0.0, rng)
-        for _ in range(min(_WARM_UP_TOKENS, spec.decode_tokens)):
-            token = sample(session.decode(token), 0.0, rng)
-
-        ttft, prefill, tokenize = {}, {}, {}
-        for length in lengths:
-            text = b"".join(map(session.token_bytes, ids[:length])).decode("utf-8", "replace")
-            start = time.perf_counter()
-            session.tokenize(text)
-            tokenize[length] = time.perf_counter() - start
-            session.reset()
-            start = time.perf_counter()
-            logits = session.prefill(ids[:length])
-            prefill[length] = time.perf_counter() - start
-            token = sample(logits, 0.0, rng)
-            ttft[length] = time.perf_counter() - start
-
-        intervals, sampling = [], []
-        last = time.perf_counter()
-        for _ in range(spec.decode_tokens):
-            logits = session.decode(token)
-            decoded = time.perf_counter()
-            token = sample(logits, 0.0, rng)
-            now = time.perf_counter()
-            sampling.append(now - decoded)
-            intervals.append(now - last)
-            last = now
-    finally:
-        session.close()
-    return _Repetition(
-        load_s=load,
-        tokenize_s=tokenize,
-        prefill_s=prefill,
-        ttft_s=ttft,
-        inter_token_s=intervals,
-        sampling_s=sampling,
-        rss_before_load_bytes=before,
-        peak_rss_bytes=_peak_rss_bytes(),
-        torch_in_process="torch" in sys.modules,
-    )
-
-
-def _in_child(what: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function`` in a fresh process and return what it returns.
-
-    Raises:
-        EdgekdError: the child raised, or died.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, function, args), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        wait([receiver, process.sentinel])
-        try:
-            kind, value = receiver.recv()
-        except EOFError:
-            process.join()
-            raise _death(what, process.exitcode) from None
-    finally:
-        # Ctrl-C lands here too: no child outlives this call.
-        process.join(timeout=0 if sys.exc_info()[0] else 5)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        receiver.close()
-    if kind == "error":
-        raise EdgekdError(f"{what} failed: {value[0]}", value[1])
-    return value
-
-
-def _child(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Entry point of a child process: one message back, then exit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    try:
-        message = ("ok", function(*args))
-    except EdgekdError as error:
-        message = ("error", (error.cause, error.remedy))
-    except Exception as error:  # a runtime may raise anything; the user gets one sentence
-        message = ("error", (f"{type(error).__name__}: {error}", "Try: edgekd doctor"))
-    sender.send(message)
-    sender.close()
-
-
-def _die_with_parent() -> None:
-    """Wait for the parent's end, however it comes, and follow."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-def _death(what: str, exitcode: int | None) -> EdgekdError:
-    """The error for a child that died without a word."""
-    remedy = "Find out whether the runtime works here: edgekd doctor"
-    if exitcode is None or exitcode >= 0:
-        return EdgekdError(f"{what} ended without a result (exit code {exitcode}).", remedy)
-    known = {int(number): number.name for number in signal.Signals}
-    if known.get(-exitcode) == "SIGKILL":
-        remedy = f"Memory may have run out: free some, or use a smaller model. {remedy}"
-    return EdgekdError(f"{what} was ended by {known.get(-exitcode, f'signal {-exitcode}')}.", remedy)

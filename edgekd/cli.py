@@ -574,11 +574,16 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("ed
 
 
 @app.command(epilog="Example: edgekd schema > edgekd.schema.json")
-def schema() -> None:
+def schema(
+    of_bench: Annotated[
+        bool, typer.Option("--bench", help="Of a benchmark's record, which apps on devices write, instead.")
+    ] = False,
+) -> None:
     """Print the spec's JSON Schema, for editors that check and complete YAML."""
+    from .proof import BenchRecord
     from .targets import spec_model
 
-    typer.echo(json.dumps(spec_model().model_json_schema(), indent=2))
+    typer.echo(json.dumps((BenchRecord if of_bench else spec_model()).model_json_schema(), indent=2))
 
 
 def _hold_streams() -> None:

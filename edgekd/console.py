@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .doctor import Check
     from .manifest import Contract
     from .plan import PlannedStage
-    from .proof import Audit, Benchmark, Parity, Quality
+    from .proof import Audit, Benchmark, Figure, Parity, Quality
     from .results import Results
     from .session import Session
 
@@ -195,18 +195,30 @@ def parity_table(parity: Parity) -> None:
 
 
 def bench_table(benchmark: Benchmark) -> None:
-    """The medians of a benchmark."""
+    """The medians of a benchmark, what is unknown with its reason, and what disturbed it."""
     rows = [("load_s", "", benchmark.load_s)]
+    cold = str(benchmark.settings.cold_tokens or "")
+    rows += [("cold_ttft_s", cold, benchmark.cold_ttft_s), ("first_ttft_s", cold, benchmark.first_ttft_s)]
     rows += [("ttft_s", length, figure) for length, figure in benchmark.ttft_s.items()]
     rows += [("prefill_tokens_per_s", length, figure) for length, figure in benchmark.prefill_tokens_per_s.items()]
-    rows += [
-        ("decode_tokens_per_s", "", benchmark.decode_tokens_per_s),
-        ("inter_token_p50_s", "", benchmark.inter_token_p50_s),
-        ("inter_token_p95_s", "", benchmark.inter_token_p95_s),
-        ("peak_rss_bytes", "", benchmark.peak_rss_bytes),
-        ("decode_roofline_fraction", "", benchmark.decode_roofline_fraction),
-    ]
-    _figures_table([(METRICS[key].label(length), _text(key, figure.value)) for key, length, figure in rows])
+    for key in ("decode_tokens_per_s", "itl_s", "icl_p50_s", "icl_p95_s", "icl_p99_s", "decode_roofline_fraction"):
+        rows.append((key, "", getattr(benchmark, key)))
+    shown = [(METRICS[key].label(length), _known(key, figure)) for key, length, figure in rows]
+    for name, phase in benchmark.memory.items():
+        for key in ("peak_rss_bytes", "anonymous_bytes", "file_backed_bytes"):
+            shown.append((f"{METRICS[key].label()}, {name}", _known(key, getattr(phase, key))))
+    for key in ("kv_bytes_per_1000_tokens", "prefill_energy_j_per_token", "decode_energy_j_per_token"):
+        shown.append((METRICS[key].label(), _known(key, getattr(benchmark, key))))
+    _figures_table(shown)
+    for words in benchmark.settings.limits:
+        typer.echo(f"held to {benchmark.settings.profile}: {words}", err=True)
+    for words in benchmark.noise.dirty:
+        typer.echo(f"disturbed: {words}", err=True)
+
+
+def _known(key: str, figure: Figure) -> str:
+    """A figure as a terminal shows it, or why there is none."""
+    return f"unknown: {figure.reason}" if figure.value is None else _text(key, figure.value)
 
 
 def audit_lines(audit: Audit) -> list[str]:

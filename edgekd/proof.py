@@ -6,7 +6,7 @@ these models as JSON; those that an earlier version wrote are read as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal, Self
@@ -39,6 +39,8 @@ class Figure(_Proof):
     samples: list[float] = []
     reason: str | None = None
     """Why the value is null."""
+    ci95: Interval | None = None
+    """Of the value, by bootstrap over the samples."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,15 +58,42 @@ class Figure(_Proof):
 
 
 class Energy(Figure):
-    """Joules a token. Nothing reads an energy counter yet; what one tells beside it belongs here."""
+    """Joules, net of what the machine draws when idle; the value is null where no counter told.
+
+    An estimate from a device's watts never stands here.
+    """
+
+    gross: float | None = None
+    """The same with the idle power in it."""
+    counters: list[str] = []
+    """What was read, such as ``package-0`` and ``dram``."""
+    idle_w: list[float] = []
+    """Before and after."""
+    window_s: float | None = None
+    counter_updates: int | None = None
+    """How often the counter moved within the window."""
+    granularity_j: float | None = None
+    """The least step that the counter was seen to make."""
+    differences_ratio: float | None = None
+    """The same from windows of both phases less windows of one, over the value: 1 where they agree."""
+    remarks: list[str] = []
 
 
-def figure(key: str, value: float, source: str, samples: Sequence[float] = ()) -> Figure:
+def figure(
+    key: str, value: float, source: str, samples: Sequence[float] = (), ci95: Sequence[float] | None = None
+) -> Figure:
     """A figure of the table below."""
-    return Figure(value=value, unit=METRICS[key].unit, source=source, samples=list(samples))
+    interval = None if ci95 is None else list(ci95)
+    return Figure(value=value, unit=METRICS[key].unit, source=source, samples=list(samples), ci95=interval)
+
+
+def unknown(key: str, reason: str) -> Figure:
+    """The figure of the table below that could not be had."""
+    return Figure(value=None, unit=METRICS[key].unit, reason=reason)
 
 
 _UNKNOWN = Figure(value=None, reason=NOT_MEASURED)
+_NO_COUNTER = Energy(value=None, reason="no energy counter was read")
 
 
 # --- an artifact against its reference --------------------------------------------------------------------------------
@@ -193,50 +222,180 @@ class Parity(Comparison):
 class BenchSettings(_Proof):
     """What was run."""
 
+    ttft_from: Literal["ids", "text"] = "ids"
+    """Where TTFT begins; what earlier versions wrote, which lacks this key, began at the ids."""
     threads: int | None = None
     prompt_tokens: list[int] = []
     decode_tokens: int | None = None
     decode_after_tokens: int | None = None
+    cold_tokens: int | None = None
+    """Length of the prompt of cold and first requests."""
+    context_length: int | None = None
     runs: int | None = None
     warm_up: str | None = None
     bandwidth_buffer_bytes: int | None = None
     torch_in_process: bool | None = None
+    profile: str | None = None
+    """The device whose limits the run was held to."""
+    limits: list[str] = []
+    """Those limits, a sentence each."""
 
 
 class Host(_Proof):
-    """The machine that figures belong to, and how busy it was."""
+    """The machine or device that figures belong to, and how busy it was."""
 
+    device: str | None = None
+    """As its makers call it, where it is more than a CPU: a phone, a board."""
     cpu: str | None = None
     cores: int | None = None
     logical_cores: int | None = None
+    gpu: str | None = None
     last_level_cache_bytes: int | None = None
     ram_bytes: int | None = None
     os: str | None = None
     architecture: str | None = None
     python: str | None = None
+    runtime_build: str | None = None
+    """Version of the runtime, and the instructions that it was built for."""
     load_average_1min: float | None = None
 
 
+class Noise(_Proof):
+    """What else the machine did while it was measured; null where the system does not tell."""
+
+    steal_share: Share | None = None
+    """Of the CPUs' time that a virtual machine was not given."""
+    others_cpu_share: float | None = None
+    """Of one core, that other processes took."""
+    cpu_pressure_share: float | None = None
+    """Of the time in which some task waited for a CPU (PSI)."""
+    memory_pressure_share: float | None = None
+    involuntary_switches_per_s: float | None = None
+    frequency_mhz: Interval | None = None
+    """Least and greatest of all cores, before and after."""
+    throttled: int | None = None
+    """Times that the CPU slowed itself for its heat."""
+    temperature_c: Interval | None = None
+    """Before and after."""
+    repeated: bool = False
+    """The first attempt was disturbed and was measured again."""
+    dirty: list[str] = []
+    """Why these figures were disturbed, a sentence each."""
+
+
+class PhaseMemory(_Proof):
+    """Memory of the process in one phase: its peak since the phase began, and what it held at its end."""
+
+    peak_rss_bytes: Figure = _UNKNOWN
+    anonymous_bytes: Figure = _UNKNOWN
+    """What a phone counts against an app: it cannot be dropped and read again."""
+    file_backed_bytes: Figure = _UNKNOWN
+    swap_bytes: Figure = _UNKNOWN
+    pss_bytes: Figure = _UNKNOWN
+    vram_bytes: Figure = _UNKNOWN
+
+
+class Slice(_Proof):
+    """A part of a sustained run."""
+
+    seconds: float
+    decode_tokens_per_s: float
+    temperature_c: float | None = None
+
+
+class Sustained(_Proof):
+    """Decoding without a pause, slice by slice."""
+
+    slices: list[Slice]
+    change_slice: int | None = None
+    """The slice, counted from 0, from which on it was slower; null: none."""
+    factor: float | None = None
+    """Speed behind the change over speed before it; 1 where there is none."""
+
+
+def _renamed(given: object, names: Mapping[str, str]) -> object:
+    """Keys of an earlier version by their names of today."""
+    return {names.get(key, key): value for key, value in given.items()} if isinstance(given, dict) else given
+
+
+_EARLIER_NAMES = {
+    "inter_token_s": "icl_s",
+    "inter_token_p50_s": "icl_p50_s",
+    "inter_token_p95_s": "icl_p95_s",
+}
+
+
 class Benchmark(_Proof):
-    """Medians over fresh processes; what depends on the prompt stands by its length in tokens."""
+    """Medians over fresh processes; what depends on the prompt stands by its length in tokens.
+
+    Every term is defined in ``benchmarks/definitions.py``. A program that measures elsewhere, such as an app on a
+    phone, writes this model as JSON and leaves out what it does not know.
+    """
 
     settings: BenchSettings = BenchSettings()
     machine: Host = Host()
+    noise: Noise = Noise()
     load_s: Figure = _UNKNOWN
     tokenize_s: dict[str, Figure] = {}
     ttft_s: dict[str, Figure] = {}
+    first_token_s: dict[str, Figure] = {}
     prefill_tokens_per_s: dict[str, Figure] = {}
     decode_tokens_per_s: Figure = _UNKNOWN
-    inter_token_s: Figure = _UNKNOWN
+    itl_s: Figure = _UNKNOWN
+    icl_s: Figure = _UNKNOWN
+    icl_p50_s: Figure = _UNKNOWN
+    icl_p95_s: Figure = _UNKNOWN
+    icl_p99_s: Figure = _UNKNOWN
     sampling_s: Figure = _UNKNOWN
-    inter_token_p50_s: Figure = _UNKNOWN
-    inter_token_p95_s: Figure = _UNKNOWN
+    cold_ttft_s: Figure = _UNKNOWN
+    """From the start of the process, its files dropped from the page cache."""
+    cold_major_faults: Figure = _UNKNOWN
+    cold_read_bytes: Figure = _UNKNOWN
+    """From the disk, until the first text."""
+    first_ttft_s: Figure = _UNKNOWN
+    """Of the first request of a process."""
+    ttft_curve_s: dict[str, Figure] = {}
+    decode_curve_tokens_per_s: dict[str, Figure] = {}
+    """Behind a prompt of each length up to the whole context; what was too long to measure is null."""
+    memory: dict[Literal["load", "prefill", "decode"], PhaseMemory] = {}
     peak_rss_bytes: Figure = _UNKNOWN
     rss_before_load_bytes: Figure = _UNKNOWN
+    kv_cache_bytes: Figure = _UNKNOWN
+    """Of the whole context, in the type that the runtime keeps."""
+    kv_bytes_per_1000_tokens: Figure = _UNKNOWN
     bandwidth_bytes_per_s: Figure = _UNKNOWN
     bytes_per_token: Figure = _UNKNOWN
     decode_roofline_fraction: Figure = _UNKNOWN
-    energy_j_per_token: Energy = Energy(value=None, unit="J per token", reason="no energy counter was read")
+    prefill_energy_j_per_token: Energy = _NO_COUNTER
+    decode_energy_j_per_token: Energy = _NO_COUNTER
+    request_energy_j: Energy = _NO_COUNTER
+    """Of the longest prompt and the decoded tokens behind it."""
+    estimated_decode_energy_j_per_token: Figure = _UNKNOWN
+    """From a device's published power, never from a counter."""
+    sustained: Sustained | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_earlier_names(cls, given: object) -> object:
+        return _renamed(given, _EARLIER_NAMES)
+
+
+class BenchRecord(_Proof):
+    """A benchmark with what it is of: a line of a history, and the file that an app on a device writes."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    """UTC, ISO 8601."""
+    artifact: str
+    """Name of the artifact's folder."""
+    name: str
+    target: str
+    recipe: str
+    runtime: str
+    files_digest: str
+    """Digest of the manifest's ``files``: the same files, the same digest."""
+    size_bytes: int
+    benchmark: Benchmark
 
 
 class Audit(_Proof):
@@ -375,15 +534,34 @@ METRICS = {
         Metric("ttft_s", "TTFT", "s", show.duration, "lower"),
         Metric("prefill_tokens_per_s", "Prefill", "tok/s", show.significant, "higher"),
         Metric("decode_tokens_per_s", "Decode", "tok/s", show.significant, "higher"),
-        Metric("inter_token_s", "Inter-token", "s", show.duration, "lower"),
-        Metric("inter_token_p50_s", "Inter-token p50", "s", show.duration, "lower"),
-        Metric("inter_token_p95_s", "Inter-token p95", "s", show.duration, "lower"),
+        Metric("first_token_s", "First token, from ids", "s", show.duration, "lower"),
+        Metric("itl_s", "ITL", "s", show.duration, "lower"),
+        Metric("icl_s", "ICL", "s", show.duration, "lower"),
+        Metric("icl_p50_s", "ICL p50", "s", show.duration, "lower"),
+        Metric("icl_p95_s", "ICL p95", "s", show.duration, "lower"),
+        Metric("icl_p99_s", "ICL p99", "s", show.duration, "lower"),
+        Metric("cold_ttft_s", "TTFT, cold", "s", show.duration, "lower"),
+        Metric("cold_major_faults", "Major faults, cold", "", show.count, "lower"),
+        Metric("cold_read_bytes", "Read from disk, cold", "bytes", show.size, "lower"),
+        Metric("first_ttft_s", "TTFT, first request", "s", show.duration, "lower"),
+        Metric("ttft_curve_s", "TTFT", "s", show.duration, "lower"),
+        Metric("decode_curve_tokens_per_s", "Decode", "tok/s", show.significant, "higher"),
         Metric("sampling_s", "Sampling", "s", show.duration, "lower"),
         Metric("decode_roofline_fraction", "Decode of roofline", "share", partial(show.percent, decimals=0), "higher"),
         Metric("peak_rss_bytes", "Peak RSS", "bytes", show.size, "lower"),
         Metric("rss_before_load_bytes", "RSS before load", "bytes", show.size),
         Metric("bandwidth_bytes_per_s", "Read bandwidth", "bytes/s", show.significant),
         Metric("bytes_per_token", "Read per token", "bytes", show.size, "lower"),
-        Metric("energy_j_per_token", "Energy", "J per token", show.significant, "lower"),
+        Metric("anonymous_bytes", "Anonymous", "bytes", show.size, "lower"),
+        Metric("file_backed_bytes", "File-backed", "bytes", show.size, "lower"),
+        Metric("swap_bytes", "Swap", "bytes", show.size, "lower"),
+        Metric("pss_bytes", "PSS", "bytes", show.size, "lower"),
+        Metric("vram_bytes", "VRAM", "bytes", show.size, "lower"),
+        Metric("kv_cache_bytes", "Cache of the whole context", "bytes", show.size, "lower"),
+        Metric("kv_bytes_per_1000_tokens", "Cache of 1,000 tokens", "bytes", show.size, "lower"),
+        Metric("prefill_energy_j_per_token", "Energy, prefill", "J per token", show.significant, "lower"),
+        Metric("decode_energy_j_per_token", "Energy, decode", "J per token", show.significant, "lower"),
+        Metric("request_energy_j", "Energy of a request", "J", show.significant, "lower"),
+        Metric("estimated_decode_energy_j_per_token", "Estimated, decode", "J per token", show.significant, "lower"),
     )
 }

@@ -270,6 +270,12 @@ class BenchSpec(_Strict):
     )
     decode_tokens: Length = 64
     runs: Few = Field(5, description="Repetitions; the report shows medians and keeps every sample.")
+    cold_runs: Annotated[int, Field(ge=0, le=2**12)] = Field(
+        2, description="Processes that begin with the artifact's files dropped from the page cache."
+    )
+    curve_seconds: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        20, description="Most time for TTFT and decode at lengths up to the whole context; 0: not measured."
+    )
     threads: Few | None = Field(None, description="Default: the physical cores.")
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from edgekd.proof import METRICS, Benchmark, Comparison, Evaluation, Figure, Hop, Parity, figure
+from edgekd.proof import METRICS, Benchmark, Comparison, Evaluation, Figure, Hop, Parity, PhaseMemory, figure
 from edgekd.spec import Thresholds
 
 COMPARED = {"windows": 1, "window_tokens": 8, "unusable_positions": 0}
@@ -16,6 +16,7 @@ COMPARED = {"windows": 1, "window_tokens": 8, "unusable_positions": 0}
 def test_a_figure_has_its_unit_from_the_table():
     made = figure("decode_tokens_per_s", 0.5, "measured:clock", (0.4, 0.6))
     expected = {"value": 0.5, "unit": "tok/s", "source": "measured:clock", "samples": [0.4, 0.6], "reason": None}
+    expected["ci95"] = None
     assert json.loads(json.dumps(made.model_dump())) == expected
 
 
@@ -56,7 +57,8 @@ def test_what_earlier_versions_wrote_is_read():
     old = {"value": 0.5, "source": "measured:clock", "samples": [0.4, 0.6]}
     read = Benchmark.model_validate({"load_s": old, "ttft_s": {"32": old}, "energy_j_per_token": None, "machine": {}})
     assert read.load_s == read.ttft_s["32"] == Figure.model_validate(old)
-    assert read.energy_j_per_token.value is None and read.energy_j_per_token.reason == "not measured"
+    assert read.settings.ttft_from == "ids" and read.decode_energy_j_per_token.value is None
+    assert Benchmark.model_validate({"inter_token_p95_s": old}).icl_p95_s == Figure.model_validate(old)
     assert Parity.model_validate(COMPARED | {"kl_mean": None}).failures is None
     hop = {"from": "teacher", "to": "student", "kl_mean": 0.3, "kl_ci95": None}
     told = Hop.model_validate(hop).model_dump()
@@ -64,7 +66,10 @@ def test_what_earlier_versions_wrote_is_read():
 
 
 def test_the_table_knows_every_figure():
-    of_benchmark = {key for key in Benchmark.model_fields if key not in ("settings", "machine")}
+    of_benchmark = {
+        key for key in Benchmark.model_fields if key not in ("settings", "machine", "noise", "memory", "sustained")
+    }
+    of_benchmark |= set(PhaseMemory.model_fields)
     of_hop = {key for key in Hop.model_fields if not key.endswith("ci95")} - {"start", "end"}
     assert of_benchmark | of_hop | set(Evaluation.model_fields) - {"loss"} <= set(METRICS)
     assert all(key == metric.key for key, metric in METRICS.items())

@@ -195,7 +195,9 @@ def main(
     peers = (("genai", Genai, genai), ("transformers", Transformers, transformers), ("export_llm", Program, pte))
     for name, opener, paths in peers:
         contenders += [(f"{name} {path.name}", opener, Artifact(path, loaded[0].manifest)) for path in paths or []]
-    spec = BenchSpec(prompt_tokens=prompt or [128, 896], decode_tokens=decode, runs=1, threads=threads)
+    spec = BenchSpec(
+        prompt_tokens=prompt or [128, 896], decode_tokens=decode, runs=1, threads=threads, cold_runs=0, curve_seconds=0
+    )
     turns: dict[str, list[Benchmark]] = {name: [] for name, _, _ in contenders}
     for _ in range(runs):
         for name, opener, artifact in contenders:

@@ -11,6 +11,7 @@ from ...proof import METRICS, Benchmark, BenchSettings, Figure, Hop, Host, Metri
 from ...results import MadeArtifact, StageTime
 from .charts import MODELS
 
+_BY_PHASE = ("anonymous_bytes", "file_backed_bytes")
 _COLUMNS = 6
 """Most artifacts side by side: what a printed page holds."""
 
@@ -205,23 +206,33 @@ def _speed_rows(artifacts: Sequence[MadeArtifact]) -> list[Row]:
     timed = [a.manifest.benchmark or Benchmark() for a in artifacts]
     ttft, prefill = [b.ttft_s for b in timed], [b.prefill_tokens_per_s for b in timed]
     return [
-        _figure_row("load_s", [b.load_s for b in timed]),
+        *_rows(timed, "load_s", "cold_ttft_s", "first_ttft_s"),
         *_rows_by_prompt("ttft_s", ttft),
         *_rows_by_prompt("prefill_tokens_per_s", prefill),
-        _figure_row("decode_tokens_per_s", [b.decode_tokens_per_s for b in timed]),
-        _figure_row("inter_token_p50_s", [b.inter_token_p50_s for b in timed]),
-        _figure_row("inter_token_p95_s", [b.inter_token_p95_s for b in timed]),
-        _figure_row("decode_roofline_fraction", [b.decode_roofline_fraction for b in timed]),
+        *_rows(timed, "decode_tokens_per_s", "itl_s", "icl_p50_s", "icl_p95_s", "icl_p99_s"),
+        *_rows(timed, "decode_roofline_fraction"),
     ]
 
 
 def _memory_rows(artifacts: Sequence[MadeArtifact]) -> list[Row]:
     timed = [a.manifest.benchmark or Benchmark() for a in artifacts]
+    phases = [(phase, key) for phase in ("load", "prefill", "decode") for key in _BY_PHASE]
     return [
-        _figure_row("peak_rss_bytes", [b.peak_rss_bytes for b in timed]),
-        _figure_row("bytes_per_token", [b.bytes_per_token for b in timed]),
-        _figure_row("energy_j_per_token", [b.energy_j_per_token for b in timed]),
+        *_rows(timed, "peak_rss_bytes"),
+        *(_phase_row(timed, phase, key) for phase, key in phases if any(phase in b.memory for b in timed)),
+        *_rows(timed, "kv_cache_bytes", "kv_bytes_per_1000_tokens", "bytes_per_token"),
+        *_rows(timed, "prefill_energy_j_per_token", "decode_energy_j_per_token"),
     ]
+
+
+def _rows(timed: Sequence[Benchmark], *keys: str) -> list[Row]:
+    return [_figure_row(key, [getattr(benchmark, key) for benchmark in timed]) for key in keys]
+
+
+def _phase_row(timed: Sequence[Benchmark], phase: str, key: str) -> Row:
+    of_each = [{str(name): memory for name, memory in benchmark.memory.items()}.get(phase) for benchmark in timed]
+    row = _figure_row(key, [getattr(memory, key, None) for memory in of_each])
+    return Row(f"{row.title}, {phase}", row.cells)
 
 
 def _rows_by_prompt(key: str, figures: Sequence[dict[str, Figure]]) -> Iterator[Row]:

@@ -259,6 +259,6 @@ def _unmeasured(artifacts: Sequence[MadeArtifact]) -> list[str]:
             "Speed and memory were measured on the machine named here and hold for it alone; "
             "no phone or other device was measured."
         )
-        if all(benchmark.energy_j_per_token.value is None for benchmark in benchmarks):
+        if all(benchmark.decode_energy_j_per_token.value is None for benchmark in benchmarks):
             found.append("Energy was not measured.")
     return found

@@ -30,6 +30,10 @@ from .run import Export, Quantization, Run
 _SOURCE = Path(__file__).parent.parent
 _BENCHMARKS = Path(benchmarks.__path__[0])
 _OF_TEACHER = ("loss", "temperature", "jsd_beta", "skew")
+_HARNESS = [
+    f"benchmarks/{name}.py"
+    for name in ("children", "definitions", "harness", "machine", "measure", "memory", "metrics")
+]
 _PROOF = "proof.py"
 _CALIBRATION = ("quant/calibrate.py",)
 _STORE = ("quant/store",)
@@ -273,8 +277,9 @@ def _audited(run: Run, export: Export, exported: Stage) -> Stage:
 
 def _timed(run: Run, export: Export, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.bench
-    key = _key(reads, ["benchmarks/harness.py", "benchmarks/metrics.py", _PROOF], spec.model_dump(), platform.node())
+    key = _key(reads, [*_HARNESS, _PROOF], spec.model_dump(), platform.node())
     tokens = (sum(spec.prompt_tokens) + spec.decode_tokens) * spec.runs
-    seconds = plan.inference_cost([run.student_config], tokens, machine).seconds + 2 * spec.runs
+    processes = spec.runs + spec.cold_runs + (spec.curve_seconds > 0)
+    seconds = plan.inference_cost([run.student_config], tokens, machine).seconds + 2 * processes
     cost, job = Cost(reads[-1].cost.ram_bytes, 2**16, seconds), partial(work.bench, run, export)
     return Stage(f"bench {export.label}", f"bench/{export.label}", key, cost, job, _folders(reads), phase="bench")

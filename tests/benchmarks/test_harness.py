@@ -15,14 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edgekd.benchmarks.harness import bench, describe_machine
+from edgekd.benchmarks.children import Limits
+from edgekd.benchmarks.harness import bench, bench_in_turns, describe_machine
 from edgekd.errors import EdgekdError
 from edgekd.manifest import Contract, Traffic, write_artifact
 from edgekd.proof import Figure
 from edgekd.spec import BenchSpec
 
 HERE = Path(__file__).parent
-SPEC = BenchSpec(prompt_tokens=[20, 5], decode_tokens=12, runs=2, threads=1)
+QUICK = {"cold_runs": 0, "curve_seconds": 0}
+SPEC = BenchSpec(prompt_tokens=[20, 5], decode_tokens=12, runs=2, threads=1, **QUICK)
 
 
 @pytest.fixture
@@ -66,29 +68,77 @@ def test_times_of_a_runtime_of_known_speed(runtime, artifact):
     assert events == [(1, 2), (2, 2)]
     # Sleeping is exact from below; above, a busy machine may add a good deal.
     assert 0.1 <= result.load_s.value < 1
-    assert 0.005 <= result.ttft_s["5"].value < 0.2
+    assert 0.005 <= result.first_token_s["5"].value <= result.ttft_s["5"].value < 0.2
     assert 0.02 <= result.ttft_s["20"].value < 0.2
+    assert 0.005 <= result.first_ttft_s.value < 0.2 and result.settings.cold_tokens == 5
     assert 100 < result.prefill_tokens_per_s["20"].value <= 1000
     assert 25 < result.decode_tokens_per_s.value <= 250
-    assert 0.004 <= result.inter_token_p50_s.value <= result.inter_token_p95_s.value < 0.2
-    assert len(result.inter_token_s.samples) == 2 * 12
-    for key in ("load_s", "decode_tokens_per_s", "inter_token_p95_s", "peak_rss_bytes", "decode_roofline_fraction"):
+    assert 0.004 <= result.itl_s.value < 0.2
+    assert 0.004 <= result.icl_p50_s.value <= result.icl_p95_s.value <= result.icl_p99_s.value < 0.2
+    for key in ("load_s", "decode_tokens_per_s", "icl_p95_s", "peak_rss_bytes", "decode_roofline_fraction"):
         assert len(getattr(result, key).samples) == 2
     grown = result.peak_rss_bytes.value - result.rss_before_load_bytes.value
     assert 64 * 2**20 <= grown < 128 * 2**20
     assert result.bytes_per_token == Figure(value=4000 + 100 * (20 + 6), unit="bytes", source="computed:manifest")
     expected = result.decode_tokens_per_s.value * 4000 / result.bandwidth_bytes_per_s.value
-    assert result.decode_roofline_fraction.value == pytest.approx(expected * 6600 / 4000)
-    assert result.energy_j_per_token.value is None and result.energy_j_per_token.reason
-    assert result.settings.prompt_tokens == [5, 20]
+    assert result.decode_roofline_fraction.value == pytest.approx(expected * 6600 / 4000, rel=0.2)
+    assert result.kv_bytes_per_1000_tokens.value == 100_000 and result.kv_cache_bytes.value == 6400
+    assert result.decode_energy_j_per_token.value is None and result.decode_energy_j_per_token.reason
+    assert result.settings.prompt_tokens == [5, 20] and result.settings.ttft_from == "text"
     assert result.settings.decode_after_tokens == 20
     assert result.settings.torch_in_process is False
+    assert result.cold_ttft_s.reason == "no cold start was asked for" and not result.ttft_curve_s
+
+
+def test_cold_first_and_the_curves(runtime, artifact):
+    """Cold counts from the process's start: the 0.1 s of loading are in it, and Python's own start."""
+    spec = BenchSpec(prompt_tokens=[5], decode_tokens=4, runs=1, threads=1, cold_runs=1, curve_seconds=20)
+    result = bench(runtime.open_slow, artifact, spec)
+    assert result.cold_ttft_s.value > 0.105 + result.first_ttft_s.value - result.ttft_s["5"].value
+    assert result.cold_major_faults.value is not None and result.cold_read_bytes.source == "measured:proc-io"
+    assert list(result.ttft_curve_s) == ["32", "48"]  # 16 of 64 tokens are decoded at each point
+    assert result.ttft_curve_s["48"].value >= 0.048 and result.decode_curve_tokens_per_s["48"].value <= 250
+    short = bench(runtime.open_slow, artifact, spec.model_copy(update={"curve_seconds": 0.01, "cold_runs": 0}))
+    assert short.ttft_curve_s["32"].value and short.ttft_curve_s["48"].value is None
+    assert short.ttft_curve_s["48"].reason == "bench.curve_seconds 0.01 were used up"
+
+
+def test_one_that_fails_leaves_the_others_alone(runtime, artifact):
+    failed, measured = bench_in_turns(runtime.open_by_context, [_of_context(artifact, 63), artifact], SPEC)
+    assert isinstance(failed, EdgekdError) and "memory ran out" in failed.cause
+    assert measured.decode_tokens_per_s.value > 0
+
+
+def _of_context(artifact, tokens):
+    contract = artifact.manifest.contract.model_copy(update={"context_length": tokens})
+    return replace(artifact, manifest=artifact.manifest.model_copy(update={"contract": contract}))
+
+
+def test_a_run_that_a_phone_would_end_is_ended_here(runtime, artifact):
+    limits = Limits("a small phone", threads=1, memory_bytes=60 * 2**20)
+    with pytest.raises(EdgekdError, match=r"was killed: it held .* MB, and a small phone gives an app 62\.9 MB"):
+        bench(runtime.open_slow, artifact, SPEC, limits=limits)
+    roomy = Limits("a large phone", threads=1, memory_bytes=2**30)
+    spec = SPEC.model_copy(update={"threads": None, "runs": 1})
+    held = bench(runtime.open_slow, artifact, spec, limits=roomy)
+    assert held.settings.profile == "a large phone" and held.settings.threads == 1
+    assert held.settings.limits == ["1 threads on as many CPUs", "1.07 GB of anonymous memory and swap"]
+
+
+def test_a_roofline_that_is_exceeded_is_no_figure(runtime, artifact):
+    traffic = Traffic(weight_bytes=10**12, kv_bytes_per_position=0)
+    artifact = replace(artifact, manifest=artifact.manifest.model_copy(update={"traffic": traffic}))
+    result = bench(runtime.open_slow, artifact, SPEC.model_copy(update={"runs": 1}))
+    assert result.decode_roofline_fraction.value is None
+    assert "wrong roofline" in result.decode_roofline_fraction.reason and "%" in result.decode_roofline_fraction.reason
 
 
 def test_a_child_does_not_inherit_its_parents_peak(runtime, artifact):
     """The parent held 300 MB; a child that copied its peak (as ru_maxrss does) would show them."""
     ballast = bytearray(b"x") * (300 * 2**20)
-    result = bench(runtime.open_numpy, artifact, BenchSpec(prompt_tokens=[4], decode_tokens=2, runs=1, threads=1))
+    result = bench(
+        runtime.open_numpy, artifact, BenchSpec(prompt_tokens=[4], decode_tokens=2, runs=1, threads=1, **QUICK)
+    )
     assert len(ballast)
     assert result.peak_rss_bytes.value < 250 * 2**20
     # 1000 parameters of 32 bits
