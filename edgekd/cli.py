@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from . import cli_bench
+from .cli_options import ArtifactArgument, JsonOption, ThreadsOption, print_json
 from .errors import EdgekdError, Fault, SpecError, as_error
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ app = typer.Typer(
 )
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a shipped spec.")]
-ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder with a manifest.json.")]
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")]
 TextOption = Annotated[
     Path | None, typer.Option("--text", help="Calibration text, UTF-8. Default: the standard library's training split.")
@@ -48,12 +49,10 @@ SeedsOption = Annotated[
 SkippedOption = Annotated[
     bool, typer.Option("--allow-skipped", help="Go on when more than 5 % of the data's rows are unusable.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
 CheckOption = Annotated[
     bool, typer.Option("--check", help="Compare every file of the finished stages with its sha256, not only its size.")
 ]
 ReportOnlyOption = Annotated[bool, typer.Option("--report-only", help="Do not fail on a missed threshold.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")]
 
 
 def _open(
@@ -90,10 +89,6 @@ def _numbers(seeds: str) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise SpecError(f"--seeds {seeds:.200}: one stands twice.", "Give each once.")
     return numbers
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
 
 
 def _version(asked: bool) -> None:
@@ -171,7 +166,7 @@ def _do(opened: Run, report_only: bool, check: bool, as_json: bool) -> None:
     with watching() as watcher:
         results = do_run(opened, watcher, report_only=report_only, check=check)
     if as_json:
-        return _print_json(results.model_dump())
+        return print_json(results.model_dump())
     for line in artifact_lines(results):
         typer.echo(line)
     typer.echo(f"report: {opened.folder / 'report.html'}")
@@ -190,7 +185,7 @@ def plan(
 
     from .console import plan_table
     from .plan import PlannedStage, measure_machine, refuse_what_cannot_fit
-    from .runs.chain import stages
+    from .runs.chain import planned_caches, stages
     from .runs.runner import to_do
 
     opened = _open(spec, out, seed, seeds=seeds)
@@ -198,10 +193,12 @@ def plan(
     chain = stages(opened, machine)
     left = to_do(opened, chain)
     rows = [PlannedStage.of(stage.name, stage.name not in left, stage.cost) for stage in chain]
+    caches = planned_caches(opened)
     if as_json:
-        _print_json({"folder": str(opened.folder), "stages": [asdict(row) for row in rows]})
+        stage_rows, cache_rows = ([asdict(row) for row in part] for part in (rows, caches))
+        print_json({"folder": str(opened.folder), "stages": stage_rows, "caches": cache_rows})
     else:
-        plan_table(opened.folder, rows)
+        plan_table(opened.folder, rows, caches)
     refuse_what_cannot_fit({s.name: s.cost for s in chain if s.name in left}, machine, opened.folder)
 
 
@@ -226,7 +223,7 @@ def distill(
     quality = results.quality
     assert quality is not None
     if as_json:
-        return _print_json({"student": str(opened.student), "quality": quality.model_dump()})
+        return print_json({"student": str(opened.student), "quality": quality.model_dump()})
     quality_table(quality)
     typer.echo(f"student: {opened.student}")
 
@@ -274,7 +271,7 @@ def quantize(
             lambda fraction, note: watcher.progress("quantize", fraction, note),
         )
     if as_json:
-        return _print_json({"folder": str(out), **figures})
+        return print_json({"folder": str(out), **figures})
     typer.echo(f"quantized student: {out}, {figures['bits_per_weight']:.2f} bits per weight")
 
 
@@ -301,7 +298,9 @@ def export(
     recipe: Annotated[
         str, typer.Option(help="fp16, int8, portable-int4, portable-int4-head4, or one such as gguf-q4_k_m.")
     ] = "portable-int4",
-    context: Annotated[int | None, typer.Option(min=1, help="Context length. Default: the model's.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Context length. Default: the model's, 4096 at most.")
+    ] = None,
     provider: Annotated[
         list[str] | None,
         typer.Option(help="Execution provider, the preferred first, for a target that has them: its key providers."),
@@ -339,8 +338,13 @@ def export(
     ids = _windows(folder, _documents(text, "train"), 64, 256) if needs_text else None
     artifact = export_model(folder, spec, recipe, out, quantized=quantized, moments=moments, ids=ids)
     if as_json:
-        return _print_json({"folder": str(out), "size_bytes": artifact.size_bytes, **artifact.manifest.model_dump()})
+        return print_json({"folder": str(out), "size_bytes": artifact.size_bytes, **artifact.manifest.model_dump()})
     typer.echo(f"{out}: {artifact.size_bytes / 1e6:.1f} MB, {artifact.manifest.bits_per_weight:.2f} bits per weight")
+    if traffic := artifact.manifest.traffic:
+        each, context = traffic.kv_bytes_per_position, artifact.manifest.contract.context_length
+        typer.echo(
+            f"cache: {each / 1e3:.1f} MB for 1,000 tokens, {each * context / 1e6:.1f} for its context of {context:,}"
+        )
 
 
 @app.command("import", epilog="Example: edgekd import SmolLM2-135M-Instruct.Q4_1.gguf smollm2")
@@ -361,7 +365,7 @@ def import_(
         watcher.begin("import")
         origin = import_gguf(path, out, lambda fraction, note: watcher.progress("import", fraction, note))
     if as_json:
-        return _print_json({"folder": str(out), **origin.model_dump()})
+        return print_json({"folder": str(out), **origin.model_dump()})
     typer.echo(f"{out}: ids as llama.cpp's on {origin.tokenizer_texts} texts, KL {origin.logits.kl_mean:.2g} nats")
     if origin.remark:
         typer.echo(f"weights: {origin.remark}")
@@ -404,7 +408,7 @@ def verify(
     parity = parity.model_copy(update={"failures": failures})
     add_proof(loaded, parity=parity)
     if as_json:
-        _print_json(parity.model_dump())
+        print_json(parity.model_dump())
     else:
         parity_table(parity)
     if failures:
@@ -435,35 +439,7 @@ def _windows(model: Path, documents: list[str], windows: int | None, context: in
     return held_out_windows(np.asarray(ids), windows or len(ids), context)
 
 
-@app.command(epilog="Example: edgekd bench model-q4 --prompt-tokens 32 --prompt-tokens 512 --json")
-def bench(
-    artifact: ArtifactArgument,
-    prompt_tokens: Annotated[list[int] | None, typer.Option(min=1, help="Prompt length; repeatable.")] = None,
-    decode_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    runs: Annotated[int, typer.Option(min=1, help="Fresh processes.")] = 5,
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure TTFT, prefill and decode speed, memory and load time, each run in a fresh process."""
-    from .console import bench_table, watching
-    from .errors import BadArtifact
-    from .files import check_writable
-    from .manifest import add_proof, load_artifact
-    from .runs.verbs import bench_artifact
-    from .spec import BenchSpec, of_options
-
-    spec = of_options(
-        BenchSpec, prompt_tokens=prompt_tokens or None, decode_tokens=decode_tokens, runs=runs, threads=threads
-    )
-    loaded = load_artifact(artifact)
-    check_writable(loaded.folder, BadArtifact)
-    with watching() as watcher:
-        watcher.begin("bench")
-        benchmark = bench_artifact(loaded, spec, lambda f, note: watcher.progress("bench", f, note))
-    add_proof(loaded, benchmark=benchmark)
-    if as_json:
-        return _print_json(benchmark.model_dump())
-    bench_table(benchmark)
+cli_bench.add_to(app)
 
 
 @app.command(epilog="Example: edgekd audit model-q4")
@@ -487,7 +463,7 @@ def audit(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
     else:
         add_proof(loaded, audit=seen)
     if as_json:
-        _print_json(seen.model_dump())
+        print_json(seen.model_dump())
     else:
         for line in audit_lines(seen):
             typer.echo(line)
@@ -497,19 +473,29 @@ def audit(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
 
 @app.command(epilog="Example: edgekd report runs/quickstart")
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run_folder: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,
+    history: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of bench --history: a page of how its figures moved, instead.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the report of a run again from its results."""
+    """Write the report of a run again from its results, or that of a history of benchmarks."""
     from .benchmarks.report import build
     from .runs.results import RESULTS, read_results
 
+    if (run_folder is None) == (history is None):
+        raise EdgekdError("report: give either RUN or --history FILE.", "See edgekd report --help.")
+    if history is not None:
+        return cli_bench.report_history(history, out, as_json)
+    assert run_folder is not None
     if not (run_folder / RESULTS).is_file():
         raise EdgekdError(f"{run_folder}: no {RESULTS}.", "Finish the run first: edgekd run SPEC.")
     written = build(read_results(run_folder / RESULTS), out or run_folder / "report.html")
     if as_json:
-        return _print_json({"report": str(written)})
+        return print_json({"report": str(written)})
     typer.echo(f"report: {written}")
 
 
@@ -550,7 +536,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     checks = diagnose()
     if as_json:
-        _print_json([asdict(check) for check in checks])
+        print_json([asdict(check) for check in checks])
     else:
         doctor_table(checks)
     if any(check.status == "broken" for check in checks):

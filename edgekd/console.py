@@ -26,13 +26,16 @@ from rich.table import Table
 
 from .conversation import chat_ids, render_chat, text_ids
 from .errors import EdgekdError
-from .formats import plain
+from .formats import plain, significant, size
 from .proof import METRICS
 
 if TYPE_CHECKING:
+    from .benchmarks.compare import Compared
+    from .benchmarks.cost import Cost
+    from .benchmarks.predict import Estimate, Prediction
     from .doctor import Check
     from .manifest import Contract
-    from .plan import PlannedStage
+    from .plan import PlannedCache, PlannedStage
     from .proof import Audit, Benchmark, Figure, Parity, Quality
     from .results import Results
     from .session import Session
@@ -141,8 +144,8 @@ def artifact_lines(results: Results) -> list[str]:
     return lines
 
 
-def plan_table(folder: Path, rows: Sequence[PlannedStage]) -> None:
-    """The stages and their estimated needs."""
+def plan_table(folder: Path, rows: Sequence[PlannedStage], caches: Sequence[PlannedCache] = ()) -> None:
+    """The stages and their estimated needs, and what the artifacts' caches will take on a device."""
     table = Table(title=f"{folder} (estimates)", title_justify="left", box=None, pad_edge=False)
     table.add_column("stage")
     table.add_column("state")
@@ -161,6 +164,9 @@ def plan_table(folder: Path, rows: Sequence[PlannedStage]) -> None:
         f"{sum(row.seconds for row in left):,.0f}",
     )
     STDOUT.print(table)
+    for cache in caches:
+        each, whole = plain(size(cache.bytes_per_1000_tokens)), plain(size(cache.bytes_at_context))
+        typer.echo(f"{cache.target}: cache {each} for 1,000 tokens, {whole} for its context of {cache.context:,}")
 
 
 def quality_table(quality: Quality) -> None:
@@ -219,6 +225,71 @@ def bench_table(benchmark: Benchmark) -> None:
 def _known(key: str, figure: Figure) -> str:
     """A figure as a terminal shows it, or why there is none."""
     return f"unknown: {figure.reason}" if figure.value is None else _text(key, figure.value)
+
+
+def comparison_table(found: Compared) -> None:
+    """Two artifacts beside each other, with the verdict."""
+    rows = []
+    for figure in found.figures:
+        low, high = figure.interval
+        rows.append(
+            (
+                METRICS[figure.key].label(),
+                f"{_text(figure.key, figure.a)} -> {_text(figure.key, figure.b)}, {figure.speedup:.3f} x "
+                f"({low:.3f} to {high:.3f}): {figure.verdict}",
+            )
+        )
+    _figures_table(rows)
+    for words in found.noise.dirty:
+        typer.echo(f"disturbed: {words}", err=True)
+
+
+def estimate_text(key: str, estimate: Estimate) -> str:
+    """A predicted figure with its interval and where it comes from, or why there is none."""
+    if estimate.value is None:
+        return f"unknown: {estimate.reason}"
+    span = ""
+    if estimate.low is not None and estimate.high is not None:
+        span = f" ({_text(key, estimate.low)} to {_text(key, estimate.high)})"
+    return f"{_text(key, estimate.value)}{span}, {estimate.source}"
+
+
+def prediction_table(found: Prediction, device: str) -> None:
+    """What a device is predicted to do."""
+    keys = {
+        "decode_tokens_per_s": found.decode_tokens_per_s,
+        "prefill_tokens_per_s": found.prefill_tokens_per_s,
+        "ttft_s": found.ttft_s,
+        "peak_rss_bytes": found.memory_bytes,
+        "estimated_decode_energy_j_per_token": found.estimated_decode_energy_j_per_token,
+    }
+    titles = {"peak_rss_bytes": "Memory", "ttft_s": f"TTFT at {found.prompt_tokens} tokens, without load"}
+    rows = [(titles.get(key, METRICS[key].label()), estimate_text(key, estimate)) for key, estimate in keys.items()]
+    sustained = estimate_text("decode_tokens_per_s", found.sustained_decode_tokens_per_s)
+    rows.insert(1, ("Decode when hot, tok/s", sustained))
+    fits = {True: "yes", False: "no", None: f"unknown: {found.app_memory_bytes.reason or found.memory_bytes.reason}"}
+    rows.append(("Fits an app's memory", fits[found.fits]))
+    typer.echo(f"predicted for {device}, 80 % intervals:")
+    _figures_table(rows)
+    for words in found.remarks:
+        typer.echo(words, err=True)
+
+
+def cost_table(found: Cost) -> None:
+    """A million requests, hosted and on the device."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"a million requests of {found.prompt_tokens} + {found.output_tokens} tokens")
+    for name in ("USD", "kWh", "kg CO2"):
+        table.add_column(name, justify="right")
+    for name, side in ((f"teacher, hosted ({found.teacher.source})", found.teacher), ("", found.student)):
+        figures = (side.usd, side.energy_kwh, side.carbon_kg)
+        name = name or f"student, {found.device} ({side.source})"
+        table.add_row(name, *("unknown" if x is None else plain(significant(x)) for x in figures))
+    STDOUT.print(table)
+    for words, times in (("cheaper", found.cheaper), ("less energy", found.less_energy)):
+        typer.echo(f"{words}: {'unknown' if times is None else f'{plain(significant(times))} times'}")
+    for remark in found.remarks:
+        typer.echo(remark, err=True)
 
 
 def audit_lines(audit: Audit) -> list[str]:

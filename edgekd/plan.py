@@ -56,6 +56,22 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
+class PlannedCache:
+    """What the key-value cache of a target's artifacts will hold."""
+
+    target: str
+    context: int
+    bytes_per_1000_tokens: int
+    bytes_at_context: int
+
+    @classmethod
+    def of(cls, target: str, config: Mapping[str, object], context: int, value_bytes: int) -> PlannedCache:
+        """The row of a target, whose cache keeps numbers of so many bytes."""
+        position = read_architecture(config).kv_bytes(1, value_bytes)
+        return cls(target, context, 1000 * position, context * position)
+
+
+@dataclass(frozen=True)
 class Machine:
     """What there is."""
 

@@ -40,6 +40,9 @@ Ceiling = Annotated[float, Field(ge=0, le=1e6)]
 LossWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
 Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 _SOME_TARGETS = Field(min_length=1, max_length=100)
+DEFAULT_CONTEXT = 4096
+"""Most tokens of an artifact's context where the spec names none: several runtimes hold a cache of the whole context
+from the start, and a student's own may be 32,768."""
 M = TypeVar("M", bound=BaseModel)
 LossName = Literal[
     "forward_kl", "reverse_kl", "skewed_kl", "skewed_reverse_kl", "jsd", "total_variation", "cross_entropy"
@@ -230,7 +233,13 @@ class TargetSpec(_Strict):
     recipes: Annotated[list[Name], Field(min_length=1, max_length=100)] = Field(
         description="fp16, int8, portable-int4, portable-int4-head4, or a runtime's own, such as gguf-q4_k_m."
     )
-    context: Length | None = Field(None, description="Context length of the artifact; default: the student's.")
+    context: Length | None = Field(
+        None, description=f"Context length of the artifact; default: the student's, {DEFAULT_CONTEXT} at most."
+    )
+
+    def context_of(self, longest: int) -> int:
+        """Context length of the artifact of a student whose own is ``longest``."""
+        return self.context or min(longest, DEFAULT_CONTEXT)
 
     @property
     def own_keys(self) -> dict[str, object]:

@@ -31,6 +31,7 @@ from .shared.target import OFFERED, Target, TargetOptions
 __all__ = [
     "TARGETS",
     "absent",
+    "cache_value_bytes",
     "check",
     "code_of",
     "export",
@@ -41,6 +42,7 @@ __all__ = [
     "open_artifact",
     "recipe_names",
     "requirement",
+    "runtime_build",
     "section",
     "spec_model",
     "stand_in",
@@ -161,6 +163,21 @@ def stand_in(target: str) -> str | None:
     """What opens a target's artifacts on this machine in place of their own runtime, which cannot run here; or None."""
     found: str | None = getattr(load_target(target), "stand_in", lambda: None)()
     return found
+
+
+def cache_value_bytes(spec: TargetSpec) -> int | None:
+    """Bytes of a number in a target's key-value cache; None: it does not say before it has exported."""
+    own: int | None = getattr(load_target(spec.target), "cache_value_bytes", lambda _: None)(section(spec))
+    return own
+
+
+def runtime_build(target: str) -> str:
+    """Versions of what runs a target's artifacts, and for which instructions it was built, where the runtime says so:
+    figures of another build are another runtime's."""
+    module = load_target(target)
+    packages = " ".join(f"{package} {here}" for package, here in installed(*module.PACKAGES).items())
+    flags: str = getattr(module, "build_flags", lambda: "")()
+    return f"{packages} ({flags})" if flags else packages
 
 
 def arithmetic(target: str, recipe: str) -> Arithmetic:

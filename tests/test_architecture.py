@@ -19,7 +19,8 @@ LAYERS = [
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest", "audit"},
     {"runs", "doctor", "teachers", "peers"},
-    {"console"},
+    {"console", "cli_options"},
+    {"cli_bench"},
     {"cli", "optimum"},
 ]
 # Modules of one layer that may know each other; distill, targets, verify and benchmarks never do.

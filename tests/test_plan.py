@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from edgekd import plan
 from edgekd.architecture import read_architecture
 from edgekd.errors import DoesNotFit
-from edgekd.spec import DistillSpec
+from edgekd.plan import PlannedCache
+from edgekd.spec import DistillSpec, TargetSpec
 
 SHAPE = {
     "vocab_size": 512,
@@ -68,3 +69,25 @@ def test_steps_that_were_measured_tell_the_time_left():
     speeds = [2048 if i > 2 else 10 for i in range(1, 41)]
     measured = plan.with_measured_time(cost, speeds, 60 * 4096)
     assert (measured.seconds, measured.source) == (60 * 2.0, "measured:steps")
+
+
+def test_what_a_context_costs_by_hand():
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+    }
+    # keys and values, 3 layers, 2 heads of 16, 4 bytes
+    each = 2 * 3 * 2 * 16 * 4
+    assert PlannedCache.of("executorch", config, 4096, 4) == PlannedCache("executorch", 4096, 1000 * each, 4096 * each)
+
+
+@pytest.mark.parametrize(("asked", "own", "context"), [(None, 32768, 4096), (None, 512, 512), (8192, 32768, 8192)])
+def test_a_context_is_4096_at_most_unless_more_is_asked_for(asked, own, context):
+    assert TargetSpec(target="gguf", recipes=["int8"], context=asked).context_of(own) == context

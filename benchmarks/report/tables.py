@@ -266,10 +266,29 @@ def source_table(artifacts: Sequence[MadeArtifact]) -> list[SourceRow]:
     """Every figure of the benchmarks."""
     found: dict[str, list[Figure]] = {}
     for artifact in artifacts:
-        for key, value in artifact.manifest.benchmark or ():
-            figures = [value] if isinstance(value, Figure) else value.values() if isinstance(value, dict) else []
-            found.setdefault(key, []).extend(figures)
+        for key, figure in _figures(artifact.manifest.benchmark or Benchmark()):
+            found.setdefault(key, []).append(figure)
     return [_source_row(key, figures) for key, figures in found.items() if figures]
+
+
+def _figures(benchmark: Benchmark) -> Iterator[tuple[str, Figure]]:
+    """Every figure of a benchmark with its key, those by length or by phase included."""
+    for key, value in benchmark:
+        if isinstance(value, Figure):
+            yield key, value
+        elif isinstance(value, dict):
+            for part in value.values():
+                yield from ((key, part),) if isinstance(part, Figure) else part
+
+
+def _figures(benchmark: Benchmark) -> Iterator[tuple[str, Figure]]:
+    """Every figure of a benchmark with its key, those by length or by phase included."""
+    for key, value in benchmark:
+        if isinstance(value, Figure):
+            yield key, value
+        elif isinstance(value, dict):
+            for part in value.values():
+                yield from ((key, part),) if isinstance(part, Figure) else part
 
 
 def _source_row(key: str, figures: Sequence[Figure]) -> SourceRow:

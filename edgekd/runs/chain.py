@@ -20,9 +20,9 @@ from .. import benchmarks, plan
 from ..architecture import read_architecture
 from ..distill import versions as algorithms
 from ..files import digest, file_sha256
-from ..plan import Cost, Machine
+from ..plan import Cost, Machine, PlannedCache
 from ..spec import CUT_TOKENS, Method, TrainingSpec
-from ..targets import code_of, versions
+from ..targets import cache_value_bytes, code_of, versions
 from . import work
 from .records import Figures
 from .run import Export, Quantization, Run
@@ -80,6 +80,16 @@ def stages(run: Run, machine: Machine) -> list[Stage]:
         moments = calibration if export.recipe.needs_moments else []
         chain += _artifact(run, export, data, made_from, moments, machine)
     return sorted(chain, key=lambda stage: stage.phase == "bench")
+
+
+def planned_caches(run: Run) -> list[PlannedCache]:
+    """What each target's key-value cache will take, where the target says so before it exports."""
+    longest, rows = read_architecture(run.student_config).context_length, []
+    for target in run.spec.targets:
+        if value_bytes := cache_value_bytes(target):
+            context = target.context_of(longest)
+            rows.append(PlannedCache.of(target.target, run.student_config, context, value_bytes))
+    return rows
 
 
 def _key(reads: Iterable[Stage], code: Iterable[str], *facts: object) -> str:

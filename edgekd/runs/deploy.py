@@ -9,12 +9,10 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..errors import EdgekdError, MissingExtra, SpecError, Unsupported
-from ..spec import BenchSpec, DataSpec, Method, Spec, TargetSpec, VerifySpec, of_options
+from ..spec import DEFAULT_CONTEXT, BenchSpec, DataSpec, Method, Spec, TargetSpec, VerifySpec, of_options
 from ..student import resolve_model
 from ..targets import check, load_target, names
 
-MOST_CONTEXT = 4096
-"""Of an artifact, where the user names none: several runtimes hold a cache of the whole context from the start."""
 _RECIPE = "portable-int4"
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ def deployment(
     """
     folder = resolve_model(model)
     longest = Checkpoint(folder).decoder.max_position_embeddings
-    most = context or min(longest or MOST_CONTEXT, MOST_CONTEXT)
+    most = context or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if longest and most > longest:
         raise SpecError(f"--context {most}: the model holds {longest} tokens.", "Lower it.")
     wanted = {"recipes": list(recipes or [_RECIPE]), "context": most}

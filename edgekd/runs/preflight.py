@@ -59,14 +59,16 @@ def _check_student(run: Run) -> None:
 
 def _check_lengths(run: Run) -> None:
     """Refuse lengths that the student, or an artifact's context, cannot hold."""
-    spec, most = run.spec, read_decoder(run.student_config).max_position_embeddings
-    wanted = {"data.context": spec.data.context}
-    for target in spec.targets:
-        most = min(filter(None, (most, target.context)), default=None)
-    wanted["verify.context"] = spec.verify.context
-    wanted["verify.greedy_tokens"] = spec.verify.greedy_tokens + 1
-    wanted["bench.prompt_tokens"] = max(spec.bench.prompt_tokens) + spec.bench.decode_tokens
-    for key, tokens in wanted.items():
+    spec, longest = run.spec, read_decoder(run.student_config).max_position_embeddings
+    contexts = [target.context_of(longest) if longest else target.context for target in spec.targets]
+    shortest = min(filter(None, (longest, *contexts)), default=None)
+    wanted = {
+        "data.context": (spec.data.context, longest),
+        "verify.context": (spec.verify.context, shortest),
+        "verify.greedy_tokens": (spec.verify.greedy_tokens + 1, shortest),
+        "bench.prompt_tokens": (max(spec.bench.prompt_tokens) + spec.bench.decode_tokens, shortest),
+    }
+    for key, (tokens, most) in wanted.items():
         if most and tokens > most:
             raise SpecError(f"key '{key}': {tokens} tokens are more than the context of {most}.", "Lower it.")
 

@@ -3,7 +3,7 @@ because each needs rooms that must not know each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from ..student import load_model, load_tokenizer, vocabulary_size
 from .records import Figures
 
 if TYPE_CHECKING:
+    from ..benchmarks.children import Limits
     from ..distill.checkpoint import Event
     from ..quant.recipe import Recipe
 
@@ -175,10 +176,51 @@ def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, s
     """Time an artifact in fresh processes.
 
     Raises:
-        EdgekdError: the artifact's own runtime does not run here.
+        EdgekdError: the artifact's own runtime does not run here, or a process failed.
     """
-    from ..benchmarks.harness import bench
-    from ..targets import open_artifact, stand_in, try_artifact
+    (measured,) = bench_artifacts([artifact], spec, tell)
+    if isinstance(measured, EdgekdError):
+        raise measured
+    return measured
+
+
+def bench_artifacts(
+    artifacts: Sequence[Artifact],
+    spec: BenchSpec,
+    tell: Callable[[float, str], None],
+    limits: Limits | None = None,
+) -> list[Benchmark | EdgekdError]:
+    """Time artifacts in turns; one that fails leaves the others alone.
+
+    Args:
+        limits: of the device that this machine stands for.
+
+    Raises:
+        EdgekdError: an artifact's own runtime does not run here.
+    """
+    from ..benchmarks.harness import bench_in_turns
+    from ..targets import open_artifact, runtime_build, try_artifact
+
+    for artifact in artifacts:
+        refuse_stand_in(artifact)
+        try_artifact(artifact)  # here, not in the processes that are timed
+    return bench_in_turns(
+        open_artifact,
+        artifacts,
+        spec,
+        on_run=lambda run, runs: tell(run / runs, f"run {run} of {runs}"),
+        builds=[runtime_build(artifact.manifest.target) for artifact in artifacts],
+        limits=limits,
+    )
+
+
+def refuse_stand_in(artifact: Artifact) -> None:
+    """Refuse to time what is not the artifact's own runtime.
+
+    Raises:
+        EdgekdError: its runtime does not run here.
+    """
+    from ..targets import stand_in
 
     manifest = artifact.manifest
     if instead := stand_in(manifest.target):
@@ -186,9 +228,6 @@ def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, s
             f"{manifest.runtime} does not run on this machine; {instead}, does, and its speed says nothing.",
             "Benchmark the artifact on a machine that has its runtime.",
         )
-
-    try_artifact(artifact)  # here, not in the processes that are timed
-    return bench(open_artifact, artifact, spec, on_run=lambda run, runs: tell(run / runs, f"run {run} of {runs}"))
 
 
 def telling(tell: Callable[[float, str], None]) -> Callable[[Event], None]:

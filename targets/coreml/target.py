@@ -188,6 +188,11 @@ def _forms(recipe: Recipe, source: Source) -> dict[str, graph_.Form]:
     return {name: form(name) for name in source.kinds}
 
 
+def cache_value_bytes(spec: Options) -> int:
+    """Of a number in the cache, float16."""
+    return _CACHE_BYTES
+
+
 def _write(job: Job, spec: Options) -> Written:
     """Write everything but the manifest."""
     from .pack import WEIGHT_FILE, write_package
@@ -195,7 +200,7 @@ def _write(job: Job, spec: Options) -> Written:
     checkpoint, folder = job.checkpoint, job.folder
     check_weights(checkpoint.architecture, job.source, TITLE)
     source, arch = plain_form(job.source, checkpoint.architecture)
-    settings = graph_.Settings(_forms(job.recipe, source), source.tied, spec.context or arch.context_length)
+    settings = graph_.Settings(_forms(job.recipe, source), source.tied, spec.context_of(arch.context_length))
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, settings.context_length)
     _save_tokenizer(tokenizer, contract, folder)

@@ -186,6 +186,11 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     return DecoderSession(engine, SessionTokenizer(tokenizer, "executorch", encoder), contract)
 
 
+def cache_value_bytes(spec: Options) -> int:
+    """Of a number in the cache, float32."""
+    return _CACHE_BYTES
+
+
 def _write(job: Job, spec: Options) -> Written:
     """Write everything but the manifest."""
     from .lower import lower
@@ -195,7 +200,7 @@ def _write(job: Job, spec: Options) -> Written:
     checkpoint, folder = job.checkpoint, job.folder
     check_weights(checkpoint.architecture, job.source, TITLE)
     source, arch = plain_form(job.source, checkpoint.architecture)
-    context, (provider,) = spec.context or arch.context_length, spec.providers
+    context, (provider,) = spec.context_of(arch.context_length), spec.providers
     tokenizer = load_tokenizer(checkpoint.folder)
     contract = contract_of(tokenizer, checkpoint.folder, arch.vocab_size, context)
     tokenizer.save_pretrained(folder)

@@ -39,6 +39,7 @@ __all__ = [
     "PACKAGES",
     "TITLE",
     "Options",
+    "build_flags",
     "check",
     "explain_crash",
     "export",
@@ -136,6 +137,17 @@ def open(artifact: Artifact, *, threads: int | None = None) -> Session:
     return DecoderSession(engine, engine, contract)
 
 
+def build_flags() -> str:
+    """The instructions that llama.cpp was built for."""
+    parts = runtime().llama_print_system_info().decode().replace(":", "|").split("|")
+    return " ".join(name.strip() for name, _, value in (part.partition("=") for part in parts) if value.strip() == "1")
+
+
+def cache_value_bytes(spec: Options) -> int:
+    """Of a number in the cache, float16."""
+    return _CACHE_BYTES
+
+
 def _write(job: Job, spec: Options, moments: Path | None) -> Written:
     """Write everything but the manifest."""
     from .pack import write_file
@@ -146,7 +158,7 @@ def _write(job: Job, spec: Options, moments: Path | None) -> Written:
     source, _ = plain_form(job.source, arch, split=False)  # of fused matrices, llama.cpp's are fused too
     tokenizer = load_tokenizer(checkpoint.folder)
     vocabulary = vocab_.read_tokenizer(tokenizer, checkpoint.folder, arch.vocab_size)
-    context_length = spec.context or arch.context_length
+    context_length = spec.context_of(arch.context_length)
 
     def writer(pre: str, file_type: int | None = None) -> GGUFWriter:
         return _writer(arch, context_length, vocabulary, pre, job.name, file_type)

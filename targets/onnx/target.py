@@ -204,6 +204,11 @@ def inspect(artifact: Artifact) -> None:
     check_graph(artifact.path(graph_.HEAD_FILE), artifact)
 
 
+def cache_value_bytes(spec: Options) -> int:
+    """Of a number in the cache: float32 on the CPU, float16 elsewhere."""
+    return 2 if set(spec.providers) - {"cpu"} else 4
+
+
 def _write(job: Job, spec: Options) -> Written:
     """Write everything but the manifest."""
     from .pack import write_data
@@ -212,7 +217,7 @@ def _write(job: Job, spec: Options) -> Written:
     check_weights(checkpoint.architecture, job.source, TITLE)
     source, arch = plain_form(job.source, checkpoint.architecture)
     activations: Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
-    context = spec.context or arch.context_length
+    context = spec.context_of(arch.context_length)
     apart = "dml" in spec.providers
     settings = graph_.Settings(source.kinds, source.tied, activations, context, real_of(job.recipe), rotary_apart=apart)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -231,7 +236,7 @@ def _write(job: Job, spec: Options) -> Written:
         contract=contract,
         weight_bytes=sum(sizes.values()),
         table_bytes=sum(sizes[place] for place in graph_.only_looked_up(models.stored, source.tied)),
-        cache_value_bytes=2 if activations == "float16" else 4,
+        cache_value_bytes=cache_value_bytes(spec),
         details=OnnxDetails(
             providers={name: "tested" if name in TESTED else "not run" for name in spec.providers},
             activations=activations,

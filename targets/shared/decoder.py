@@ -97,7 +97,7 @@ def asked_for(config: Mapping[str, object], spec: TargetSpec) -> tuple[Architect
             "(config.json: max_position_embeddings).",
             "Ask for a shorter one.",
         )
-    return arch, spec.context or arch.context_length
+    return arch, spec.context_of(arch.context_length)
 
 
 def check_head_dim(arch: Architecture) -> None:

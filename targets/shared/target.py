@@ -22,7 +22,7 @@ class TargetOptions(TargetSpec):
 class Target(Protocol):
     """A target's module. It imports its runtime in the functions that need it, and nothing else that is heavy.
 
-    Five more functions are optional:
+    Seven more functions are optional:
 
     - ``inspect(artifact)``: what an artifact is refused for before its runtime sees it; raises ``BadArtifact``.
     - ``stand_in() -> str | None``: what opens artifacts on this machine in place of their own runtime, which is bound
@@ -32,6 +32,8 @@ class Target(Protocol):
       ``pip install`` alone does not do.
     - ``arithmetic(recipe: Recipe) -> Arithmetic``: in what precision its runtime multiplies, from which verification
       knows how much of a difference is rounding; default: float32.
+    - ``cache_value_bytes(spec: Options) -> int``: of a number in its key-value cache, for the plan.
+    - ``build_flags() -> str``: the instructions that its runtime was built for, a part of every benchmark's key.
     - ``explain_crash(signal: str) -> tuple[str, str] | None``: why its runtime died, and the remedy.
     """
 

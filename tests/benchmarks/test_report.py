@@ -86,7 +86,8 @@ def _artifact(recipe: str, size: float, kl: float, speed: float, failures: list[
                 "decode_roofline_fraction": _figure(speed * size / 2.9e10),
                 "bandwidth_bytes_per_s": _figure(2.9e10),
                 "bytes_per_token": _figure(size),
-                "energy_j_per_token": None,
+                "memory": {"decode": {"anonymous_bytes": _figure(8.1e7 + size), "file_backed_bytes": _figure(size)}},
+                "kv_bytes_per_1000_tokens": _figure(2.1e6),
                 "machine": {"cpu": "Intel(R) Xeon(R)", "cores": 2, "ram_bytes": 25 * 10**9, "os": "Linux 6.1"},
             },
         },
@@ -325,6 +326,13 @@ def test_what_a_runtime_reads_otherwise_is_told_with_the_text() -> None:
     words = _Page(report.render(Results.model_validate(given))).words
     assert "by itself reads 2 of 104 texts otherwise than the student's tokenizer, first 'a </s>': [128247]" in words
     assert words.count("by itself reads") == 1
+
+
+def test_memory_by_phase_and_the_cache_are_shown() -> None:
+    words = _words(results())
+    assert "Anonymous, decode 93.4 MB" in words and "File-backed, decode 12.4 MB" in words
+    assert "Cache of 1,000 tokens 2.10 MB" in words
+    assert "anonymous_bytes measured:clock" in words  # among the sources of figures
 
 
 def test_empty_results_still_make_a_page() -> None:

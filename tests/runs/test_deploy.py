@@ -8,8 +8,8 @@ import pytest
 from edgekd.checkpoint import Checkpoint
 from edgekd.cli import main
 from edgekd.errors import EdgekdError, SpecError
-from edgekd.runs.deploy import MOST_CONTEXT, deployment
-from edgekd.spec import Spec, checked
+from edgekd.runs.deploy import deployment
+from edgekd.spec import DEFAULT_CONTEXT, Spec, checked
 
 GIVEN = {
     "name": "ready",
@@ -77,7 +77,7 @@ def test_lengths_follow_the_model(folder):
     config = json.loads((folder / "my model" / "config.json").read_text())
     (folder / "my model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**17}))
     assert Checkpoint(folder / "my model").config["max_position_embeddings"] == 2**17
-    assert deployment("my model", targets=["gguf"]).targets[0].context == MOST_CONTEXT
+    assert deployment("my model", targets=["gguf"]).targets[0].context == DEFAULT_CONTEXT
     assert deployment("my model", targets=["gguf"], context=2**16).targets[0].context == 2**16
 
 
