@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .conversation import chat_ids, render_chat, text_ids
+from .conversation import Message, TooLong, check_prompt, fitted_chat, text_ids
 from .errors import EdgekdError
 from .formats import plain, significant, size
 from .proof import METRICS
@@ -345,7 +345,7 @@ def converse(
             drawn.append(token)
             yield token
 
-    def answer(history: list[dict[str, str]], *, stoppable: bool) -> str:
+    def answer(history: list[Message], *, stoppable: bool) -> str:
         ids = _conversation_ids(session, contract, history, max_tokens, raw)
         said = _say(stream_text(session, tokens(ids)), stoppable=stoppable)
         if not said:
@@ -359,19 +359,15 @@ def converse(
     line = _next_line()
     if line is None and not sys.stdin.isatty():
         raise EdgekdError("the standard input is empty or closed: there is nothing to answer.", "Give a --prompt.")
-    history: list[dict[str, str]] = []
+    history: list[Message] = []
     while line is not None:
         history.append({"role": "user", "content": _utf8(line)})
         try:
             history.append({"role": "assistant", "content": answer(history, stoppable=True)})
-        except _TooLong as error:
+        except TooLong as error:
             typer.echo(f"{error}", err=True)
             history.pop()
         line = _next_line()
-
-
-class _TooLong(EdgekdError):
-    """A text that does not fit the context."""
 
 
 def _next_line() -> str | None:
@@ -409,25 +405,15 @@ def _utf8(text: str) -> str:
 
 
 def _conversation_ids(
-    session: Session, contract: Contract, history: list[dict[str, str]], max_tokens: int, raw: bool
+    session: Session, contract: Contract, history: list[Message], max_tokens: int, raw: bool
 ) -> list[int]:
     """Ids of the conversation; its oldest exchanges leave ``history`` where an answer would have no room."""
     if contract.chat_template is None or raw:
-        return _checked(session, text_ids(session, contract, history[-1]["content"]))
-    while True:
-        text = render_chat(contract.chat_template, history, contract.special_tokens)
-        ids = chat_ids(session, contract, text)
-        room = session.context_length - len(ids)
-        if len(history) == 1 or room >= min(max_tokens, session.context_length // 2):
-            return _checked(session, ids)
-        del history[:2]
+        return check_prompt(session, text_ids(session, contract, str(history[-1]["content"])))
+    ids, kept = fitted_chat(session, contract, history, max_tokens)
+    if len(kept) < len(history):
+        history[:] = kept
         typer.echo("The oldest question and its answer no longer fit; the conversation goes on without.", err=True)
-
-
-def _checked(session: Session, ids: list[int]) -> list[int]:
-    if not 0 < len(ids) < session.context_length:
-        cause = f"the text has {len(ids)} tokens, the context holds {session.context_length} with an answer."
-        raise _TooLong(cause, "Give a text that fits.")
     return ids
 
 

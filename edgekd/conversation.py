@@ -49,6 +49,10 @@ class TemplateRefused(EdgekdError):
         super().__init__(f"the chat template refuses the chat: {words}.", "Change the chat, or the template.")
 
 
+class TooLong(EdgekdError):
+    """A text that does not fit the context."""
+
+
 class Rendered(NamedTuple):
     """A chat as text."""
 
@@ -118,7 +122,7 @@ def chat_ids(session: Session, contract: Contract, text: str) -> list[int]:
     if contract.special_ids is None:
         raise BadArtifact("the manifest does not name the special tokens.", "Export the artifact again.")
     ids: list[int] = []
-    for at, part in _parts(text, contract.special_ids, contract.special_strips):
+    for at, part in parts(text, contract.special_ids, contract.special_strips):
         ids += [part] if isinstance(part, int) else session.tokenize(part, start=at == 0)
     return ids
 
@@ -129,7 +133,84 @@ def text_ids(session: Session, contract: Contract, text: str) -> list[int]:
     return before + session.tokenize(text)
 
 
-def _parts(text: str, ids: Mapping[str, int], strips: Mapping[str, str]) -> Iterator[tuple[int, int | str]]:
+def fitted_chat(
+    session: Session, contract: Contract, messages: Sequence[Message], max_tokens: int
+) -> tuple[list[int], list[Message]]:
+    """Ids of a chat up to where the assistant speaks, and the chat: less its oldest exchanges where they would leave no
+    room for an answer of ``max_tokens``, or half the context.
+
+    Raises:
+        TooLong: its last question alone has no room.
+        TemplateRefused: the contract's template does.
+    """
+    kept = list(messages)
+    while True:
+        text = render_chat(contract.chat_template or "", kept, contract.special_tokens)
+        ids = chat_ids(session, contract, text)
+        room, shorter = session.context_length - len(ids), without_oldest(kept)
+        if shorter is None or room >= min(max_tokens, session.context_length // 2):
+            return check_prompt(session, ids), kept
+        kept = shorter
+
+
+def without_oldest(messages: Sequence[Message]) -> list[Message] | None:
+    """A chat less what stands between its system messages and its second question; None where there is none."""
+    roles = [message["role"] for message in messages]
+    first = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
+    second = next((i for i in range(first + 1, len(roles)) if roles[i] == "user"), None)
+    return None if second is None else [*messages[:first], *messages[second:]]
+
+
+def check_prompt(session: Session, ids: list[int]) -> list[int]:
+    """The ids, where the context holds them and an answer.
+
+    Raises:
+        TooLong: it does not, or there are none.
+    """
+    if not 0 < len(ids) < session.context_length:
+        cause = f"the text has {len(ids)} tokens, the context holds {session.context_length} with an answer."
+        raise TooLong(cause, "Give a text that fits.")
+    return ids
+
+
+class Stops:
+    """Ends a stream of text before the first of some texts; the beginning of one is held back until it is none.
+
+    The first is the one that ends first; of those that end together, the longest.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._held = ""
+        self.found: str | None = None
+        """The text that has ended the stream."""
+
+    def feed(self, piece: str) -> str:
+        """What can be shown once this piece has come; nothing behind a found text."""
+        if self.found is not None:
+            return ""
+        text = self._held + piece
+        ends = [(at + len(stop), at, stop) for stop in self._texts if (at := text.find(stop)) >= 0]
+        if ends:
+            _, at, self.found = min(ends)
+            self._held = ""
+            return text[:at]
+        held = max((self._begun(text, stop) for stop in self._texts), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self) -> str:
+        """What was held back when the stream has ended by itself."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _begun(text: str, stop: str) -> int:
+        """How many of the last characters are the first ones of ``stop``."""
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def parts(text: str, ids: Mapping[str, int], strips: Mapping[str, str]) -> Iterator[tuple[int, int | str]]:
     """A rendered chat in its parts, each with its place: ids of special tokens, the longest where several begin, and
     the text between them."""
     end = 0

@@ -213,8 +213,12 @@ def load_artifact(folder: str | Path, *, check_files: bool = True) -> Artifact:
     path = inside(folder, MANIFEST, BadArtifact)
     if not path.is_file():
         raise BadArtifact(f"{folder} is not an artifact: it has no {MANIFEST}.", "Make one with: edgekd export")
+    given = read_json(path, BadArtifact, "Export the artifact again.")
+    version = given.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BadArtifact(f"{path} is of a newer version of edgekd (schema {version:.6g}).", "Update edgekd.")
     try:
-        manifest = Manifest.model_validate(read_json(path, BadArtifact, "Export the artifact again."))
+        manifest = Manifest.model_validate(given)
     except ValidationError as error:
         raise BadArtifact(f"{path}: {first_complaint(error)}.", "Export the artifact again.") from error
     artifact = Artifact(folder, manifest)

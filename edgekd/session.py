@@ -116,13 +116,29 @@ def generate(
         logits = session.decode(token)
 
 
+class Characters:
+    """The text of a stream of tokens, holding back bytes until their UTF-8 character is whole."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """The characters that a token completes."""
+        return self._decoder.decode(self._session.token_bytes(token))
+
+    def finish(self) -> str:
+        """What stands for the bytes that nothing has completed."""
+        return self._decoder.decode(b"", final=True)
+
+
 def stream_text(session: Session, tokens: Iterable[int]) -> Iterator[str]:
-    """Text of a stream of tokens, holding back bytes until their UTF-8 character is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    """The pieces of text of a stream of tokens."""
+    characters = Characters(session)
     for token in tokens:
-        if piece := decoder.decode(session.token_bytes(token)):
+        if piece := characters.feed(token):
             yield piece
-    if rest := decoder.decode(b"", final=True):
+    if rest := characters.finish():
         yield rest
 
 
