@@ -526,6 +526,33 @@ def chat(
         session.close()
 
 
+@app.command(epilog="Example: edgekd serve model-q4 --port 8080")
+def serve(
+    artifact: ArtifactArgument,
+    host: Annotated[str, typer.Option(help="Another than this machine's own needs --key-file.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Holds the key that clients must send (Authorization: Bearer).")
+    ] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Answer OpenAI's HTTP interface with an artifact, and show a chat page, on this machine alone by default."""
+    from .console import serving
+    from .serve.server import serve as run_server
+
+    run_server(artifact, host=host, port=port, key=_key(key_file), threads=threads, on_ready=serving)
+
+
+def _key(path: Path | None) -> str | None:
+    """The key in a file: on the command line every user of the machine could read it."""
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--key-file {path}: not readable as text ({error}).", "Name a text file.") from error
+
+
 @app.command(epilog="Example: edgekd doctor")
 def doctor(as_json: JsonOption = False) -> None:
     """Say which runtimes work on this machine, by a self-test of each in a process of its own."""

@@ -316,6 +316,11 @@ def doctor_table(checks: Sequence[Check]) -> None:
             STDOUT.print(f"          {check.remedy}", markup=False, highlight=False, soft_wrap=True)
 
 
+def serving(url: str, model: str) -> None:
+    """A server is ready."""
+    typer.echo(f"{model}: {url} (OpenAI's interface below {url}/v1); Ctrl-C stops it", err=True)
+
+
 def converse(
     session: Session,
     contract: Contract,
@@ -334,22 +339,24 @@ def converse(
     Raises:
         EdgekdError: the prompt does not fit, the template refuses the conversation, or the input is not text.
     """
-    from .session import stream_text
+    from .generation import Generator, Piece, Sampling
 
-    drawn: list[int] = []
-
-    def tokens(ids: list[int]) -> Iterator[int]:
-        drawn.clear()
-        most = min(max_tokens, session.context_length - len(ids))
-        for token in session.generate(ids, most, temperature=temperature, seed=seed):
-            drawn.append(token)
-            yield token
+    sampling = Sampling(max_tokens, temperature, seed=seed)
+    generator = Generator(session, contract.eos_ids)
 
     def answer(history: list[Message], *, stoppable: bool) -> str:
         ids = _conversation_ids(session, contract, history, max_tokens, raw)
-        said = _say(stream_text(session, tokens(ids)), stoppable=stoppable)
+        last = Piece("")
+
+        def texts() -> Iterator[str]:
+            nonlocal last
+            for last in generator.answer(ids, sampling):
+                yield last.text
+
+        said = _say(texts(), stoppable=stoppable)
         if not said:
-            why = f"its {len(drawn)} tokens have no text" if drawn else "the model ended it with its first token"
+            drawn = last.ending.tokens if last.ending else 0
+            why = f"its {drawn} tokens have no text" if drawn else "the model ended it with its first token"
             typer.echo(f"The answer is empty: {why}.", err=True)
         return said
 

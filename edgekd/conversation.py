@@ -107,9 +107,16 @@ class ChatTemplate:
         return Rendered(answer["text"], [(start, end) for start, end in answer["generated"]])
 
 
-def render_chat(template: str, messages: Sequence[Message], special_tokens: Mapping[str, str] | None = None) -> str:
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    special_tokens: Mapping[str, str] | None = None,
+    *,
+    tools: Sequence[Mapping[str, object]] | None = None,
+) -> str:
     """A chat as its template renders it, up to where the assistant speaks; see :class:`ChatTemplate`."""
-    return ChatTemplate(template, special_tokens or {}).render(messages, add_generation_prompt=True).text
+    rendered = ChatTemplate(template, special_tokens or {}).render(messages, tools=tools, add_generation_prompt=True)
+    return rendered.text
 
 
 def chat_ids(session: Session, contract: Contract, text: str) -> list[int]:

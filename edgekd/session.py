@@ -46,6 +46,14 @@ class Session(Protocol):
         """Empty the cache."""
         ...
 
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` tokens of the cache, of those that it has.
+
+        Returns:
+            How many it keeps: as many, or none where the runtime cannot take back what it was fed.
+        """
+        ...
+
     def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
         """Append ids to the cache; may be called again to go on with the next chunk.
 
@@ -142,10 +150,19 @@ def stream_text(session: Session, tokens: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
-def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """One token from logits ``(V,)``: the most likely at temperature 0, else drawn from the softened distribution."""
+def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator, top_p: float = 1.0) -> int:
+    """One token from logits ``(V,)``: the most likely at temperature 0, else drawn from the softened distribution.
+
+    Args:
+        top_p: draw among the fewest most likely tokens whose probabilities reach this sum.
+    """
     if temperature <= 0:
         return int(logits.argmax())
     scaled = (logits - logits.max()) / temperature
     weights = np.exp(scaled, dtype=np.float64)
-    return int(rng.choice(len(weights), p=weights / weights.sum()))
+    probabilities = weights / weights.sum()
+    if top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        kept = order[: int(np.searchsorted(probabilities[order].cumsum(), top_p)) + 1]
+        return int(rng.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
+    return int(rng.choice(len(weights), p=probabilities))

@@ -10,6 +10,7 @@ from edgekd import console
 from edgekd.conversation import TemplateRefused
 from edgekd.errors import EdgekdError
 from edgekd.manifest import Contract
+from scripted import Scripted
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '[' + m.role[0] + ']' + m.content + eos_token }}{% endfor %}"
@@ -27,36 +28,12 @@ CONTRACT = Contract(
 )
 
 
-class Echo:
-    """A runtime whose tokens are ASCII characters; it answers "ok"."""
-
-    vocab_size, context_length = 128, 60
-
-    def __init__(self) -> None:
-        self.given: list[str] = []
-        self.interrupt = False
-
-    def tokenize(self, text: str, *, start: bool = True) -> list[int]:
-        return list(text.encode("ascii", "replace"))
-
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token])
-
-    def generate(self, ids, max_tokens, *, temperature=0.0, seed=0):
-        self.given.append(bytes(ids).decode())
-        yield ord("o")
-        if self.interrupt:
-            self.interrupt = False
-            raise KeyboardInterrupt
-        yield ord("k")
-
-
 @pytest.fixture
 def talk(monkeypatch, capsys):
     """Lines in; what the session was given, stdout and stderr."""
 
     def run(lines, contract=CONTRACT, prompt=None, session=None, max_tokens=8, raw=False):
-        waiting, session = iter(lines), session or Echo()
+        waiting, session = iter(lines), session or Scripted()
 
         def read():
             line = next(waiting, None)
@@ -79,6 +56,13 @@ def test_a_conversation_is_rendered_with_bos_once_and_no_end_behind_it(talk):
     given, out, _ = talk(["hi", "and"])
     assert given == ["\x02[u]hi\x03[a]", "\x02[u]hi\x03[a]ok\x03[u]and\x03[a]"]
     assert out == "ok\nok\n"
+
+
+def test_what_was_read_of_a_conversation_is_not_read_again(talk):
+    session = Scripted()
+    talk(["hi", "and"], session=session)
+    first, second = "\x02[u]hi\x03[a]", "\x03[u]and\x03[a]"
+    assert session.fed == [len(first), 1, 1, len(second), 1, 1]
 
 
 def test_a_prompt_goes_through_the_template_unless_it_is_raw(talk):
@@ -104,11 +88,11 @@ def test_a_conversation_that_grows_too_long_loses_its_beginning(talk):
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(talk):
-    session = Echo()
-    session.interrupt = True
+    session = Scripted()
+    session.interrupt = KeyboardInterrupt()
     given, out, _ = talk(["hi", "and"], session=session)
     assert given[1] == "\x02[u]hi\x03[a]o\x03[u]and\x03[a]" and out == "o\nok\n"
-    session.interrupt = True
+    session.interrupt = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         talk([], prompt="hi", session=session)
 
@@ -122,11 +106,9 @@ def test_input_that_is_no_text(talk, line):
             talk([], prompt=line)
 
 
-@pytest.mark.parametrize(("tokens", "why"), [([], "ended it with its first token"), ([7], "its 1 tokens have no text")])
-def test_an_empty_answer_says_why(talk, tokens, why):
-    session = Echo()
-    session.generate = lambda *_, **__: iter(tokens)
-    session.token_bytes = lambda token: b""
+@pytest.mark.parametrize(("said", "why"), [("", "ended it with its first token"), ("\2", "its 1 tokens have no text")])
+def test_an_empty_answer_says_why(talk, said, why):
+    session = Scripted(lambda prompt: said)
     _, out, err = talk(["hi"], session=session)
     assert out == "\n" and why in err
 

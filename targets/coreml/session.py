@@ -135,6 +135,10 @@ class CoremlEngine:
         assert self._runner
         self._runner.reset()
 
+    def rewind(self, length: int) -> bool:
+        """What is behind is written over."""
+        return True
+
     def close(self) -> None:
         """Free the weights and the cache."""
         self._runner = None

@@ -204,6 +204,10 @@ class ExecutorchEngine:
     def reset(self) -> None:
         """What is cached is written over."""
 
+    def rewind(self, length: int) -> bool:
+        """What is behind is written over."""
+        return True
+
     def close(self) -> None:
         """Free the runtime's memory."""
         self._program = self._forward = None

@@ -166,6 +166,11 @@ class GgufEngine:
         """Empty the cache."""
         self._lib.llama_memory_clear(self._memory, False)
 
+    def rewind(self, length: int) -> bool:
+        """Drop what is behind; a cache that has let go of its beginning, as a window's may, has not what is before."""
+        first: int = self._lib.llama_memory_seq_pos_min(self._memory, 0)
+        return first == 0 and bool(self._lib.llama_memory_seq_rm(self._memory, 0, length, -1))
+
     def feed(self, ids: Sequence[int], start: int) -> np.ndarray:
         """Write ids, behind those that llama.cpp counts itself; logits of the last."""
         if len(ids) == 1:

@@ -279,6 +279,10 @@ class OnnxEngine:
     def reset(self) -> None:
         """What is cached is written over."""
 
+    def rewind(self, length: int) -> bool:
+        """What is behind is written over."""
+        return True
+
     def close(self) -> None:
         """Free onnxruntime's memory."""
         self._session = self._many = self._one = None

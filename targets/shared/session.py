@@ -33,6 +33,10 @@ class Engine(Protocol):
         """The next ``start`` is 0."""
         ...
 
+    def rewind(self, length: int) -> bool:
+        """The next ``start`` is ``length``, less than was fed; False, and nothing is done, where that cannot be."""
+        ...
+
     def close(self) -> None:
         """Free the memory; called once."""
         ...
@@ -80,6 +84,18 @@ class DecoderSession:
         self._turn += 1
         self._open().reset()
         self._used = 0
+
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` cached tokens; how many are kept."""
+        if not 0 <= length <= self._used:
+            raise ValueError(f"the cache has {self._used} tokens, not {length}")
+        engine = self._open()
+        self._turn += 1
+        if length < self._used and not (length and engine.rewind(length)):
+            self.reset()
+        else:
+            self._used = length
+        return self._used
 
     def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
         """Append ids; logits of the last ``(V,)``, or of all ``(T, V)``."""

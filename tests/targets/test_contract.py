@@ -121,6 +121,22 @@ def test_after_a_reset_nothing_is_left_of_what_was_fed(session: Session, near: N
     assert near(session.prefill(IDS[:20], all_logits=True), expected)
 
 
+def test_after_a_rewind_what_was_behind_is_not_seen(session: Session, near: Near) -> None:
+    expected = session.prefill(IDS[:40], all_logits=True)
+    session.reset()
+    session.prefill(IDS[:20])
+    assert session.rewind(20) == 20  # nothing to take back
+    for behind in (IDS[50:90], [IDS[60]]):
+        session.prefill(behind)
+        assert session.rewind(20) == 20  # every runtime here can
+        assert near(session.prefill(IDS[20:40], all_logits=True), expected[20:])
+    for length in (-1, 99):
+        with pytest.raises(ValueError, match="the cache has"):
+            session.rewind(length)
+    assert session.rewind(0) == 0
+    assert near(session.prefill(IDS[:40], all_logits=True), expected)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
 def test_ids_of_any_integer_type(dtype: type, session: Session) -> None:
     expected = session.prefill(IDS[:20]).copy()

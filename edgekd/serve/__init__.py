@@ -1,0 +1,1 @@
+"""An artifact behind HTTP, by OpenAI's interface: ``edgekd serve``."""
