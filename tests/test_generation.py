@@ -26,7 +26,7 @@ def test_an_answer_ends_by_itself_at_its_length_or_with_the_context() -> None:
     session = Scripted(lambda prompt: "hello", context_length=12)
     assert answers(session, "hi")[-1].ending == Ending("stop", 5, 0)
     assert answers(session, "hi", max_tokens=5)[-1].ending == Ending("length", 5, 0)
-    assert text_of(answers(session, "hi", max_tokens=3)) == "hel"
+    assert text_of(answers(session, "hi", max_tokens=4)) == "hell"
     full = answers(session, "h" * 9)  # three more are cached, and one is drawn behind the last
     assert full[-1].ending == Ending("length", 4, 0) and text_of(full) == "hell"
     assert len(session.fed) > 9  # what ends the answer is not fed

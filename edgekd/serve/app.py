@@ -36,7 +36,7 @@ from .worker import Busy, Job, Worker
 
 MOST_BODY_BYTES = 8 * 2**20
 _BETWEEN_CHUNKS_SECONDS = 0.01
-"""A small model writes thousands of tokens a second: nobody reads them one by one, and each chunk costs the model time."""
+"""A small model writes thousands of tokens a second: nobody reads them one by one, and each chunk costs it time."""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _LOG = logging.getLogger(__name__)
 Asked = CompletionRequest | ChatRequest
