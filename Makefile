@@ -2,6 +2,7 @@
 # make real         set up .venv, fetch SmolLM2-135M-Instruct, take it to all four targets, chat with it
 # make test         set up .venv, run the tests
 # make check        what CI runs: linters, types, spelling, tests
+# make test-web     get Chromium's driver and the page's libraries, then test web-demo/ in a browser
 # make metrics      count what the house is made of
 # make teacher      train the shipped teacher again, into build/pycode-16m (an hour on two idle cores)
 # make fuzz         feed damaged files of every kind for FUZZ_HOURS; stopped, it goes on where it was (build/fuzz)
@@ -29,7 +30,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS = $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart real test check metrics fuzz teacher llama-bench setup clean
+.PHONY: quickstart real test test-web check metrics fuzz teacher llama-bench setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -52,6 +53,10 @@ test: setup
 
 check:
 	.ci/run
+
+test-web: setup
+	web-demo/tools/vendor.sh --tests
+	$(BIN)/python -m pytest -rs tests/web
 
 metrics:
 	@$(PYTHON) .ci/metrics.py

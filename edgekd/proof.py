@@ -193,6 +193,13 @@ class ChunkedPrefill(_Proof):
     """Standard error, over the positions, of what the two have between them."""
 
 
+class GoldenAnswer(_Proof):
+    """What the artifact's own runtime went on with, token by token, until two were nearly as likely."""
+
+    prompt_ids: list[int]
+    tokens: list[int]
+
+
 class Parity(Comparison):
     """An artifact, run by its runtime, against the student."""
 
@@ -206,6 +213,8 @@ class Parity(Comparison):
     stand_in: str | None = None
     """What ran the artifact where its own runtime cannot."""
     tokens: TokenCheck | None = None
+    golden: list[GoldenAnswer] = []
+    """For the self-test of apps."""
     runtime: Comparison | None = None
     """Against the quantized student it was packed from: what the runtime alone costs."""
     arithmetic_kl_mean: float | None = None

@@ -134,6 +134,7 @@ def verify_artifact(
     """
     from ..quant.store.reader import load_dequantized, open_quantized
     from ..targets import arithmetic, load_recipe, open_artifact, stand_in
+    from ..verify.golden import golden_answers
     from ..verify.noise import noise_of
     from ..verify.parity import compare, first_windows, measure, session_logits
     from ..verify.reference import logits_of
@@ -144,6 +145,7 @@ def verify_artifact(
     try:
         tell(0.1, "tokens")
         tokens = check_tokens(session, tokenizer, manifest.contract)
+        golden = golden_answers(session, manifest.contract.eos_ids, windows)
         tell(0.3, "logits")
         # One model after the other: beside the artifact, memory holds one of them.
         model = load_model(reference)
@@ -165,6 +167,7 @@ def verify_artifact(
         update={
             "stand_in": stand_in(manifest.target),
             "tokens": tokens,
+            "golden": golden,
             "runtime": runtime,
             "arithmetic_kl_mean": noise,
             "runtime_kl_mean": first_windows(expected) if expected else None,

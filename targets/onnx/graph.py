@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
 
 OPSET, IR_VERSION = 23, 11  # the first opset with RMSNormalization, which onnxruntime has since 1.22
-DATA_FILE = "model.onnx.data"
+DATA_FILE = "model.onnx_data"  # as optimum and transformers.js name it
 HEAD_FILE = "head.onnx"
 HIDDEN = "hidden"
+BATCH = "batch_size"
+"""The dimension that transformers.js knows by its name: the others it takes from its own cache."""
 POSITIONS = "position_ids"
 COSINES = "rotary.cos"
 """Its first dimension is the context length."""
@@ -405,27 +407,27 @@ def only_looked_up(stored: list[Stored], tied: bool) -> set[int]:
 
 def _decoder_model(graph: _Graph) -> ModelProto:
     arch, layers = graph.arch, range(graph.arch.layers)
-    cache = ["B", arch.kv_heads, "P", arch.head_dim]
-    grown = ["B", arch.kv_heads, "C", arch.head_dim]
+    cache = [BATCH, arch.kv_heads, "P", arch.head_dim]
+    grown = [BATCH, arch.kv_heads, "C", arch.head_dim]
     pairs = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
     inputs = [
-        _info("input_ids", "int64", ["B", "S"]),
-        _info("attention_mask", "int64", ["B", "T"]),
-        *([_info(POSITIONS, "int64", ["B", "S"])] if graph.settings.rotary_apart else []),
+        _info("input_ids", "int64", [BATCH, "S"]),
+        _info("attention_mask", "int64", [BATCH, "T"]),
+        *([_info(POSITIONS, "int64", [BATCH, "S"])] if graph.settings.rotary_apart else []),
         *(_info(f"past_key_values.{pair}", graph.settings.activations, cache) for pair in pairs),
     ]
     outputs = [
-        _info("logits", graph.settings.activations, ["B", 1, arch.vocab_size]),  # the 1 tells onnxruntime-genai
+        _info("logits", graph.settings.activations, [BATCH, 1, arch.vocab_size]),  # the 1 tells onnxruntime-genai
         *(_info(f"present.{pair}", graph.settings.activations, grown) for pair in pairs),
-        _info(HIDDEN, graph.settings.activations, ["B", "S", arch.hidden]),
+        _info(HIDDEN, graph.settings.activations, [BATCH, "S", arch.hidden]),
     ]
     return _model("decoder", graph, inputs, outputs, graph.places)
 
 
 def _head_model(graph: _Graph, places: Mapping[str, int]) -> ModelProto:
     arch, real = graph.arch, graph.settings.activations
-    inputs = [_info(HIDDEN, real, ["B", "S", arch.hidden])]
-    return _model("head", graph, inputs, [_info("logits", real, ["B", "S", arch.vocab_size])], places)
+    inputs = [_info(HIDDEN, real, [BATCH, "S", arch.hidden])]
+    return _model("head", graph, inputs, [_info("logits", real, [BATCH, "S", arch.vocab_size])], places)
 
 
 def _info(name: str, dtype: str, shape: list[Any]) -> ValueInfoProto:

@@ -225,6 +225,7 @@ def _write(job: Job, spec: Options) -> Written:
     tokenizer.save_pretrained(folder)
     config = genai_config(arch, contract, tokenizer.pad_token_id, spec.providers, positions=settings.rotary_apart)
     write_json(folder / "genai_config.json", config)
+    write_json(folder / "config.json", transformers_js_config(checkpoint.config, activations))
     models = graph_.build(arch, settings)
     (folder / MAIN_FILE).write_bytes(models.decoder.SerializeToString())
     (folder / graph_.HEAD_FILE).write_bytes(models.head.SerializeToString())
@@ -286,6 +287,15 @@ def genai_config(
             },
         },
         "search": {"do_sample": False, "max_length": contract.context_length, "past_present_share_buffer": True},
+    }
+
+
+def transformers_js_config(config: Mapping[str, object], activations: Real) -> dict[str, object]:
+    """``config.json``, with which transformers.js runs the same files."""
+    dtype = {"float32": "fp32", "float16": "fp16"}[activations]
+    return {
+        **config,
+        "transformers.js_config": {"dtype": "fp32", "kv_cache_dtype": dtype, "use_external_data_format": True},
     }
 
 

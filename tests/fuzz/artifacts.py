@@ -222,7 +222,7 @@ def targets_of(artifact: Path) -> list[tuple[str, Mutate]]:
                 ("model.onnx", graph),
                 ("head.onnx", graph),
                 ("model.onnx", any_bytes),
-                ("model.onnx.data", any_bytes),
+                ("model.onnx_data", any_bytes),
             ]
         case "executorch":
             return [("model.pte", any_bytes), ("model.pte", head_bytes)]

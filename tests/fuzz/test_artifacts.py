@@ -133,7 +133,7 @@ def data_of(file: str, name: str) -> Forge:
     def build(artifact: Path, out: Path) -> Path:
         forged = graph(change, file)(artifact, out)
         for place in (forged, forged.parent):
-            shutil.copy(artifact / "model.onnx.data", place / "other.data")
+            shutil.copy(artifact / "model.onnx_data", place / "other.data")
         return forged
 
     return build
@@ -226,7 +226,7 @@ CASES: dict[str, dict[str, tuple[Forge, str]]] = {
     | {
         f"weights {name!r}": (weight_file(name), "outside the package")
         for name in (
-            "@model_path/../../../../onnx/model.onnx.data",
+            "@model_path/../../../../onnx/model.onnx_data",
             "@model_path//etc/passwd",
             "/etc/passwd",
             "@model_path/a\0b",

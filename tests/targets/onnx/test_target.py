@@ -262,10 +262,11 @@ def test_two_exports_are_the_same_bytes(tmp_path: Path, tiny_student: Path) -> N
     assert given.manifest.files == computed.manifest.files
     assert sorted(given.manifest.files) == [
         "chat_template.jinja",
+        "config.json",
         "genai_config.json",
         "head.onnx",
         "model.onnx",
-        "model.onnx.data",
+        "model.onnx_data",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -308,7 +309,7 @@ def test_shared_bytes_are_stored_once(tmp_path: Path, tiny_student: Path) -> Non
         == places["head.onnx", f"{embedding}.q"]
     )
     ends = [int(place["offset"]) + int(place["length"]) for place in places.values()]
-    assert max(ends) == (artifact.folder / "model.onnx.data").stat().st_size
+    assert max(ends) == (artifact.folder / "model.onnx_data").stat().st_size
 
 
 def test_genai_runs_the_same_files(tmp_path: Path, student_factory: Any) -> None:
@@ -328,16 +329,16 @@ def test_genai_runs_the_same_files(tmp_path: Path, student_factory: Any) -> None
 
 def test_a_damaged_artifact_is_refused(tmp_path: Path, tiny_student: Path) -> None:
     artifact = export(tiny_student, "portable-int4", tmp_path / "out")
-    data = artifact.folder / "model.onnx.data"
+    data = artifact.folder / "model.onnx_data"
     whole = data.read_bytes()
     for size in (0, 100, len(whole) - 1):
         data.write_bytes(whole[:size])
-        with pytest.raises(BadArtifact, match=rf"model\.onnx\.data has {size} bytes, not {len(whole)}"):
+        with pytest.raises(BadArtifact, match=rf"model\.onnx_data has {size} bytes, not {len(whole)}"):
             targets.open_artifact(artifact, threads=1)
         with pytest.raises(BadArtifact, match="not the file its manifest names"):
             targets.open_artifact(artifact.folder)
     data.unlink()
-    with pytest.raises(BadArtifact, match=r"model\.onnx\.data is missing"):
+    with pytest.raises(BadArtifact, match=r"model\.onnx_data is missing"):
         targets.open_artifact(artifact, threads=1)
     data.write_bytes(whole)
     graph = artifact.main_file.read_bytes()

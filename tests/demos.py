@@ -1,0 +1,44 @@
+"""What the tests of the demos share: artifacts of the shipped teacher with golden answers, and tools."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd import targets
+from edgekd.manifest import Artifact, add_proof
+from edgekd.proof import Parity
+from edgekd.spec import TargetSpec
+from edgekd.student import load_tokenizer, resolve_model
+from edgekd.verify.golden import golden_answers
+
+ROOT = Path(__file__).parent.parent
+CONTEXT = 512
+
+
+def tool(*names: str, get: str) -> str:
+    """The path of a program, by the first of its names that is here; else the test is skipped.
+
+    Args:
+        get: how to get it.
+    """
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"{names[0]} is not installed: {get}")
+    return found
+
+
+def make_artifact(target: str, out: Path) -> Artifact:
+    """The shipped teacher, quantized by rounding, for one target; its golden answers are by its own runtime."""
+    teacher = resolve_model("builtin:pycode-16m")
+    spec = TargetSpec(target=target, recipes=["portable-int4"], context=CONTEXT)
+    artifact = targets.export(teacher, spec, "portable-int4", out, name="pycode")
+    ids = load_tokenizer(teacher)(inspect.getsource(inspect)[:20_000], verbose=False)["input_ids"]
+    session = targets.open_artifact(artifact, threads=1)
+    golden = golden_answers(session, artifact.manifest.contract.eos_ids, np.array(ids[:1280]).reshape(16, 80))
+    session.close()
+    return add_proof(artifact, parity=Parity(windows=0, window_tokens=0, unusable_positions=0, golden=golden))
