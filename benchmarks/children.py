@@ -86,7 +86,7 @@ def in_child(what: str, function: Callable[..., Any], *args: Any, limits: Limits
     return value
 
 
-def _await(what: str, process: BaseProcess, receiver: Connection, limits: Limits | None) -> None:
+def _await(what: str, process: BaseProcess, receiver: Any, limits: Limits | None) -> None:
     """Wait until the child has answered or ended, and end it where it takes too much.
 
     Raises:
@@ -129,7 +129,7 @@ def _child(sender: Connection, function: Callable[..., Any], args: tuple[Any, ..
 
 def _take_cpus(count: int) -> None:
     """Stay on the first CPUs that this process may use, where the system lets it choose."""
-    if hasattr(os, "sched_setaffinity"):
+    if sys.platform == "linux":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 

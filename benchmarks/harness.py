@@ -315,7 +315,7 @@ class _Summary:
 
     def _memory(self) -> dict[str, object]:
         runs, manifest = self.samples.runs, self.samples.artifact.manifest
-        each = manifest.traffic and manifest.traffic.kv_bytes_per_position
+        each = manifest.traffic.kv_bytes_per_position if manifest.traffic else None
 
         def cache(key: str, positions: int) -> Figure:
             if each is None:

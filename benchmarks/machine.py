@@ -204,6 +204,8 @@ def _own_usage() -> tuple[float, int]:
 
 def _cpu_seconds(path: Path) -> tuple[float, float] | None:
     """Busy and stolen seconds of all cores, by ``/proc/stat``."""
+    if sys.platform == "win32":
+        return None
     try:
         ticks = [int(word) for word in path.read_text("ascii").split("\n", 1)[0].split()[1:]]
     except (OSError, ValueError):

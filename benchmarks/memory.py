@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 NOT_LINUX = "only Linux tells"
 
 
@@ -52,6 +54,8 @@ def peak_rss_bytes() -> int:
         with open("/proc/self/status", encoding="ascii") as file:
             line = next(line for line in file if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
@@ -76,7 +80,7 @@ def drop_from_page_cache(files: Iterable[Path]) -> bool:
 
     Pages that another process has mapped stay. The count of major faults and of bytes read tells what was dropped.
     """
-    if not hasattr(os, "posix_fadvise"):
+    if sys.platform == "win32" or not hasattr(os, "posix_fadvise"):
         return False
     for path in files:
         handle = os.open(path, os.O_RDONLY)

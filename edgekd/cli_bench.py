@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +24,7 @@ PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Lengt
 
 def add_to(app: typer.Typer) -> None:
     """Register the verbs."""
-    examples = {
+    examples: dict[Callable[..., None], str] = {
         bench: "edgekd bench model-q4 --prompt-tokens 32 --prompt-tokens 512 --json",
         compare: "edgekd compare before/model-q4 after/model-q4 --blocks 9",
         predict: "edgekd predict model-q4 --profile iphone-15-pro",
@@ -96,7 +96,7 @@ def _tell_benchmarks(artifacts: Sequence[Artifact], measured: Sequence[Benchmark
     from .console import bench_table
 
     alone = len(artifacts) == 1
-    told = []
+    told: list[dict[str, object]] = []
     for artifact, found in zip(artifacts, measured, strict=True):
         if isinstance(found, EdgekdError):
             told.append({"artifact": str(artifact.folder), "error": str(found)})

@@ -126,7 +126,7 @@ def test_init_writes_a_spec_that_plan_accepts_but_for_its_teacher(tmp_path, tiny
     result = edgekd("plan", "mine.yaml", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     stages = json.loads(result.stdout)["stages"]
-    assert [stage["stage"] for stage in stages][:3] == ["data", "student", "baseline"]
+    assert [stage["stage"] for stage in stages][:4] == ["data", "cut", "student", "baseline"]
     assert all(stage["ram_bytes"] > 0 and not stage["done"] for stage in stages)
     assert not (tmp_path / "runs").exists()
 

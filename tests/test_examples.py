@@ -155,6 +155,9 @@ def test_the_readmes_and_the_helps_commands_run(tmp_path: Path, tiny_teacher: Pa
         "my-model.yaml": "spec.yaml",
         "MODEL": "runs/quickstart/student",
         "ARTIFACT": "model-q4",
+        "before/model-q4": "model-q4",
+        "after/model-q4": "model-q4",
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "model-q4/model.gguf",
     }
     done = []
     for words in dict.fromkeys(tuple(stand_ins.get(word, word) for word in words[1:]) for words in examples()):
@@ -164,6 +167,8 @@ def test_the_readmes_and_the_helps_commands_run(tmp_path: Path, tiny_teacher: Pa
             shutil.copytree(folder / "runs/quickstart/artifacts/gguf-portable-int4", folder / words[1])
         elif words[0] in ("quantize", "export"):
             shutil.rmtree(folder / words[2], ignore_errors=True)
+        if words[0] in ("serve", "pick"):  # which has no end; whose limits hold for the real student
+            continue
         edgekd(folder, *words)
         done.append(words[0])
     assert {"init", "plan", "distill", "run", "quantize", "export", "verify", "bench", "report", "chat"} <= set(done)

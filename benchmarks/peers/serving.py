@@ -62,7 +62,8 @@ def ask_server(address: str, body: dict[str, Any], path: str) -> Sample:
     """One streamed answer over a connection of its own."""
     connection = http.client.HTTPConnection(address)
     connection.connect()
-    data, first, last, usage = json.dumps(body), 0.0, 0.0, {}
+    data, first, last = json.dumps(body), 0.0, 0.0
+    usage: dict[str, int] = {}
     start = time.perf_counter()
     connection.request("POST", path, data, {"content-type": "application/json"})
     answer = connection.getresponse()
@@ -92,7 +93,7 @@ def ask_session(generator: Generator, ids: list[int], decode: int) -> Sample:
 
 def _question(session: Session, contract: Contract, decode: int) -> tuple[list[int], dict[str, Any], str]:
     """Ids of the prompt, and the request that means the same."""
-    shared = {"temperature": 0, "seed": 0, "max_tokens": decode, "stream": True}
+    shared: dict[str, Any] = {"temperature": 0, "seed": 0, "max_tokens": decode, "stream": True}
     shared["stream_options"] = {"include_usage": True}
     if contract.chat_template is None or contract.special_ids is None:
         return text_ids(session, contract, _TEXT), {**shared, "prompt": _TEXT}, "/v1/completions"

@@ -68,9 +68,10 @@ def _section(key: Sequence[str], records: Sequence[BenchRecord]) -> str:
 
 
 def _row(record: BenchRecord, before: BenchRecord | None, lengths: Sequence[str]) -> str:
-    cells = [_cell(key, getattr(record.benchmark, key), before and getattr(before.benchmark, key)) for key in _KEYS]
+    earlier = before.benchmark if before else None
+    cells = [_cell(key, getattr(record.benchmark, key), getattr(earlier, key, None)) for key in _KEYS]
     for n in lengths:
-        cells.append(_cell("ttft_s", record.benchmark.ttft_s.get(n), before and before.benchmark.ttft_s.get(n)))
+        cells.append(_cell("ttft_s", record.benchmark.ttft_s.get(n), earlier.ttft_s.get(n) if earlier else None))
     dirty = "".join(f"<small>{escape(words)}</small>" for words in record.benchmark.noise.dirty)
     return f"<tr><td>{escape(record.created)}{dirty}</td>{''.join(cells)}</tr>"
 

@@ -281,16 +281,6 @@ def _figures(benchmark: Benchmark) -> Iterator[tuple[str, Figure]]:
                 yield from ((key, part),) if isinstance(part, Figure) else part
 
 
-def _figures(benchmark: Benchmark) -> Iterator[tuple[str, Figure]]:
-    """Every figure of a benchmark with its key, those by length or by phase included."""
-    for key, value in benchmark:
-        if isinstance(value, Figure):
-            yield key, value
-        elif isinstance(value, dict):
-            for part in value.values():
-                yield from ((key, part),) if isinstance(part, Figure) else part
-
-
 def _source_row(key: str, figures: Sequence[Figure]) -> SourceRow:
     known = [figure for figure in figures if figure.value is not None]
     counts = sorted({len(figure.samples) for figure in known})

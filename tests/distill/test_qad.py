@@ -16,7 +16,7 @@ import torch
 from edgekd.distill.data import Windows
 from edgekd.distill.qad import FakeQuantized, quantize_aware_distill, start_from_gptq
 from edgekd.distill.signals import OnlineTeacher
-from edgekd.distill.train import evaluate
+from edgekd.distill.train import PRECISION, evaluate
 from edgekd.errors import EdgekdError
 from edgekd.quant.grid import quantize_int4
 from edgekd.quant.quantize import quantize
@@ -142,6 +142,9 @@ def test_the_command_goes_on_after_a_kill_and_ends_the_same(tmp_path, student):
         assert process.returncode == 0, err
         return json.loads(out)
 
+    for name in ("whole", "killed"):  # a precision that is timed may differ from run to run
+        (tmp_path / f"{name}.training").mkdir()
+        (tmp_path / f"{name}.training" / PRECISION).write_text('{"precision": "float32"}')
     whole = finish(start("whole"))
     killed = start("killed")
     deadline = time.monotonic() + 300
