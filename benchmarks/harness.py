@@ -15,17 +15,31 @@ import psutil
 
 from ..errors import EdgekdError
 from ..manifest import Artifact, Traffic
-from ..proof import Benchmark, BenchSettings, Figure, Host, Noise, PhaseMemory, figure, unknown
+from ..proof import (
+    METRICS,
+    Benchmark,
+    BenchSettings,
+    Energy,
+    Figure,
+    Host,
+    Noise,
+    PhaseMemory,
+    Sustained,
+    figure,
+    unknown,
+)
 from ..spec import BenchSpec
 from . import measure
 from .children import Limits, in_child, in_turns, now
+from .energy import APART, EnergyRun, Window, energy_run, no_counter, refusal
 from .machine import NoiseWatch, bandwidth_buffer_bytes, bandwidth_samples, describe_machine, last_level_cache_bytes
 from .measure import WARM_UP_TOKENS, ColdStart, CurvePoint, OpenSession, Repetition, curve_lengths
 from .memory import NOT_LINUX, Phase, drop_from_page_cache
 from .metrics import bootstrap_median, decode_roofline_fraction, median, percentile, tokens_per_s
+from .sustained import sustained
 
 __all__ = ["ONE_RUN", "Measured", "OpenSession", "bench", "bench_in_turns", "describe_machine"]
-ONE_RUN: Mapping[str, Any] = {"runs": 1, "cold_runs": 0, "curve_seconds": 0}
+ONE_RUN: Mapping[str, Any] = {"runs": 1, "cold_runs": 0, "curve_seconds": 0, "energy_seconds": 0}
 """Keys of the spec for who takes turns himself."""
 _CLOCK = "measured:clock"
 _NO_TEXT = "no token that was drawn has text"
@@ -42,6 +56,9 @@ class _Samples:
     cold: list[ColdStart] = field(default_factory=list)
     curve: Mapping[int, CurvePoint] = field(default_factory=dict)
     noises: list[Noise] = field(default_factory=list)
+    energy: EnergyRun | str = "no energy counter was read"
+    """Or why there is none."""
+    sustained: Sustained | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ def bench_in_turns(
     buffer_bytes = bandwidth_buffer_bytes()
     bandwidth = _bandwidth(threads, buffer_bytes)
     gathered: list[_Samples | EdgekdError] = [_Samples(artifact) for artifact in artifacts]
-    rounds = in_turns(len(artifacts), _rounds(spec))
+    rounds = in_turns(len(artifacts), len(_steps(spec)))
     for number, turn in enumerate(rounds):
         for done, i in enumerate(turn):
             gathered[i] = _go_on(gathered[i], plan, number)
@@ -141,9 +158,15 @@ def _bandwidth(threads: int, buffer_bytes: int) -> list[float]:
     return samples
 
 
-def _rounds(spec: BenchSpec) -> int:
-    """Processes of each artifact: the repetitions, the cold starts, the curves."""
-    return spec.runs + spec.cold_runs + (spec.curve_seconds > 0)
+def _steps(spec: BenchSpec) -> list[Callable[[str, _Samples, _Plan], None]]:
+    """What is done with each artifact, a process each."""
+    return [
+        *[_repeat] * spec.runs,
+        *[_start_cold] * spec.cold_runs,
+        *[_draw_curves] * (spec.curve_seconds > 0),
+        *[_read_counters] * (spec.energy_seconds > 0),
+        *[_sustain] * (spec.sustained_minutes > 0),
+    ]
 
 
 def _go_on(so_far: _Samples | EdgekdError, plan: _Plan, number: int) -> _Samples | EdgekdError:
@@ -158,23 +181,20 @@ def _go_on(so_far: _Samples | EdgekdError, plan: _Plan, number: int) -> _Samples
 
 
 def _do(samples: _Samples, plan: _Plan, number: int) -> None:
-    spec, artifact = plan.spec, samples.artifact
-    what = f"the benchmark of {artifact.manifest.name} (run {number + 1} of {_rounds(spec)})"
-    if number < spec.runs:
-        run, noise = _undisturbed(lambda: _repetition(what, artifact, plan))
-        samples.runs.append(run)
-        samples.noises.append(noise)
-    elif number < spec.runs + spec.cold_runs:
-        samples.cold.append(_cold_start(what, samples, plan))
-    elif lengths := curve_lengths(artifact.manifest.contract.context_length):
-        args = (plan.open_session, artifact, lengths, plan.threads, spec.curve_seconds)
-        samples.curve = in_child(what, measure.curves, *args, limits=plan.limits)
+    steps = _steps(plan.spec)
+    what = f"the benchmark of {samples.artifact.manifest.name} (run {number + 1} of {len(steps)})"
+    steps[number](what, samples, plan)
 
 
-def _repetition(what: str, artifact: Artifact, plan: _Plan) -> Repetition:
-    args = (plan.open_session, artifact, plan.lengths, plan.spec.decode_tokens, plan.threads)
-    run: Repetition = in_child(what, measure.repetition, *args, limits=plan.limits)
-    return run
+def _repeat(what: str, samples: _Samples, plan: _Plan) -> None:
+    def attempt() -> Repetition:
+        args = (plan.open_session, samples.artifact, plan.lengths, plan.spec.decode_tokens, plan.threads)
+        run: Repetition = in_child(what, measure.repetition, *args, limits=plan.limits)
+        return run
+
+    run, noise = _undisturbed(attempt)
+    samples.runs.append(run)
+    samples.noises.append(noise)
 
 
 def _undisturbed(attempt: Callable[[], Repetition]) -> tuple[Repetition, Noise]:
@@ -190,13 +210,33 @@ def _undisturbed(attempt: Callable[[], Repetition]) -> tuple[Repetition, Noise]:
     return run, noise.model_copy(update={"repeated": len(found) > 1})
 
 
-def _cold_start(what: str, samples: _Samples, plan: _Plan) -> ColdStart:
+def _start_cold(what: str, samples: _Samples, plan: _Plan) -> None:
     artifact, shortest = samples.artifact, plan.lengths[0]
     drop_from_page_cache(artifact.path(name) for name in artifact.manifest.files)
     room = artifact.manifest.contract.context_length - shortest
     args = (plan.open_session, artifact, samples.runs[0].shortest_text, room, plan.threads, now())
-    cold: ColdStart = in_child(what, measure.cold_start, *args, limits=plan.limits)
-    return cold
+    samples.cold.append(in_child(what, measure.cold_start, *args, limits=plan.limits))
+
+
+def _draw_curves(what: str, samples: _Samples, plan: _Plan) -> None:
+    if lengths := curve_lengths(samples.artifact.manifest.contract.context_length):
+        args = (plan.open_session, samples.artifact, lengths, plan.threads, plan.spec.curve_seconds)
+        samples.curve = in_child(what, measure.curves, *args, limits=plan.limits)
+
+
+def _read_counters(what: str, samples: _Samples, plan: _Plan) -> None:
+    spec, artifact = plan.spec, samples.artifact
+    if why := no_counter():
+        samples.energy = why
+        return
+    tokens = (plan.lengths[-1], spec.decode_tokens)
+    args = (plan.open_session, artifact, *tokens, plan.threads, spec.energy_seconds)
+    samples.energy = in_child(what, energy_run, *args, limits=plan.limits)
+
+
+def _sustain(what: str, samples: _Samples, plan: _Plan) -> None:
+    args = (plan.open_session, samples.artifact, plan.threads, 60 * plan.spec.sustained_minutes)
+    samples.sustained = in_child(what, sustained, *args, limits=plan.limits)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -223,6 +263,7 @@ class _Summary:
     def of(self, host: Host) -> Benchmark:
         """The benchmark."""
         figures = self._requests() | self._decoding() | self._cold() | self._curves() | self._memory()
+        figures |= energies(self.samples.energy) | {"sustained": self.samples.sustained}
         return Benchmark.model_validate(
             {"settings": self._settings(), "machine": host, "noise": _worst(self.samples.noises)} | figures
         )
@@ -323,7 +364,10 @@ class _Summary:
             return figure(key, each * positions, "computed:manifest")
 
         return {
-            "memory": {name: _phase([run.memory[name] for run in runs]) for name in runs[0].memory},
+            "memory": {
+                name: _phase([run.memory[name] for run in runs], [run.vram for run in runs] if name == "decode" else [])
+                for name in runs[0].memory
+            },
             "peak_rss_bytes": _of_runs("peak_rss_bytes", [run.peak_rss for run in runs], "measured:peak-rss"),
             "rss_before_load_bytes": _of_runs(
                 "rss_before_load_bytes", [run.rss_before_load for run in runs], "measured:psutil"
@@ -331,6 +375,41 @@ class _Summary:
             "kv_cache_bytes": cache("kv_cache_bytes", manifest.contract.context_length),
             "kv_bytes_per_1000_tokens": cache("kv_bytes_per_1000_tokens", 1000),
         }
+
+
+def energies(run: EnergyRun | str) -> dict[str, Energy]:
+    """Joules of a token in each phase and of a request, net of idling."""
+    keys = ("prefill_energy_j_per_token", "decode_energy_j_per_token", "request_energy_j")
+    if isinstance(run, str):
+        return {key: Energy(value=None, unit=METRICS[key].unit, reason=run) for key in keys}
+    windows = dict(zip(keys, (run.prefill, run.decode, run.requests), strict=True))
+    return {key: _energy(key, run, window) for key, window in windows.items()}
+
+
+def _energy(key: str, run: EnergyRun, window: Window) -> Energy:
+    """A window's energy; null where its counter, or an idle one's, moved too seldom."""
+    unit = METRICS[key].unit
+    if why := next(filter(None, map(refusal, (window, *run.idle))), None):
+        return Energy(value=None, unit=unit, reason=why, counters=run.counters)
+    net, gross = run.per_token(window)
+    ratio, remarks = None, list(run.remarks)
+    if key.startswith("decode") and net > 0 and not refusal(run.requests) and not refusal(run.prefill):
+        ratio = run.decode_by_differences() / net
+        if abs(ratio - 1) > APART:
+            remarks.append(f"whole requests less their prompts give {ratio:.2f} times as much")
+    return Energy(
+        value=net,
+        unit=unit,
+        source=f"measured:{'+'.join(run.counters)}",
+        gross=gross,
+        counters=run.counters,
+        idle_w=run.idle_w,
+        window_s=window.seconds,
+        counter_updates=window.updates,
+        granularity_j=window.granularity,
+        differences_ratio=ratio,
+        remarks=remarks,
+    )
 
 
 def _roofline(rates: Sequence[float], read: float, bandwidth: float) -> Figure:
@@ -343,7 +422,7 @@ def _roofline(rates: Sequence[float], read: float, bandwidth: float) -> Figure:
     return unknown("decode_roofline_fraction", f"wrong roofline: {middle:.0%} of it were reached; {why}")
 
 
-def _phase(phases: Sequence[Phase | None]) -> PhaseMemory:
+def _phase(phases: Sequence[Phase | None], vram: Sequence[int]) -> PhaseMemory:
     """Medians of a phase over the runs."""
     known = [phase for phase in phases if phase]
     values = {
@@ -355,7 +434,8 @@ def _phase(phases: Sequence[Phase | None]) -> PhaseMemory:
     }
     sources = {key: "measured:VmHWM" if key == "peak_rss_bytes" else "measured:smaps_rollup" for key in values}
     made = {key: _of_runs(key, found, sources[key], NOT_LINUX) for key, found in values.items()}
-    return PhaseMemory(**made, vram_bytes=unknown("vram_bytes", "nothing ran on a GPU"))
+    of_gpus = [held or None for held in vram]
+    return PhaseMemory(**made, vram_bytes=_of_runs("vram_bytes", of_gpus, "measured:nvml", "NVML tells of none"))
 
 
 def _worst(noises: Sequence[Noise]) -> Noise:

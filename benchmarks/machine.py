@@ -169,8 +169,13 @@ class NoiseWatch:
             _waited_s(self._root / "proc/pressure/memory"),
             round(sum(throttles)) if throttles else None,
             [khz / 1000 for khz in _numbers(cpu, "cpu[0-9]*/cpufreq/scaling_cur_freq")],
-            max(_numbers(self._root / "sys/class/thermal", "thermal_zone*/temp"), default=None),
+            hottest(self._root),
         )
+
+
+def hottest(root: Path = Path("/")) -> float | None:
+    """Degrees of the hottest place that the system measures."""
+    return max(_numbers(root / "sys/class/thermal", "thermal_zone*/temp"), default=None)
 
 
 def _complaints(

@@ -14,6 +14,7 @@ from ..manifest import Artifact
 from ..session import Session
 from .children import now
 from .definitions import Request, first_text, real_text, serve
+from .gpu import vram_bytes
 from .memory import Phase, begin_phase, disk_read_bytes, end_phase, peak_rss_bytes
 
 WARM_UP_TOKENS = 8
@@ -41,6 +42,8 @@ class Repetition:
     memory: Mapping[str, Phase | None]
     rss_before_load: int
     peak_rss: int
+    vram: int
+    """On all GPUs, at the end of decoding."""
     torch_in_process: bool
     shortest_text: str
     """What the first request read."""
@@ -73,10 +76,13 @@ def repetition(
         begin_phase()
         decode = serve(session, texts[longest], decode_tokens)
         memory["decode"] = end_phase()
+        vram = sum(vram_bytes().values())
         peaks.append(peak_rss_bytes())
     finally:
         session.close()
-    return Repetition(load, first, warm, decode, memory, before, max(peaks), "torch" in sys.modules, texts[shortest])
+    return Repetition(
+        load, first, warm, decode, memory, before, max(peaks), vram, "torch" in sys.modules, texts[shortest]
+    )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes.")] = 5,
     cold_runs: Annotated[int, typer.Option(min=0, help="Fresh processes whose files left the page cache.")] = 2,
     curve_seconds: Annotated[float, typer.Option(min=0, help="For TTFT and decode up to the whole context.")] = 20,
+    energy_seconds: Annotated[float, typer.Option(min=0, help="Of each window in which a counter is read.")] = 10,
+    minutes: Annotated[float, typer.Option(min=0, help="Decode for so long, to see what heat does.")] = 0,
     threads: ThreadsOption = None,
     profile: Annotated[
         str | None, typer.Option("--profile", metavar="NAME", help="Hold the runs to this device's threads and memory.")
@@ -68,6 +70,8 @@ def bench(
         threads=threads,
         cold_runs=cold_runs,
         curve_seconds=curve_seconds,
+        energy_seconds=energy_seconds,
+        sustained_minutes=minutes,
     )
     limits = _load_profile(profile).limits() if profile else None
     loaded = [load_artifact(folder) for folder in artifacts]

@@ -216,6 +216,11 @@ def bench_table(benchmark: Benchmark) -> None:
     for key in ("kv_bytes_per_1000_tokens", "prefill_energy_j_per_token", "decode_energy_j_per_token"):
         shown.append((METRICS[key].label(), _known(key, getattr(benchmark, key))))
     _figures_table(shown)
+    if sustained := benchmark.sustained:
+        slow = (
+            "no slice was slower" if sustained.change_slice is None else f"slower from slice {sustained.change_slice}"
+        )
+        typer.echo(f"sustained: {len(sustained.slices)} slices, {slow}, factor {sustained.factor:.2f}")
     for words in benchmark.settings.limits:
         typer.echo(f"held to {benchmark.settings.profile}: {words}", err=True)
     for words in benchmark.noise.dirty:

@@ -285,6 +285,12 @@ class BenchSpec(_Strict):
     curve_seconds: Annotated[float, Field(ge=0, le=1e6)] = Field(
         20, description="Most time for TTFT and decode at lengths up to the whole context; 0: not measured."
     )
+    energy_seconds: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        10, description="Of each window in which an energy counter is read, where there is one; 0: none is read."
+    )
+    sustained_minutes: Annotated[float, Field(ge=0, le=1e4)] = Field(
+        0, description="Decode for so long without a pause, to see what heat does."
+    )
     threads: Few | None = Field(None, description="Default: the physical cores.")
 
 

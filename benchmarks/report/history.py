@@ -9,7 +9,7 @@ from pathlib import Path
 from ...errors import EdgekdError
 from ...files import write_text
 from ...formats import spread
-from ...proof import METRICS, BenchRecord, Figure
+from ...proof import METRICS, Benchmark, BenchRecord, Figure
 
 _KEYS = ("decode_tokens_per_s", "itl_s", "load_s", "cold_ttft_s", "peak_rss_bytes", "decode_energy_j_per_token")
 _STYLE = (
@@ -68,10 +68,9 @@ def _section(key: Sequence[str], records: Sequence[BenchRecord]) -> str:
 
 
 def _row(record: BenchRecord, before: BenchRecord | None, lengths: Sequence[str]) -> str:
-    earlier = before.benchmark if before else None
-    cells = [_cell(key, getattr(record.benchmark, key), getattr(earlier, key, None)) for key in _KEYS]
-    for n in lengths:
-        cells.append(_cell("ttft_s", record.benchmark.ttft_s.get(n), earlier.ttft_s.get(n) if earlier else None))
+    now, then = record.benchmark, before.benchmark if before else Benchmark()
+    cells = [_cell(key, getattr(now, key), getattr(then, key)) for key in _KEYS]
+    cells += [_cell("ttft_s", now.ttft_s.get(n), then.ttft_s.get(n)) for n in lengths]
     dirty = "".join(f"<small>{escape(words)}</small>" for words in record.benchmark.noise.dirty)
     return f"<tr><td>{escape(record.created)}{dirty}</td>{''.join(cells)}</tr>"
 

@@ -32,7 +32,18 @@ _BENCHMARKS = Path(benchmarks.__path__[0])
 _OF_TEACHER = ("loss", "temperature", "jsd_beta", "skew")
 _HARNESS = [
     f"benchmarks/{name}.py"
-    for name in ("children", "definitions", "harness", "machine", "measure", "memory", "metrics")
+    for name in (
+        "children",
+        "definitions",
+        "energy",
+        "gpu",
+        "harness",
+        "machine",
+        "measure",
+        "memory",
+        "metrics",
+        "sustained",
+    )
 ]
 _PROOF = "proof.py"
 _CALIBRATION = ("quant/calibrate.py",)
@@ -290,6 +301,7 @@ def _timed(run: Run, export: Export, reads: Sequence[Stage], machine: Machine) -
     key = _key(reads, [*_HARNESS, _PROOF], spec.model_dump(), platform.node())
     tokens = (sum(spec.prompt_tokens) + spec.decode_tokens) * spec.runs
     processes = spec.runs + spec.cold_runs + (spec.curve_seconds > 0)
-    seconds = plan.inference_cost([run.student_config], tokens, machine).seconds + 2 * processes
+    spent = 60 * spec.sustained_minutes
+    seconds = spent + plan.inference_cost([run.student_config], tokens, machine).seconds + 2 * processes
     cost, job = Cost(reads[-1].cost.ram_bytes, 2**16, seconds), partial(work.bench, run, export)
     return Stage(f"bench {export.label}", f"bench/{export.label}", key, cost, job, _folders(reads), phase="bench")

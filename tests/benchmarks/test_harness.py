@@ -23,7 +23,7 @@ from edgekd.proof import Figure
 from edgekd.spec import BenchSpec
 
 HERE = Path(__file__).parent
-QUICK = {"cold_runs": 0, "curve_seconds": 0}
+QUICK = {"cold_runs": 0, "curve_seconds": 0, "energy_seconds": 0}
 SPEC = BenchSpec(prompt_tokens=[20, 5], decode_tokens=12, runs=2, threads=1, **QUICK)
 
 
