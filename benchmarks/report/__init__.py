@@ -53,7 +53,10 @@ def render(results: Results) -> str:
     )
     shown = page(results)
     return environment.get_template("report.html").render(
-        page=shown, figures=_script_json(shown.charts.drawn()), plotlyjs=get_plotlyjs()
+        page=shown,
+        figures=_script_json(shown.charts.drawn()),
+        choices=_script_json(shown.charts.choices),
+        plotlyjs=get_plotlyjs(),
     )
 
 

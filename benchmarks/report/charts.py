@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from ... import formats as show
-from ...proof import METRICS, Hop, Quality
-from ...results import Training
+from ...proof import METRICS, Benchmark, Hop, Quality
+from ...results import MadeArtifact, Training
 from .pareto import Point
 
 MODELS = {"teacher": "Teacher", "student": "Distilled student", "baseline": "Label-only student"}
@@ -25,6 +25,15 @@ class Chart(TypedDict):
 
     data: Sequence[Part]
     layout: Part
+
+
+class Choice(TypedDict):
+    """An axis that the reader may choose, with the values of what is drawn, in its order."""
+
+    key: str
+    title: str
+    logarithmic: bool
+    values: Sequence[float | None]
 
 
 def _layout(height: int, **more: object) -> Part:
@@ -208,6 +217,36 @@ def ledger(rows: Sequence[Hop]) -> Chart | None:
             yaxis=_axis(autorange="reversed", type="category", dtick=1),  # a label for every hop
         ),
     }
+
+
+PARETO_AXES = ("kl_mean", "decode_tokens_per_s", "ttft_s", "size_bytes", "peak_rss_bytes", "decode_energy_j_per_token")
+"""What a reader may choose for either axis of the chart of artifacts."""
+
+
+def pareto_choices(artifacts: Sequence[MadeArtifact]) -> list[Choice]:
+    """The axes of the chart, each with a value of every artifact that the chart shows, or null; not those of none."""
+    shown = [a for a in artifacts if a.kl_mean is not None and a.kl_mean > 0 and a.decode_tokens_per_s is not None]
+    choices = []
+    for key in PARETO_AXES:
+        metric, values = METRICS[key], [_on_axis(key, artifact) for artifact in shown]
+        if any(value is not None for value in values):
+            better = {"lower": "← better: ", "higher": "→ better: "}[metric.better or "lower"]
+            title = f"{better}{metric.title}, {metric.unit}" if metric.unit else f"{better}{metric.title}"
+            choices.append(Choice(key=key, title=title, logarithmic=key == "kl_mean", values=values))
+    return choices
+
+
+def _on_axis(key: str, artifact: MadeArtifact) -> float | None:
+    """An artifact's value of a figure; TTFT that of the longest prompt."""
+    benchmark = artifact.manifest.benchmark or Benchmark()
+    if key == "kl_mean":
+        return artifact.kl_mean
+    if key == "size_bytes":
+        return artifact.size_bytes
+    if key == "ttft_s":
+        return benchmark.ttft_s[max(benchmark.ttft_s, key=int)].value if benchmark.ttft_s else None
+    value: float | None = getattr(benchmark, key).value
+    return value
 
 
 def pareto(points: Sequence[Point]) -> Chart | None:

@@ -10,7 +10,7 @@ from ...formats import NOT_MEASURED
 from ...proof import Quality
 from ...results import MadeArtifact, Results
 from . import charts, tables, words
-from .charts import Chart
+from .charts import Chart, Choice
 from .pareto import points
 
 
@@ -32,10 +32,12 @@ class Charts:
     validation: Chart | None
     ledger: Chart | None
     pareto: Chart | None
+    choices: Sequence[Choice]
+    """Axes for the last."""
 
     def drawn(self) -> dict[str, Chart]:
         """Those that are drawn, by the id of their place in the page."""
-        return {place: chart for place, chart in asdict(self).items() if chart}
+        return {place: chart for place, chart in asdict(self).items() if chart and place != "choices"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def page(results: Results) -> Page:
             charts.training(results.training),
             charts.ledger(results.ledger),
             charts.pareto(marked),
+            charts.pareto_choices(artifacts),
         ),
         commands=results.commands,
         stages=tables.stage_table(results.stages),

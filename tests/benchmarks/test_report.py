@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -328,6 +330,53 @@ def test_what_a_runtime_reads_otherwise_is_told_with_the_text() -> None:
     assert words.count("by itself reads") == 1
 
 
+def test_a_reader_may_choose_both_axes_of_the_artifacts(page: str) -> None:
+    match = re.search(r'<script type="application/json" id="choices">(.*?)</script>', page, re.DOTALL)
+    assert match
+    choices = {choice["key"]: choice for choice in json.loads(match[1])}
+    assert set(choices) == {"kl_mean", "decode_tokens_per_s", "ttft_s", "size_bytes", "peak_rss_bytes"}
+    assert choices["size_bytes"]["values"] == [12.4e6, 6.71e6, 4.9e6, 4.62e6]  # as the chart numbers them
+    assert choices["ttft_s"]["values"] == [0.0612] * 4 and choices["kl_mean"]["logarithmic"]
+    for axis, first in (("x", "decode_tokens_per_s"), ("y", "kl_mean")):
+        select = page.partition(f'<select id="pareto-{axis}">')[2].partition("</select>")[0]
+        assert re.findall(r'value="(\w+)"', select) == list(choices)
+        assert re.findall(r'value="(\w+)" selected', select) == [first]
+
+
+_BROWSER = """
+const fs = require("fs"), drawn = {}, listeners = {};
+const page = JSON.parse(fs.readFileSync(0, "utf-8"));
+const select = (key) => ({ value: key, dataset: {}, addEventListener: (_, call) => { listeners[key] = call; } });
+const boxes = { charts: { textContent: page.charts }, choices: { textContent: page.choices },
+  "pareto-x": select("decode_tokens_per_s"), "pareto-y": select("kl_mean") };
+global.document = { getElementById: (id) => boxes[id] || { id, clientWidth: 600 }, querySelectorAll: () => [],
+  documentElement: { clientWidth: 600 } };
+global.getComputedStyle = () => ({ getPropertyValue: () => " #123456" });
+global.matchMedia = () => ({ addEventListener() {} });
+global.addEventListener = () => {};
+global.Plotly = { react: (box, data, layout) => { drawn[box.id] = { data, layout }; } };
+eval(page.script);
+const first = drawn.pareto;
+boxes["pareto-x"].value = "size_bytes";
+listeners["decode_tokens_per_s"]();
+console.log(JSON.stringify([first, drawn.pareto]));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="the page's script runs in node")
+def test_the_chart_is_drawn_again_on_the_axis_that_was_chosen(page: str) -> None:
+    parts = dict(re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script>', page, re.DOTALL))
+    script = page.rpartition("<script>")[2].partition("</script>")[0]
+    told = json.dumps({**parts, "script": script})
+    done = subprocess.run(["node", "-e", _BROWSER], input=told, capture_output=True, text=True, check=True)
+    before, after = json.loads(done.stdout)
+    assert [trace["x"] for trace in before["data"]] == [[611], [903], [861], [1012]]
+    assert [trace["x"] for trace in after["data"]] == [[12.4e6], [6.71e6], [4.9e6], [4.62e6]]
+    assert [trace["y"] for trace in after["data"]] == [trace["y"] for trace in before["data"]]
+    assert after["layout"]["xaxis"]["title"]["text"].endswith("On disk, bytes")
+    assert after["layout"]["xaxis"]["gridcolor"] == "#123456" and after["layout"]["yaxis"] == before["layout"]["yaxis"]
+
+
 def test_memory_by_phase_and_the_cache_are_shown() -> None:
     words = _words(results())
     assert "Anonymous, decode 93.4 MB" in words and "File-backed, decode 12.4 MB" in words
@@ -372,7 +421,7 @@ def test_text_from_outside_stays_text() -> None:
     found["artifacts"][0]["manifest"]["parity"]["failures"] = [HOSTILE]
     found["artifacts"][0]["folder"] = HOSTILE
     page = report.render(Results.model_validate(found))
-    assert _Page(page).tags.count("script") == 3
+    assert _Page(page).tags.count("script") == 4
     assert "<script>alert" not in page
     assert HOSTILE[:40] in " ".join(_Page(page).text)
 

@@ -12,8 +12,31 @@
       return match ? style.getPropertyValue(match[1]).trim() : value;
     });
   }
+  // The reader's axes for the artifacts; an artifact without a figure leaves the chart.
+  const choices = JSON.parse(document.getElementById("choices").textContent);
+  function chooseAxes(chart) {
+    for (const axis of ["x", "y"]) {
+      const select = document.getElementById("pareto-" + axis);
+      const choice = select && choices.find((one) => one.key === select.value);
+      if (!choice || select.value === select.dataset.drawn) continue;
+      chart.data.forEach((trace, i) => { trace[axis] = [choice.values[i]]; });
+      const title = Object.assign({}, chart.layout[axis + "axis"].title, { text: choice.title });
+      chart.layout[axis + "axis"] = {
+        title, automargin: true, fixedrange: true, zeroline: false, autorange: true, nticks: 5,
+        gridcolor: chart.layout.xaxis.gridcolor, linecolor: chart.layout.xaxis.linecolor,
+        type: choice.logarithmic ? "log" : "linear",
+      };
+    }
+  }
+  for (const axis of ["x", "y"]) {
+    const select = document.getElementById("pareto-" + axis);
+    if (!select) continue;
+    select.dataset.drawn = select.value; // as the page was made, with its own ticks
+    select.addEventListener("change", () => draw());
+  }
   function draw(width) {
     const charts = coloured();
+    if (charts.pareto) chooseAxes(charts.pareto);
     for (const name of names) {
       const box = document.getElementById(name);
       const layout = Object.assign({}, charts[name].layout);
