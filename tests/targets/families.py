@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM3": ("smollm3", {"num_hidden_layers": 4}),
     "SmolLM3, other layers without rope": ("smollm3", {"no_rope_layers": [0, 1]}),
     "Qwen2.5": ("qwen2", {}),
+    "Qwen2.5, heads of their own": ("qwen2", {"head_dim": 32}),
     "Qwen2.5, YaRN": ("qwen2", {"rope_parameters": YARN}),
     "Qwen2.5, sliding window": (
         "qwen2",

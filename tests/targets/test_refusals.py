@@ -19,7 +19,10 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
-    ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}, "a mixture of experts"),
+    (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+        "a mixture of experts",
+    ),
     ({"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 16}, "keep a state"),
     ({"model_type": "qwen2_vl", "architectures": None, "vision_config": {"depth": 2}}, "inputs other than text"),
     ({"rope_parameters": {"rope_type": "spiral", "factor": 4.0}}, "rope_parameters"),
