@@ -442,6 +442,48 @@ def _windows(model: Path, documents: list[str], windows: int | None, context: in
 cli_bench.add_to(app)
 
 
+@app.command("eval", epilog="Example: edgekd eval model-q4 --tasks facts --reference runs/quickstart/student")
+def eval_(
+    artifact: ArtifactArgument,
+    tasks: Annotated[
+        str, typer.Option(metavar="FILE,NAME", help="Task files; facts, python-lines; the harness's own names.")
+    ],
+    reference: Annotated[
+        str | None, typer.Option(help="A model to hold it against, such as the teacher: a folder, builtin: or hub:.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most documents of a task.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put questions through the model's chat template.")] = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let an artifact do tasks of lm-evaluation-harness, and tell how much of a reference's score it keeps."""
+    from .console import task_table, watching
+    from .errors import BadArtifact
+    from .files import check_writable
+    from .manifest import add_proof, load_artifact
+    from .runs.verbs import evaluate_artifact
+
+    loaded = load_artifact(artifact)
+    check_writable(loaded.folder, BadArtifact)
+    with watching() as watcher:
+        watcher.begin("eval")
+        scores = evaluate_artifact(
+            loaded,
+            tasks.split(","),
+            reference,
+            threads,
+            lambda f, note: watcher.progress("eval", f, note),
+            limit=limit,
+            fewshot=fewshot,
+            chat=chat,
+        )
+    add_proof(loaded, tasks=scores)
+    if as_json:
+        return _print_json([score.model_dump() for score in scores])
+    task_table(scores)
+
+
 @app.command(epilog="Example: edgekd audit model-q4")
 def audit(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
     """Run an artifact without a network and watch it: no socket, no file written or read that is not its own."""

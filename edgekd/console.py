@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .doctor import Check
     from .manifest import Contract
     from .plan import PlannedCache, PlannedStage
-    from .proof import Audit, Benchmark, Figure, Parity, Quality
+    from .proof import Audit, Benchmark, Figure, Parity, Quality, TaskScore
     from .results import Results
     from .session import Session
 
@@ -295,6 +295,21 @@ def cost_table(found: Cost) -> None:
         typer.echo(f"{words}: {'unknown' if times is None else f'{plain(significant(times))} times'}")
     for remark in found.remarks:
         typer.echo(remark, err=True)
+
+
+def task_table(scores: Sequence[TaskScore]) -> None:
+    """What an artifact scores, and the reference."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("task", "metric"):
+        table.add_column(title)
+    for title in ("documents", "score", "reference", "kept"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for score in scores:
+        error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
+        theirs = "" if score.reference is None else f"{score.reference.value:.3f}"
+        row = [score.task, score.metric, f"{score.documents:,}", f"{score.score.value:.3f}{error}", theirs]
+        table.add_row(*row, plain(score.kept))
+    STDOUT.print(table)
 
 
 def audit_lines(audit: Audit) -> list[str]:

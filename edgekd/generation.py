@@ -67,13 +67,44 @@ class Piece(NamedTuple):
     ending: Ending | None = None
 
 
+class Cache:
+    """A session's cache, and what it holds. Nobody else may use the session meanwhile."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._held: list[int] = []
+
+    def keep(self, ids: Sequence[int]) -> int:
+        """Leave in the cache what it shares with the beginning of some ids; how many that are."""
+        pairs = zip(self._held, ids, strict=False)
+        shared = min(len(self._held), len(ids))
+        common = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
+        held, self._held = self._held, []  # what an error leaves behind is not known
+        if common:
+            common = self.session.rewind(common)
+        else:
+            self.session.reset()
+        self._held = held[:common]
+        return common
+
+    def feed(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+        """Append ids; logits of the last ``(V,)``, or of all ``(T, V)``."""
+        held, self._held = self._held, []
+        if not held:
+            self.session.reset()
+        one = len(ids) == 1 and not all_logits
+        logits = self.session.decode(ids[0]) if one else self.session.prefill(ids, all_logits=all_logits)
+        held += ids
+        self._held = held
+        return logits
+
+
 class Generator:
-    """A session that answers one prompt after another. Nobody else may use the session meanwhile."""
+    """Answers one prompt after another."""
 
     def __init__(self, session: Session, eos_ids: Sequence[int]) -> None:
-        self.session = session
+        self.session, self.cache = session, Cache(session)
         self._eos_ids = frozenset(eos_ids)
-        self._cached: list[int] = []
 
     def answer(
         self,
@@ -91,7 +122,7 @@ class Generator:
                 otherwise, so only without does an answer depend on nothing that was asked before.
             cancelled: asked before every token, and every few hundred of the prompt.
         """
-        kept = self._keep(ids if keep else [])
+        kept = self.cache.keep(ids[:-1] if keep else [])  # the last one's logits are wanted
         logits = self._prompt(ids[kept:], cancelled)
         if logits is None:
             return
@@ -112,7 +143,7 @@ class Generator:
                 yield out.finish(Ending("stop", count, kept))
                 return
             if count < most:
-                logits = self._feed([token])
+                logits = self.cache.feed([token])
         yield out.finish(Ending("length", most, kept))
 
     def _prompt(self, ids: Sequence[int], cancelled: Callable[[], bool]) -> np.ndarray | None:
@@ -121,28 +152,7 @@ class Generator:
         for start in range(0, len(ids), _PIECE):
             if cancelled():
                 return None
-            logits = self._feed(ids[start : start + _PIECE])
-        return logits
-
-    def _keep(self, ids: Sequence[int]) -> int:
-        """Leave in the cache what it shares with a prompt's beginning, but the last id, whose logits are wanted."""
-        pairs = zip(self._cached, ids[:-1], strict=False)
-        common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), max(len(ids) - 1, 0)))
-        cached, self._cached = self._cached, []  # what an error leaves behind is not known
-        if common == 0:
-            self.session.reset()
-            return 0
-        common = self.session.rewind(common)
-        self._cached = cached[:common]
-        return common
-
-    def _feed(self, ids: Sequence[int]) -> np.ndarray:
-        cached, self._cached = self._cached, []
-        if not cached:
-            self.session.reset()
-        logits = self.session.prefill(ids) if len(ids) > 1 else self.session.decode(ids[0])
-        cached += ids
-        self._cached = cached
+            logits = self.cache.feed(ids[start : start + _PIECE])
         return logits
 
 

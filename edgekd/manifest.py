@@ -16,14 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import BadArtifact
 from .files import file_sha256, inside, read_json, write_json
-from .proof import Audit, Benchmark, Parity
+from .proof import Audit, Benchmark, Parity, TaskScore
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
 MAX_TOKENS = 2**24
 """More than any model's vocabulary or context."""
 Id = Annotated[int, Field(ge=0, lt=MAX_TOKENS)]
-PROOF = frozenset({"parity", "benchmark", "audit"})
+PROOF = frozenset({"parity", "benchmark", "audit", "tasks"})
 """The keys that ``add_proof`` writes."""
 
 
@@ -109,6 +109,7 @@ class Manifest(BaseModel):
     parity: Parity | None = None
     benchmark: Benchmark | None = None
     audit: Audit | None = None
+    tasks: list[TaskScore] = Field(default=[], max_length=1024)
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,10 @@ def add_proof(
     parity: Parity | None = None,
     benchmark: Benchmark | None = None,
     audit: Audit | None = None,
+    tasks: list[TaskScore] | None = None,
 ) -> Artifact:
     """Write measured figures into the manifest; what is not given stays."""
-    given = {"parity": parity, "benchmark": benchmark, "audit": audit}
+    given = {"parity": parity, "benchmark": benchmark, "audit": audit, "tasks": tasks}
     manifest = artifact.manifest.model_copy(update={name: proof for name, proof in given.items() if proof})
     write_json(artifact.folder / MANIFEST, manifest.model_dump())
     return Artifact(artifact.folder, manifest)

@@ -425,6 +425,42 @@ class Audit(_Proof):
     sockets: list[str]
 
 
+# --- an artifact at tasks ---------------------------------------------------------------------------------------------
+
+
+class TaskScore(_Proof):
+    """One figure of a task, by lm-evaluation-harness, and the same of the reference: ``edgekd eval``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    metric: str
+    filter: str
+    fewshot: int
+    chat: bool
+    """Its questions were put through the chat template."""
+    higher_is_better: bool
+    documents: int
+    score: Figure
+    """Its samples are those of the documents, in their order."""
+    standard_error: float | None = None
+    reference: Figure | None = None
+    """Of the model that the artifact is held against; None: it was not asked."""
+    reference_name: str | None = None
+    retention: float | None = None
+    """The score over the reference's, where more is better."""
+    retention_ci95: Interval | None = None
+    """By a bootstrap over the documents, both models' taken together."""
+
+    @property
+    def kept(self) -> str:
+        """Share of the reference's score, with its interval, in words; empty where there is none."""
+        if self.retention is None:
+            return ""
+        low, high = (show.percent(bound, 0) for bound in self.retention_ci95 or (None, None))
+        return show.percent(self.retention) + (f" ({low} to {high})" if self.retention_ci95 else "")
+
+
 # --- a model against held-out text ------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from typing import cast
 
 from ..errors import BadArtifact, SpecError
 from ..files import digest
-from ..manifest import Artifact, load_artifact
+from ..manifest import PROOF, Artifact, load_artifact
 from ..session import Arithmetic, Session
 from ..spec import Spec, TargetSpec, checked, spec_of
 from ..tokenizer_file import hard_texts
@@ -287,7 +287,7 @@ def _other_versions(artifact: Artifact) -> str:
 
 def _key(artifact: Artifact) -> str:
     """Digest of an artifact's files and of what the manifest says of them."""
-    return digest(artifact.manifest.model_dump(exclude={"parity", "benchmark"}))
+    return digest(artifact.manifest.model_dump(exclude={*PROOF}))
 
 
 def open_artifact(artifact: Artifact | Path, *, threads: int | None = None) -> Session:

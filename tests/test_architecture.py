@@ -19,6 +19,7 @@ LAYERS = [
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest", "audit"},
+    {"evaluation"},
     {"runs", "doctor", "teachers", "peers", "serve"},
     {"console", "cli_options"},
     {"cli_bench"},

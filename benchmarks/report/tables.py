@@ -7,7 +7,19 @@ from dataclasses import dataclass
 
 from ... import formats as show
 from ...formats import NOT_MEASURED
-from ...proof import METRICS, Benchmark, BenchSettings, Figure, Hop, Host, Metric, ModelQuality, Parity, Quality
+from ...proof import (
+    METRICS,
+    Benchmark,
+    BenchSettings,
+    Figure,
+    Hop,
+    Host,
+    Metric,
+    ModelQuality,
+    Parity,
+    Quality,
+    TaskScore,
+)
 from ...results import MadeArtifact, StageTime
 from .charts import MODELS
 
@@ -143,6 +155,7 @@ def _artifact_table(artifacts: Sequence[MadeArtifact]) -> ArtifactTable:
     groups = [
         Group("Size", _size_rows(artifacts)),
         Group("Against the fp32 student", _parity_rows(artifacts)),
+        *([Group("Tasks", rows)] if (rows := _task_rows(artifacts)) else []),
         Group("Privacy", [Row("Audit", [Cell(_audit(a)) for a in artifacts])]),
         Group("Speed", _speed_rows(artifacts)),
         Group("Memory and energy", _memory_rows(artifacts)),
@@ -200,6 +213,24 @@ def _audit(artifact: MadeArtifact) -> str:
         return NOT_MEASURED
     reasons = audit.failures or audit.not_checked
     return ": ".join([audit.status, *reasons[:1]])
+
+
+def _task_rows(artifacts: Sequence[MadeArtifact]) -> list[Row]:
+    """A row for each figure of a task; below a score, what it keeps of the reference's."""
+    scores = [{(s.task, s.metric, s.filter, s.fewshot, s.chat): s for s in a.manifest.tasks} for a in artifacts]
+    rows = []
+    for key in dict.fromkeys(key for by_key in scores for key in by_key):
+        task, metric, _, fewshot, chat = key
+        more = [f"{fewshot} examples"] * bool(fewshot) + ["chat"] * chat
+        rows.append(Row(", ".join([f"{task} {metric}", *more]), [_task_cell(by_key.get(key)) for by_key in scores]))
+    return rows
+
+
+def _task_cell(score: TaskScore | None) -> Cell:
+    if score is None:
+        return _MISSING
+    of = f"{score.kept} of {score.reference_name}" if score.kept else ""
+    return Cell(show.significant(score.score.value), of)
 
 
 def _speed_rows(artifacts: Sequence[MadeArtifact]) -> list[Row]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..errors import EdgekdError
 from ..files import atomic_folder, write_json
 from ..manifest import Artifact
 from ..origin import ORIGIN, Origin
-from ..proof import Benchmark, Comparison, Parity
+from ..proof import Benchmark, Comparison, Parity, TaskScore
 from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
 from ..student import load_model, load_tokenizer, vocabulary_size
 from .records import Figures
@@ -231,6 +231,44 @@ def refuse_stand_in(artifact: Artifact) -> None:
             f"{manifest.runtime} does not run on this machine; {instead}, does, and its speed says nothing.",
             "Benchmark the artifact on a machine that has its runtime.",
         )
+
+
+def evaluate_artifact(
+    artifact: Artifact,
+    tasks: Sequence[str],
+    reference: str | None,
+    threads: int | None,
+    tell: Callable[[float, str], None],
+    **options: Any,
+) -> list[TaskScore]:
+    """An artifact's scores, beside those of a reference of the same context where one is named.
+
+    Args:
+        options: as ``evaluation.run.score``.
+
+    Raises:
+        EdgekdError: as ``evaluation.run.score``; the reference is no model.
+    """
+    from ..evaluation.run import beside, check_harness, score
+    from ..student import resolve_model
+    from ..targets import open_artifact
+
+    check_harness()
+    folder = resolve_model(reference) if reference else None
+    contract = artifact.manifest.contract
+    session = open_artifact(artifact, threads=threads)
+    try:
+        ours = score(session, contract, tasks, tell=lambda share: tell(share, "artifact"), **options)
+    finally:
+        session.close()
+    if folder is None:
+        return ours
+    from ..evaluation.reference import open_reference
+
+    session, contract = open_reference(folder, contract.context_length)
+    theirs = score(session, contract, tasks, tell=lambda share: tell(share, "reference"), **options)
+    session.close()
+    return beside(ours, theirs, str(reference))
 
 
 def telling(tell: Callable[[float, str], None]) -> Callable[[Event], None]:

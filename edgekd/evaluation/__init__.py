@@ -1,0 +1,1 @@
+"""Artifacts at tasks, by lm-evaluation-harness: ``edgekd eval``."""
