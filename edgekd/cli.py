@@ -595,6 +595,58 @@ def _key(path: Path | None) -> str | None:
         raise SpecError(f"--key-file {path}: not readable as text ({error}).", "Name a text file.") from error
 
 
+@app.command(epilog="Example: edgekd bundle model-q4 model-q4.zip --for android --license LICENSE")
+def bundle(
+    artifact: ArtifactArgument,
+    out: Annotated[Path, typer.Argument(help="Folder, or FILE.zip; must not exist.")],
+    platform: Annotated[Literal["android", "ios", "web"], typer.Option("--for", help="Where the app runs.")],
+    license_file: Annotated[
+        Path | None, typer.Option("--license", metavar="FILE", help="The model's licence, as text.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An Ed25519 private key, PEM, to sign the checksums with.")
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put together what an app ships: the artifact, licence, model card, golden tokens, checksums and a signature."""
+    from .bundle import check_bundle, exceeded, golden, public_key, write_bundle
+    from .files import check_writable
+    from .manifest import load_artifact
+    from .targets import open_artifact
+
+    if os.path.lexists(out):
+        raise EdgekdError(f"{out} exists.", "Remove it, or name another.")
+    check_writable(out.absolute().parent)
+    loaded = load_artifact(artifact)
+    text = check_bundle(loaded, platform, license_file)
+    pem = None if key is None else _bytes(key)
+    public = None if pem is None else public_key(pem)
+    session = open_artifact(loaded, threads=threads)
+    try:
+        proof = golden(session, loaded.manifest.contract)
+    finally:
+        session.close()
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    sums = write_bundle(loaded, out, platform, license_file=text, proof=proof, key=pem)
+    sizes = [told["bytes"] for told in sums["files"].values()]
+    told = exceeded(platform, sizes)
+    if as_json:
+        return _print_json({"bundle": str(out), "bytes": sum(sizes), "public_key": public, "exceeded": told, **sums})
+    typer.echo(f"{out}: {sum(sizes) / 1e6:.1f} MB in {len(sizes)} files")
+    if public:
+        typer.echo(f"public key, for the app: {public}")
+    for sentence in told:
+        typer.echo(f"too large: {sentence}", err=True)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"--key {path}: {error.strerror}.", "Name a file.") from error
+
+
 @app.command(epilog="Example: edgekd doctor")
 def doctor(as_json: JsonOption = False) -> None:
     """Say which runtimes work on this machine, by a self-test of each in a process of its own."""

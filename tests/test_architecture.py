@@ -15,7 +15,7 @@ LAYERS = [
     {"files", "formats", "strict_yaml", "strace", "trial", "tokenizer_file"},
     {"spec", "architecture", "proof"},
     {"checkpoint", "student", "manifest", "origin", "results", "plan", "session", "conversation", "template_process"},
-    {"generation"},
+    {"generation", "bundle"},
     {"quant"},
     {"distill", "targets", "verify", "benchmarks"},
     {"selftest", "audit"},
