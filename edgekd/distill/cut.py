@@ -203,7 +203,8 @@ def with_widths(spec: CutStudent, teacher: PreTrainedModel, ids: Tensor, layers:
 
     watched = [decoder[i] for i in layers] + [teacher.model.norm]
     hooks = [module.register_forward_pre_hook(enters, with_kwargs=True) for module in watched]  # type: ignore[arg-type]
-    downs: dict[int, Any] = {i: decoder[i].mlp.down_proj for i in layers if narrow}
+    blocks: Any = decoder
+    downs = {i: blocks[i].mlp.down_proj for i in layers if narrow}
     hooks += [down.register_forward_pre_hook(works(i)) for i, down in downs.items()]
     try:
         with _skipping(teacher) as chain:

@@ -29,11 +29,6 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
 ]
 OWN_CHANGES: list[tuple[str, dict[str, Any], str]] = [
-    (
-        "gguf",
-        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "head_dim": 8},
-        "GGUF's qwen2 cannot hold: heads .* head_dim",
-    ),
     ("coreml", {"head_dim": 31}, "head_dim 31 is odd"),
     ("coreml", {"max_position_embeddings": 2**24}, r"16777216 makes .* 8.6 GB.*Set context: 4194304 or less"),
     ("executorch", {"head_dim": 33}, "head_dim 33"),
