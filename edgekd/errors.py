@@ -88,6 +88,11 @@ def as_error(error: BaseException) -> EdgekdError:
             return EdgekdError(cause, f"{remedy} and run the same command again.")
     if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
         return EdgekdError("not enough memory.", "Lower the batch size or the context, or choose a smaller model.")
+    if "gloo" in words or "NCCL" in words:
+        return EdgekdError(
+            "another process of the training has ended.",
+            "See what it said, and start all of them again: training goes on from the last checkpoint.",
+        )
     if isinstance(error, OSError) and error.errno:
         where = f"{error.filename}: " if error.filename else ""
         return EdgekdError(f"{where}{os.strerror(error.errno).lower()}.")

@@ -177,6 +177,16 @@ class TrainingSpec(_Strict):
     checkpoint_every: Count = Field(100, description="Steps between checkpoints; a killed run goes on from the last.")
     patience: Count | None = Field(None, description="Stop after this many validations without a better one.")
 
+    @property
+    def windows_a_step(self) -> int:
+        """Windows that one step of the optimizer reads."""
+        return self.batch_size * self.gradient_accumulation
+
+    def outcome(self, *exclude: str) -> dict[str, object]:
+        """The settings that decide what comes out: not those that spread the same work over memory and time."""
+        spread = ("batch_size", "gradient_accumulation", "checkpoint_every", "baseline")
+        return {**self.model_dump(exclude={*spread, *exclude}), "windows_a_step": self.windows_a_step}
+
     @model_validator(mode="after")
     def _has_loss(self) -> Self:
         if not self.loss:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from ..errors import EdgekdError
-from ..files import atomic_folder, file_sha256, read_sealed, remove, sweep, write_sealed, write_text
+from ..files import file_sha256, read_sealed, remove, sweep, write_sealed, write_text
 from ..manifest import first_complaint
+from .ranks import ALONE, Ranks
 
+_PIECE_TENSORS = 32
 _LOG = logging.getLogger(__name__)
 
 
@@ -64,74 +69,145 @@ class _Sealed(BaseModel):
 
 def save_checkpoint(
     work_dir: Path,
-    model: torch.nn.Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     best: dict[str, Tensor] | None,
     key: str,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write ``checkpoint-STEP`` and remove the older ones; a kill at any moment leaves one of them whole.
+
+    Several processes write their shards side by side; any number of them can go on from it.
 
     Args:
         best: the best weights so far, if the run keeps them.
         key: names what the run depends on; ``load_checkpoint`` refuses another.
     """
     final = work_dir / f"checkpoint-{progress.step}"
-    with atomic_folder(final, replace=True) as folder:
-        save_file(weights_of(model), folder / "model.safetensors")
-        save_file(_optimizer_state(model, optimizer), folder / "optimizer.safetensors")
-        if best is not None:
-            save_file(best, folder / "best.safetensors")
-        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-        write_sealed(folder / "progress.json", {"key": key, "files": files, "progress": progress.model_dump()})
-    for older in _checkpoints(work_dir):
-        if older != final:
-            remove(older)
+    with ranks.folder(final) as folder:
+        for name, tensors in _state(model, optimizer, best).items():
+            _write(tensors, folder, name, ranks)
+        ranks.wait()
+        if ranks.first:
+            files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+            write_sealed(folder / "progress.json", {"key": key, "files": files, "progress": progress.model_dump()})
+    if ranks.first:
+        for older in _checkpoints(work_dir):
+            if older != final:
+                remove(older)
 
 
 def load_checkpoint(
-    work_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, key: str
+    work_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, key: str, ranks: Ranks = ALONE
 ) -> tuple[Progress, dict[str, Tensor] | None]:
     """Bring ``model`` and ``optimizer`` to the newest whole checkpoint; a fresh ``Progress`` if there is none.
 
     Damaged ones are removed, with a warning.
 
+    Returns:
+        How far the run is, and its best weights if it keeps them.
+
     Raises:
         EdgekdError: the checkpoint is of another run.
     """
+    newest = ranks.tell(_newest(work_dir) if ranks.first else "")
+    if not newest:
+        return Progress(), None
+    folder = Path(newest)
+    told = _Sealed.model_validate(read_sealed(folder / "progress.json"))
+    if told.key != key:
+        raise EdgekdError(f"{folder}: belongs to a run with another spec, seed, model or data.", f"Remove {work_dir}.")
+    best = copy_of_weights(model) if _names(folder, "best/") else None
+    _make_moments(optimizer)
+    tensors = {name: tensor for part in _state(model, optimizer, best).values() for name, tensor in part.items()}
+    reader = HuggingFaceStorageReader(str(folder))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # it is not needed by one process
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=ranks.count == 1)
+    return told.progress, best
+
+
+def _newest(work_dir: Path) -> str:
+    """The newest checkpoint that is whole, empty where there is none; damaged ones are removed."""
     sweep(work_dir)
     for folder in _checkpoints(work_dir):
         try:
-            made_by, progress, states = _read_checkpoint(folder)
+            _check(folder)
+            return str(folder)
         except EdgekdError as error:
             _LOG.warning("%s Training goes on from the checkpoint before it, or else from the start.", error.cause)
             remove(folder)
-            continue
-        if made_by != key:
-            raise EdgekdError(
-                f"{folder}: belongs to a run with another spec, seed, model or data.", f"Remove {work_dir}."
-            )
-        set_weights(model, states["model"])
-        _set_optimizer_state(model, optimizer, states["optimizer"])
-        return progress, states.get("best")
-    return Progress(), None
+    return ""
 
 
-def _read_checkpoint(folder: Path) -> tuple[str, Progress, dict[str, dict[str, Tensor]]]:
-    """The key, the progress, and the tensors of each file by its stem, all compared with their digests."""
+def _check(folder: Path) -> None:
+    """Compare every file with its digest.
+
+    Raises:
+        EdgekdError: one is missing or damaged.
+    """
     sealed = read_sealed(folder / "progress.json")
-    states = {}
     try:
-        told = _Sealed.model_validate(sealed)
-        for name, expected in told.files.items():
+        for name, expected in _Sealed.model_validate(sealed).files.items():
             if file_sha256(folder / name) != expected:
                 raise EdgekdError(f"{folder / name}: is not what was written.")
-            states[Path(name).stem] = load_file(folder / name)
     except ValidationError as error:
         raise EdgekdError(f"{folder}: damaged ({first_complaint(error)}).") from error
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise EdgekdError(f"{folder}: damaged ({error}).") from error
-    return told.key, told.progress, states
+
+
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, Tensor] | None
+) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds, as it lies in memory, by file and by name."""
+    parameters = dict(_learned(model))
+    state = {
+        "model": {f"model/{name}": parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": {
+            f"optimizer/{name}:{key}": tensor.detach() if tensor.ndim else tensor.detach().view(1)
+            for name, parameter in parameters.items()
+            for key, tensor in optimizer.state.get(parameter, {}).items()
+        },
+    }
+    return state if best is None else {**state, "best": {f"best/{name}": tensor for name, tensor in best.items()}}
+
+
+def _write(tensors: dict[str, Tensor], folder: Path, name: str, ranks: Ranks) -> None:
+    """Safetensors: of one process a file, of several one of each process and some of the tensors."""
+    if ranks.count == 1:
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        return
+    shards = folder / f".{name}"
+    # A file is made in memory: pieces of it at a time.
+    pieces = {key: 1 + number // _PIECE_TENSORS for number, key in enumerate(tensors)}
+    writer = HuggingFaceStorageWriter(str(shards), pieces, save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer)
+    ranks.wait()
+    if ranks.first:
+        for path in sorted(shards.glob("*.safetensors")):
+            path.rename(folder / f"{name}-{path.name}")
+        shards.rmdir()
+
+
+def _make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer make its state, which a step at rate zero does; the weights stay as they are."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _names(folder: Path, prefix: str) -> list[str]:
+    """Names of the tensors in a checkpoint."""
+    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return [name for name in stored if name.startswith(prefix)]
 
 
 def drop_checkpoints(work_dir: Path) -> None:
@@ -146,40 +222,28 @@ def _checkpoints(work_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: -int(folder.name.rpartition("-")[2]))
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy on the CPU of every parameter; tied ones once."""
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+def _learned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are trained; tied ones once."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def set_weights(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """The inverse of ``weights_of``, in place.
+def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Of every parameter that is trained; on the CPU, or where it is sharded."""
+    return {
+        name: parameter.detach().clone() if isinstance(parameter, DTensor) else parameter.detach().to("cpu", copy=True)
+        for name, parameter in _learned(model)
+    }
+
+
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """The inverse of ``copy_of_weights``, in place.
 
     Raises:
         KeyError: a parameter is missing.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _learned(model):
             parameter.copy_(weights[name])
-
-
-def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors ``PARAMETER:exp_avg``, ``PARAMETER:exp_avg_sq``, ``PARAMETER:step``."""
-    return {
-        f"{name}:{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _set_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """The inverse of ``_optimizer_state``."""
-    for name, parameter in model.named_parameters():
-        prefix = f"{name}:"
-        of_parameter = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        # torch keeps the step count on the CPU.
-        moved = {n: t if n == "step" else t.to(parameter.device) for n, t in of_parameter.items()}
-        if moved:
-            optimizer.state[parameter] = moved
 
 
 class RunLog:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import EdgekdError
 from ..files import read_json, write_json
+from .ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from ..spec import TrainingSpec
@@ -23,24 +24,33 @@ _PASSES = 3
 _GAIN = 0.75
 
 
-def choose_precision(spec: TrainingSpec, one_pass: Callable[[Precision], None], file: Path) -> Precision:
+def choose_precision(
+    spec: TrainingSpec, one_pass: Callable[[Precision], None], file: Path, ranks: Ranks = ALONE
+) -> Precision:
     """``spec.precision``, or for "auto" bfloat16 where its forward and backward pass take clearly less time here.
 
     Args:
         one_pass: the training's own forward and backward pass, of which nothing stays.
         file: remembers the choice and what was measured, so that a training that goes on takes the same.
+        ranks: the processes that train together, and take what the first of them measured.
     """
     if spec.precision != "auto":
         return spec.precision
+    chosen = ranks.tell(_remembered(file) if ranks.first else "")
+    if not chosen:
+        seconds = {name: _seconds(one_pass, name) for name in ("float32", "bfloat16")}
+        chosen = ranks.tell("bfloat16" if seconds["bfloat16"] < _GAIN * seconds["float32"] else "float32")
+        if ranks.first:
+            write_json(file, {"precision": chosen, "seconds": seconds, "source": "measured:training-pass"})
+    return "bfloat16" if chosen == "bfloat16" else "float32"
+
+
+def _remembered(file: Path) -> str:
+    """What was chosen before; empty where nothing was."""
     try:
-        chosen: Precision = "bfloat16" if read_json(file)["precision"] == "bfloat16" else "float32"
-        return chosen
-    except (EdgekdError, KeyError, TypeError):
-        pass
-    seconds = {name: _seconds(one_pass, name) for name in ("float32", "bfloat16")}
-    chosen = "bfloat16" if seconds["bfloat16"] < _GAIN * seconds["float32"] else "float32"
-    write_json(file, {"precision": chosen, "seconds": seconds, "source": "measured:training-pass"})
-    return chosen
+        return "bfloat16" if read_json(file)["precision"] == "bfloat16" else "float32"
+    except (EdgekdError, KeyError):
+        return ""
 
 
 def _seconds(one_pass: Callable[[Precision], None], precision: Precision) -> float:

@@ -24,17 +24,18 @@ import torch
 from torch import Tensor
 
 from ..errors import EdgekdError, SpecError
-from .checkpoint import Event, Progress, RunLog, load_checkpoint, save_checkpoint, set_weights, weights_of
+from . import versions
+from .checkpoint import Event, Progress, RunLog, copy_of_weights, load_checkpoint, save_checkpoint, set_weights
 from .data import Windows
-from .head import Outputs, with_head
-from .losses import Settings, chunk_rows, cross_entropy, forward_kl, log_probs, needs_teacher, summed_losses
+from .evaluate import batch, evaluate, evenly_spaced
+from .head import Outputs, WithHead
+from .learner import adamw, clip, learning
+from .losses import Settings, needs_teacher, summed_losses
 from .precision import Precision, choose_precision
+from .ranks import ALONE, Ranks
 from .signals import TeacherSignal
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
-
     from ..spec import TrainingSpec
 
 VALIDATION_TOKENS = 16_384
@@ -83,6 +84,7 @@ def train(
     on_event: Callable[[Event], None],
     method: Descent | None = None,
     precision_file: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train ``model`` in place, going on from the newest checkpoint in ``work_dir``.
 
@@ -98,12 +100,13 @@ def train(
             the cross-entropy.
         method: default: AdamW, linear warm-up and cosine to zero.
         precision_file: of ``choose_precision``, for trainings that are to take the same; default: one in ``work_dir``.
+        ranks: the processes that train it together, each of which calls this with the same arguments. The first one
+            alone writes and tells. Their number changes rounding and nothing else, and may change between two goes.
 
     Raises:
         SpecError: the windows are longer than the student's context.
-        EdgekdError: ``work_dir`` holds another run, or the loss is not finite.
+        EdgekdError: ``work_dir`` holds another run, the loss is not finite, or the processes disagree.
     """
-    accelerator = _accelerator()
     weights: dict[str, float] = {"cross_entropy": 1.0}
     if signal is not None:
         weights = {str(name): weight for name, weight in spec.loss.items()}
@@ -111,38 +114,16 @@ def train(
     longest = getattr(model.config, "max_position_embeddings", context)
     if context > longest:
         raise SpecError(f"data.context: {context} is longer than the student's {longest} positions.", "Lower it.")
+    ranks.share(spec.windows_a_step)
     work_dir.mkdir(parents=True, exist_ok=True)
     key = _run_key(model, windows, spec, weights, signal.vocab_size if signal else None, seed)
-    method = method or Descent(_adamw(model, spec), partial(learning_rate, spec))
-    model, optimizer = accelerator.prepare(with_head(model), method.optimizer)
-    run = _Run(accelerator, model, optimizer, method.rate, windows, spec, weights, signal, seed, "float32")
-    precision = choose_precision(spec, partial(_pass, run), precision_file or work_dir / PRECISION)
-    run = replace(run, precision=precision)
+    ranks.check_alike(key)
     validation = evenly_spaced(validation, max(1, VALIDATION_TOKENS // context))
-    progress, best = load_checkpoint(work_dir, model, optimizer.optimizer, key)
-    log = RunLog(work_dir, progress.step)
-
-    def emit(event: Event) -> None:
-        log.write(event)
-        on_event(event)
-
-    try:
-        with _deterministic(accelerator.device), _deferred_interrupt() as interrupted:
-            while progress.step < spec.steps and not progress.stopped:
-                emit(_step(run, progress))
-                if progress.step % spec.validate_every == 0 or progress.step == spec.steps:
-                    emit(_validate(run, validation, progress))
-                    if spec.patience and progress.best_step == progress.step:
-                        best = weights_of(model)
-                done = progress.stopped or progress.step == spec.steps
-                if done or interrupted.is_set() or progress.step % spec.checkpoint_every == 0:
-                    save_checkpoint(work_dir, model, optimizer.optimizer, progress, best, key)
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
-    finally:
-        log.close()
-    if best is not None:
-        set_weights(model, best)
+    with learning(model, ranks) as student, _deterministic(ranks.device):
+        method = method or Descent(adamw(student, spec), partial(learning_rate, spec))
+        run = _Run(ranks, student, method.optimizer, method.rate, windows, spec, weights, signal, seed, "float32")
+        precision = choose_precision(spec, partial(_pass, run), precision_file or work_dir / PRECISION, ranks)
+        progress = _go_on(replace(run, precision=precision), validation, work_dir, key, on_event)
     model.eval()
     return {
         "steps": progress.step,
@@ -151,62 +132,43 @@ def train(
         "tokens": progress.tokens,
         "train_s": progress.seconds,
         "tokens_per_s": progress.tokens / progress.seconds,
-        "device": str(accelerator.device),
-        "precision": run.precision,
+        "device": str(ranks.device),
+        "precision": precision,
         "validation": progress.best_validation if spec.patience else progress.validation,
     }
 
 
-@torch.no_grad()  # not inference_mode: some rotary embeddings renew a buffer that training then needs
-def evaluate(
-    model: torch.nn.Module, windows: Windows, *, teacher: TeacherSignal | None = None, batch_size: int = 8
-) -> dict[str, float]:
-    """How well ``model`` predicts the tokens that ``windows`` masks in, in float32.
+def _go_on(run: _Run, validation: Windows, work_dir: Path, key: str, on_event: Callable[[Event], None]) -> Progress:
+    """From the newest checkpoint to the end; the weights to keep are in the model."""
+    spec, ranks = run.spec, run.ranks
+    progress, best = load_checkpoint(work_dir, run.model, run.optimizer, key, ranks)
+    log = RunLog(work_dir, progress.step) if ranks.first else None
 
-    Args:
-        teacher: also compare with it; rows beyond its ``vocab_size`` are cut from both.
-        batch_size: windows of one forward pass.
+    def emit(event: Event) -> None:
+        if log:
+            log.write(event)
+            on_event(event)
 
-    Returns:
-        ``perplexity``, ``next_token_accuracy``, ``loss`` (nats per token) and ``tokens``; with a teacher also
-        ``kl_to_teacher`` (mean KL(teacher || model), nats per token) and ``top1_agreement_with_teacher``.
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    count = 0
-    student, vocab_size = with_head(model), teacher.vocab_size if teacher else None
-    for start in range(0, len(windows), batch_size):
-        ids, labels, mask = _batch(windows, slice(start, start + batch_size), device)
-        with torch.autocast(device.type, enabled=False):
-            ours = replace(student.outputs(ids), vocab_size=vocab_size)
-            theirs = teacher.teach(ids, None) if teacher else None
-            chosen = mask.flatten().nonzero().squeeze(-1)
-            count += len(chosen)
-            for index in chosen.split(chunk_rows(ours)):
-                sums += _judged(ours.rows(index), theirs.rows(index) if theirs else None, labels.flatten()[index]).cpu()
-    model.train(was_training)
-    means = (sums / max(1, count)).tolist()
-    figures = {
-        "loss": means[0],
-        "perplexity": math.exp(min(means[0], 700.0)),
-        "next_token_accuracy": means[1],
-        "tokens": count,
-    }
-    if teacher is not None:
-        figures |= {"kl_to_teacher": means[2], "top1_agreement_with_teacher": means[3]}
-    return figures
-
-
-def _judged(logits: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
-    """Sums over ``(n, V)`` logits: loss, correct tokens, KL to the teacher, agreement with it; float64 ``(4,)``."""
-    ours = log_probs(logits)
-    top = ours.argmax(-1)
-    sums = [cross_entropy(ours, labels).nats.sum(), (top == labels).sum()]
-    if teacher is not None:
-        sums += [forward_kl(ours, log_probs(teacher)).nats.sum(), (top == teacher.argmax(-1)).sum()]
-    return torch.stack([*map(Tensor.double, sums), *[torch.zeros_like(sums[0], dtype=torch.float64)] * (4 - len(sums))])
+    try:
+        with _deferred_interrupt() as interrupted:
+            while progress.step < spec.steps and not progress.stopped:
+                event, stopping = _step(run, progress, interrupted.is_set())
+                emit(event)
+                if progress.step % spec.validate_every == 0 or progress.step == spec.steps:
+                    emit(_validate(run, validation, progress))
+                    if spec.patience and progress.best_step == progress.step:
+                        best = copy_of_weights(run.model)
+                done = progress.stopped or progress.step == spec.steps
+                if done or stopping or progress.step % spec.checkpoint_every == 0:
+                    save_checkpoint(work_dir, run.model, run.optimizer, progress, best, key, ranks)
+                if stopping:
+                    raise KeyboardInterrupt
+    finally:
+        if log:
+            log.close()
+    if best is not None:
+        set_weights(run.model, best)
+    return progress
 
 
 def batch_indices(seed: int, step: int, windows: int, size: int) -> Tensor:
@@ -235,9 +197,9 @@ def learning_rate(spec: TrainingSpec, step: int) -> float:
 class _Run:
     """What stays the same from step to step."""
 
-    accelerator: Accelerator
-    model: torch.nn.Module
-    optimizer: AcceleratedOptimizer
+    ranks: Ranks
+    model: WithHead
+    optimizer: torch.optim.Optimizer
     rate: Callable[[int], float]
     windows: Windows
     spec: TrainingSpec
@@ -246,46 +208,53 @@ class _Run:
     seed: int
     precision: Precision
 
-    @property
-    def settings(self) -> Settings:
-        return Settings(self.spec.temperature, self.spec.jsd_beta, self.spec.skew)
-
     def losses(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """``summed_losses`` of some windows."""
-        device = self.accelerator.device
-        ids, labels, mask = _batch(self.windows, index, device)
+        device, spec = self.ranks.device, self.spec
+        settings = Settings(spec.temperature, spec.jsd_beta, spec.skew)
+        ids, labels, mask = batch(self.windows, index, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             taught = self.signal.teach(ids, index) if self.signal and needs_teacher(self.weights) else None
 
             def judge(student: Outputs) -> tuple[Tensor, Tensor]:
                 student = replace(student, vocab_size=self.signal.vocab_size if self.signal else None)
-                return summed_losses(student, taught, labels, mask, self.weights, self.settings)
+                return summed_losses(student, taught, labels, mask, self.weights, settings)
 
-            return self.model(ids, judge)
+            found: tuple[Tensor, Tensor] = self.model(ids, judge)
+            return found
 
 
-def _step(run: _Run, progress: Progress) -> Event:
-    """One optimizer step over ``batch_size × gradient_accumulation`` windows; the event that tells of it."""
+def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool]:
+    """One optimizer step over ``spec.windows_a_step`` windows, shared by the processes.
+
+    Args:
+        interrupted: this process was.
+
+    Returns:
+        The event that tells of it; whether any process was interrupted.
+    """
     began = time.perf_counter()
-    spec, step = run.spec, progress.step
+    spec, step, ranks = run.spec, progress.step, run.ranks
     # Dropout, where a model has it, must not depend on how often the run was resumed.
-    torch.manual_seed(int(np.random.SeedSequence([run.seed, step]).generate_state(1)[0]))
+    draw = [run.seed, step, *([ranks.rank] if ranks.rank else [])]
+    torch.manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
     run.model.train()
     rate = run.rate(step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    index = batch_indices(run.seed, step, len(run.windows), spec.batch_size * spec.gradient_accumulation)
-    # One mean over all tokens of the step, so that accumulation changes nothing but memory.
+    index = batch_indices(run.seed, step, len(run.windows), spec.windows_a_step)
+    # One mean over all tokens of the step, so that neither accumulation nor the number of processes changes it.
     learned = max(1, int(run.windows.loss_mask[index, 1:].sum()))
-    parts = torch.zeros(len(run.weights), dtype=torch.float64)
-    for micro in index.split(spec.batch_size):
-        total, sums = run.losses(micro)
-        run.accelerator.backward(total / learned)
-        parts += sums.cpu()
-    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), spec.max_grad_norm)
-    means = (parts / learned).tolist()
+    sums = torch.zeros(len(run.weights) + 1, dtype=torch.float64)
+    sums[-1] = interrupted
+    for micro in index[ranks.rank :: ranks.count].split(spec.batch_size):
+        total, parts = run.losses(micro)
+        (total * (ranks.count / learned)).backward()  # the processes' gradients are averaged
+        sums[:-1] += parts.cpu()
+    norm = clip(run.model, spec.max_grad_norm)
+    *means, stopping = (ranks.sum(sums) / torch.tensor([learned] * len(run.weights) + [1])).tolist()
     loss = sum(weight * mean for weight, mean in zip(run.weights.values(), means, strict=True))
-    if not math.isfinite(loss) or not math.isfinite(float(norm)):
+    if not math.isfinite(loss) or not math.isfinite(norm):
         raise EdgekdError(f"Step {step + 1}: the loss or its gradient is not finite.", "Lower distill.learning_rate.")
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -296,25 +265,25 @@ def _step(run: _Run, progress: Progress) -> Event:
         "loss": loss,
         **(dict(zip(run.weights, means, strict=True)) if len(means) > 1 else {}),
         "learning_rate": rate,
-        "gradient_norm": float(norm),
+        "gradient_norm": norm,
         "tokens_per_s": tokens / seconds,
     }
-    return Event("step", progress.step, spec.steps, figures)
+    return Event("step", progress.step, spec.steps, figures), bool(stopping)
 
 
 def _pass(run: _Run, precision: Precision) -> None:
     """A forward and a backward pass over a few windows, of which nothing stays."""
     count = min(_TIMED_WINDOWS, run.spec.batch_size, len(run.windows))
     total, _ = replace(run, precision=precision).losses(torch.arange(count))
-    run.accelerator.backward(total)
+    total.backward()
     run.optimizer.zero_grad()
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.synchronize(run.accelerator.device)
+    if run.ranks.device.type == "cuda":
+        torch.cuda.synchronize(run.ranks.device)
 
 
 def _validate(run: _Run, validation: Windows, progress: Progress) -> Event:
     """Evaluate, and judge whether the run still gains; the event that tells of it."""
-    figures = evaluate(run.model, validation, batch_size=run.spec.batch_size)
+    figures = evaluate(run.model, validation, batch_size=run.spec.batch_size, ranks=run.ranks)
     progress.validation = figures
     if progress.best_loss is None or figures["loss"] < progress.best_loss:
         progress.best_loss, progress.best_step, progress.best_validation = figures["loss"], progress.step, figures
@@ -323,37 +292,6 @@ def _validate(run: _Run, validation: Windows, progress: Progress) -> Event:
         progress.validations_without_gain += 1
         progress.stopped = run.spec.patience is not None and progress.validations_without_gain >= run.spec.patience
     return Event("validation", progress.step, run.spec.steps, figures)
-
-
-def _batch(windows: Windows, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """``ids``, ``labels`` (the next token) int64 and ``mask`` uint8, each ``(B, T)``; the last position has no next."""
-    ids = windows.ids[index].long().to(device)
-    mask = torch.nn.functional.pad(windows.loss_mask[index][:, 1:], (0, 1)).to(device)
-    return ids, ids.roll(-1, 1), mask
-
-
-def evenly_spaced(windows: Windows, count: int) -> Windows:
-    """At most ``count`` windows of a split, the same every time."""
-    index = torch.arange(min(count, len(windows))) * len(windows) // min(count, len(windows))
-    return Windows(windows.ids[index], windows.loss_mask[index])
-
-
-def _accelerator() -> Accelerator:
-    from accelerate import Accelerator
-
-    # Precision is the loop's own autocast: accelerate's would copy all logits to float32.
-    accelerator = Accelerator(mixed_precision="no")
-    if accelerator.num_processes > 1:
-        raise EdgekdError("Distillation runs in one process.", "Start it without accelerate launch or torchrun.")
-    return accelerator
-
-
-def _adamw(model: torch.nn.Module, spec: TrainingSpec) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); norms and biases do not decay."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def _run_key(
@@ -366,9 +304,10 @@ def _run_key(
 ) -> str:
     """A digest of what the outcome depends on: spec, seed, first weights and data."""
     sample = evenly_spaced(windows, 256)
-    of_teacher: set[str] = set() if needs_teacher(weights) else {"temperature", "jsd_beta", "skew"}
-    settings = spec.model_dump(exclude={"baseline", "checkpoint_every", "loss"} | of_teacher)
-    facts = [settings, weights, vocab_size, seed, len(windows)]
+    of_teacher = () if needs_teacher(weights) else ("temperature", "jsd_beta", "skew")
+    settings = spec.outcome("loss", *of_teacher)
+    sums = [int(windows.ids.sum()), int(windows.loss_mask.sum())]
+    facts = [versions.TRAINING, settings, weights, vocab_size, seed, len(windows), sums]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for tensor in (sample.ids, sample.loss_mask, *(p.detach().cpu() for p in model.parameters())):
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
@@ -392,15 +331,20 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that the step can end; a second one interrupts at once."""
-    interrupted = threading.Event()
+    """Ctrl-C sets the event, so that the step can end; a second one interrupts at once.
+
+    torchrun passes on the Ctrl-C that the process got from the terminal already: for a second, the two are one.
+    """
+    interrupted, at = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
 
     def on_interrupt(signum: int, frame: object) -> None:
-        if interrupted.is_set():
+        nonlocal at
+        if interrupted.is_set() and time.monotonic() > at + 1:
             raise KeyboardInterrupt
+        at = at if interrupted.is_set() else time.monotonic()
         interrupted.set()
 
     before = signals.signal(signals.SIGINT, on_interrupt)

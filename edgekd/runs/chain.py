@@ -176,7 +176,7 @@ def _of_seed(run: Run, seed: int, read: Sequence[Stage], machine: Machine) -> li
 def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Machine) -> Stage:
     """The student, or the baseline, whose outcome no setting of the teacher's losses touches."""
     spec, distilled = run.spec, name == "student"
-    settings = spec.distill.model_dump(exclude={"baseline"} if distilled else {"baseline", *_OF_TEACHER})
+    settings = spec.distill.outcome(*() if distilled else _OF_TEACHER)
     initial = run.initial and run.initial.checkpoint.digest
     algorithm = [algorithms.STUDENT, algorithms.TRAINING]
     key = _key(read, [], algorithm, spec.student.model_dump(), initial, seed, run.reader.checkpoint.digest, settings)
@@ -231,7 +231,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
         wanted.recipe.model_dump(),
         method,
         settings.calibration_windows if method != "rtn" else None,
-        [algorithms.QAD, algorithms.TRAINING, settings.qad.model_dump(), run.spec.seed] if method == "qad" else None,
+        [algorithms.QAD, algorithms.TRAINING, settings.qad.outcome(), run.spec.seed] if method == "qad" else None,
     ]
     key = _key(reads, _METHODS[method], facts)
     job, state = partial(work.quantize, run, wanted), None

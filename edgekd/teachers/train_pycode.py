@@ -125,7 +125,7 @@ def main(
     console.print(f"{windows.ids.numel():,} tokens of training text, {steps * BATCH * CONTEXT:,} to be seen")
 
     model = new_model(tokenizer)
-    model.compile()
+    model.model.compile()
     spec = TrainingSpec(
         loss={"cross_entropy": 1.0}, steps=steps, batch_size=BATCH, validate_every=200, checkpoint_every=200
     )

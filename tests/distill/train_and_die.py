@@ -21,7 +21,7 @@ from edgekd.distill.train import train
 from edgekd.spec import DistillSpec
 
 
-def tiny(seed: int, layers: int) -> Qwen3ForCausalLM:
+def tiny(seed: int, layers: int, dropout: float = 0.1) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=64,
@@ -33,7 +33,7 @@ def tiny(seed: int, layers: int) -> Qwen3ForCausalLM:
         head_dim=16,
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        attention_dropout=0.1,
+        attention_dropout=dropout,
         bos_token_id=None,
     )
     return Qwen3ForCausalLM(config)

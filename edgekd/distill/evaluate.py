@@ -1,0 +1,125 @@
+"""How well a student predicts text, and how near its teacher it is.
+
+Shapes: ``B`` windows, ``T`` tokens, ``V`` vocabulary, ``n`` tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .data import Windows
+from .head import Outputs, with_head
+from .losses import Teaching, chunk_rows, cross_entropy, forward_kl, log_probs
+from .ranks import ALONE, Ranks
+from .signals import TeacherSignal
+
+
+def evaluate(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    teacher: TeacherSignal | None = None,
+    batch_size: int = 8,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """How well ``model`` predicts the tokens that ``windows`` masks in, in float32, on the model's device.
+
+    Args:
+        teacher: also compare with it; rows beyond its ``vocab_size`` are cut from both.
+        batch_size: windows of one forward pass.
+        ranks: the processes that share the windows, and a model that is sharded over them.
+
+    Returns:
+        ``perplexity``, ``next_token_accuracy``, ``loss`` (nats per token) and ``tokens``; with a teacher also
+        ``kl_to_teacher`` (mean KL(teacher || model), nats per token) and ``top1_agreement_with_teacher``.
+    """
+    return evaluate_all({"model": model}, windows, teacher=teacher, batch_size=batch_size, ranks=ranks)["model"]
+
+
+@torch.no_grad()  # not inference_mode: some rotary embeddings renew a buffer that training then needs
+def evaluate_all(
+    models: Mapping[str, nn.Module],
+    windows: Windows,
+    *,
+    teacher: TeacherSignal | None = None,
+    batch_size: int = 8,
+    ranks: Ranks = ALONE,
+) -> dict[str, dict[str, float]]:
+    """``evaluate`` of several models that lie on one device; the teacher runs once for all of them."""
+    students = {name: with_head(model) for name, model in models.items()}
+    training = {name: student.training for name, student in students.items()}
+    device = next(next(iter(students.values())).parameters()).device
+    sums = {name: torch.zeros(5, dtype=torch.float64) for name in students}
+    for student in students.values():
+        student.eval()
+    for index, counts in _shared(len(windows), batch_size, ranks):
+        ids, labels, mask = batch(windows, index, device)
+        mask = mask * counts
+        with torch.autocast(device.type, enabled=False):
+            told = teacher.teach(ids, None) if teacher else None
+            vocab_size = teacher.vocab_size if teacher else None
+            judge = partial(_judged, teacher=told, vocab_size=vocab_size, labels=labels.flatten(), mask=mask.flatten())
+            for name, student in students.items():
+                sums[name] += student(ids, judge)
+    for name, student in students.items():
+        student.train(training[name])
+    return {name: _figures(ranks.sum(total), teacher is not None) for name, total in sums.items()}
+
+
+def _shared(windows: int, batch_size: int, ranks: Ranks) -> list[tuple[Tensor, int]]:
+    """This process's batches: numbers of windows, and 1 where they count, 0 where they only keep it with the others."""
+    starts = list(range(0, windows, batch_size))
+    rounds = math.ceil(len(starts) / ranks.count)
+    mine = [
+        starts[place] if place < len(starts) else None for place in range(ranks.rank, rounds * ranks.count, ranks.count)
+    ]
+    return [
+        (torch.arange(start or 0, min(windows, (start or 0) + batch_size)), int(start is not None)) for start in mine
+    ]
+
+
+def _judged(student: Outputs, teacher: Teaching | None, vocab_size: int | None, labels: Tensor, mask: Tensor) -> Tensor:
+    """Sums over the tokens that ``mask`` keeps: their number, loss, correct ones, KL to the teacher, agreement with
+    it; float64 ``(5,)`` on the CPU."""
+    student = replace(student, vocab_size=vocab_size)
+    sums = torch.zeros(5, dtype=torch.float64)
+    for index in mask.nonzero().squeeze(-1).split(chunk_rows(student)):
+        ours, label = log_probs(student.rows(index)), labels[index]
+        top = ours.argmax(-1)
+        found = [torch.tensor(len(index)), cross_entropy(ours, label).nats.sum(), (top == label).sum()]
+        if teacher is not None:
+            theirs = log_probs(teacher.rows(index))
+            found += [forward_kl(ours, theirs).nats.sum(), (top == theirs.argmax(-1)).sum()]
+        sums[: len(found)] += torch.stack([value.double().cpu() for value in found])
+    return sums
+
+
+def _figures(sums: Tensor, taught: bool) -> dict[str, float]:
+    count = int(sums[0])
+    loss, accuracy, kl, agreement = (sums[1:] / max(1, count)).tolist()
+    figures = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "next_token_accuracy": accuracy,
+        "tokens": count,
+    }
+    return figures | ({"kl_to_teacher": kl, "top1_agreement_with_teacher": agreement} if taught else {})
+
+
+def batch(windows: Windows, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``ids``, ``labels`` (the next token) int64 and ``mask`` uint8, each ``(B, T)``; the last position has no next."""
+    ids = windows.ids[index].long().to(device)
+    mask = torch.nn.functional.pad(windows.loss_mask[index][:, 1:], (0, 1)).to(device)
+    return ids, ids.roll(-1, 1), mask
+
+
+def evenly_spaced(windows: Windows, count: int) -> Windows:
+    """At most ``count`` windows of a split, the same every time."""
+    index = torch.arange(min(count, len(windows))) * len(windows) // min(count, len(windows))
+    return Windows(windows.ids[index], windows.loss_mask[index])
