@@ -119,6 +119,10 @@ class DataSpec(_Strict):
     )
     include_tests: bool = Field(False, description="For stdlib: read the test suites too.")
     context: Length = Field(512, description="Tokens of a training window.")
+    isolate: bool = Field(True, description="Documents that share a window do not see each other.")
+    processes: Few | None = Field(
+        None, description="That tokenize; they change nothing but the time. Default: one for each core of much text."
+    )
     validation_share: Share = Field(0.05, description="Share of documents held out for validation (not for stdlib).")
     test_share: Share = Field(0.05, description="Share of documents held out for the test (not for stdlib).")
     max_test_tokens: Count = Field(2**16, description="Most held-out tokens that quality is measured on.")

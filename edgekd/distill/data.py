@@ -1,8 +1,4 @@
-"""Text in, training windows out: read, split, tokenize, pack.
-
-Shapes: ``N`` windows of ``T`` tokens; ``ids`` int32 ``(N, T)``, ``loss_mask`` uint8 ``(N, T)``, 1 where the token is
-one to learn (so position t is trained on where ``loss_mask[t + 1]`` is 1).
-"""
+"""Text in, training windows out: read, split, tokenize, pack."""
 
 from __future__ import annotations
 
@@ -12,64 +8,38 @@ import hashlib
 import json
 import lzma
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
+import psutil
 
-from ..errors import EdgekdError, SpecError
-from ..files import atomic_file
+from ..errors import SpecError
 from ..privacy import online
-from .chat import Chat, ChatReader, Unusable
+from ..student import vocabulary_size
+from .chat import Chat, Unusable
 from .corpus import stdlib_corpus
+from .encode import Document, Labelled, encode_all
+from .pack import Packer, Windows, load_windows, save_windows
+
+__all__ = ["SPLITS", "Windows", "load_windows", "prepare"]
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
     from ..spec import DataSpec
 
 SPLITS = ("train", "validation", "test")
 MOST_SKIPPED_SHARE = 0.05
-Document = str | Chat
-_BATCH_DOCUMENTS = 64
+_BATCH_ROWS = 64
+_BYTES_WORTH_PROCESSES = 64 * 2**20  # below, starting them takes longer than they save
 _SHOWN_REASONS = 3
 _PIECE_CHARACTERS = 32_768
 _LEAST_PIECE_CHARACTERS = 256
 _PIECES = 40  # of a small text: enough that every split gets some
 _ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows of one split, memory-mapped."""
-
-    ids: Tensor
-    """int32 ``(N, T)``."""
-    loss_mask: Tensor
-    """uint8 ``(N, T)``."""
-
-    def __len__(self) -> int:
-        return self.ids.shape[0]
-
-
-def load_windows(folder: Path, split: str) -> Windows:
-    """The windows that ``prepare`` wrote for ``split`` ("train", "validation" or "test").
-
-    Raises:
-        EdgekdError: the file is missing or truncated.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / f"{split}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            return Windows(file.get_tensor("ids"), file.get_tensor("loss_mask"))
-    except (OSError, SafetensorError) as error:
-        raise EdgekdError(f"{path}: not readable ({error}).", "Prepare the data again.") from error
 
 
 def prepare(
@@ -83,10 +53,11 @@ def prepare(
 ) -> dict[str, object]:
     """Write ``train.safetensors``, ``validation.safetensors`` and ``test.safetensors`` into ``out_dir``.
 
-    Documents are joined by the end-of-text id and cut to windows of ``spec.context`` tokens; the rest of a split
-    that fills no window, and windows without a token to learn, are dropped. A chat is rendered by the tokenizer's
-    template, and only what the assistant gave, tool calls too, is learned, with its end token. Chats that the template
-    refuses, and rows that are none, are counted by reason.
+    Texts are joined by the end-of-text id and cut to windows of ``spec.context`` tokens; the rest of a split that
+    fills no window, and windows without a token to learn, are dropped. A chat is rendered by the tokenizer's template
+    and cut between an answer and the next question, unless the two are longer than a window; only what the assistant
+    gave, tool calls too, is learned, with its end token. Chats that the template refuses, and rows that are none, are
+    counted by reason.
 
     Args:
         seed: with a document's own text, decides its split (the standard library is split by module).
@@ -106,38 +77,85 @@ def prepare(
     if spec.chat and not tokenizer.chat_template:
         raise SpecError("data.chat: the teacher's tokenizer has no chat template.", "Add chat_template.jinja to it.")
     skips: Counter[str] = Counter()
-    packers = {split: _Packer(tokenizer, spec, skips) for split in SPLITS}
     dropped = Counter(not_utf8_skipped=0, duplicates_dropped=0)
     figures: dict[str, object] = {}
     if spec.source == "stdlib":
         corpus = stdlib_corpus(spec.include_tests)
         figures |= corpus.stats
-        parts: Iterable[tuple[str, Document]] = ((s, text) for s in SPLITS for text in getattr(corpus, s))
+        documents: Iterable[Labelled] = ((s, text) for s in SPLITS for text in getattr(corpus, s))
     else:
-        parts = _split(_documents(spec, base, dropped, skips), spec, seed, dropped)
-    for count, (split, document) in enumerate(parts, 1):
-        packers[split].add(document)
-        if on_progress and count % _BATCH_DOCUMENTS == 0:
-            on_progress(count)
-    windows = {split: packer.windows() for split, packer in packers.items()}
-    figures = {**dropped, **figures} | _skipped(skips, sum(packer.documents for packer in packers.values()), spec)
-    for split, packer in packers.items():
-        figures[f"{split}_documents"], figures[f"{split}_tokens"] = packer.documents, packer.tokens
-        figures[f"{split}_bytes"], figures[f"{split}_windows"] = packer.bytes, len(windows[split][0])
-        if not len(windows[split][0]):
-            raise SpecError(
-                f"data: the {split} split of {_named(spec)} has {packer.documents} documents with {packer.tokens} "
-                f"tokens, less than one window of data.context {spec.context} to learn from.",
-                "Give more text, a smaller data.context, or larger data.validation_share and data.test_share.",
-            )
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for split, (ids, mask) in windows.items():
-        _write(out_dir / f"{split}.safetensors", ids, mask)
-    return figures
+        documents = _split(_documents(spec, base, dropped, skips), spec, seed, dropped)
+    with ExitStack() as opened:
+        packers = {split: _packer(spec, tokenizer, out_dir.parent) for split in SPLITS}
+        for packer in packers.values():
+            opened.callback(packer.close)
+        _pack(documents, packers, spec, tokenizer, base, skips, on_progress)
+        read = sum(packer.documents for packer in packers.values())
+        warnings = _warnings(skips, read, spec)
+        figures = {**dropped, **figures, "unusable_chats_skipped": skips.total()}
+        figures["skipped_by_reason"] = dict(skips.most_common())
+        for split, packer in packers.items():
+            figures |= _of_split(split, packer, spec)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for split, packer in packers.items():
+            save_windows(out_dir / f"{split}.safetensors", [packer], spec.context)
+    return figures | {"warnings": warnings}
 
 
-def _skipped(skips: Counter[str], documents: int, spec: DataSpec) -> dict[str, object]:
-    """Figures of the rows that nothing is learned from.
+def _packer(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, beside: Path) -> Packer:
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    below = vocabulary_size(tokenizer)
+    return Packer(spec.context, below, isolate=spec.isolate, pad=eos, beside=beside)
+
+
+def _pack(
+    documents: Iterable[Labelled],
+    packers: Mapping[str, Packer],
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerFast,
+    base: Path,
+    skips: Counter[str],
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    """Tokenize the documents, each into the packer of its split."""
+    processes = spec.processes or _processes(spec, base)
+    for batch in encode_all(documents, tokenizer, chat=spec.chat, processes=processes):
+        for split, document in batch.documents:
+            packers[split].add(document)
+        skips.update(batch.skips)
+        if on_progress:
+            on_progress(sum(packer.documents for packer in packers.values()))
+    for packer in packers.values():
+        packer.finish()
+
+
+def _processes(spec: DataSpec, base: Path) -> int:
+    """One for each core where there is much to read, else one."""
+    files = spec.files(base) if spec.paths else []
+    much = spec.source == "hub" or sum(path.stat().st_size for path in files) > _BYTES_WORTH_PROCESSES
+    return (psutil.cpu_count(logical=False) or 1) if much else 1
+
+
+def _of_split(split: str, packer: Packer, spec: DataSpec) -> dict[str, object]:
+    """Figures of a split.
+
+    Raises:
+        SpecError: it fills no window.
+    """
+    if not packer.windows:
+        raise SpecError(
+            f"data: the {split} split of {_named(spec)} has {packer.documents} documents with {packer.tokens} "
+            f"tokens, less than one window of data.context {spec.context} to learn from.",
+            "Give more text, a smaller data.context, or larger data.validation_share and data.test_share.",
+        )
+    names = ("documents", "tokens", "bytes", "windows", *(("padding", "cut_exchanges") if spec.chat else ()))
+    figures = {name: getattr(packer, name) for name in names}
+    return {f"{split}_{name}": value for name, value in figures.items()}
+
+
+def _warnings(skips: Counter[str], documents: int, spec: DataSpec) -> list[str]:
+    """What the user must know of the rows that nothing is learned from.
 
     Raises:
         SpecError: they are too many.
@@ -150,84 +168,7 @@ def _skipped(skips: Counter[str], documents: int, spec: DataSpec) -> dict[str, o
     if not documents:
         said = f" {words}" if count else ""
         raise SpecError(f"data: {_named(spec)} holds no usable document.{said}", "Check data.paths and data.column.")
-    return {
-        "unusable_chats_skipped": count,
-        "skipped_by_reason": dict(skips.most_common()),
-        "warnings": [words] if count else [],
-    }
-
-
-@dataclass
-class _Packer:
-    """One split on its way to windows; documents are tokenized in batches."""
-
-    tokenizer: PreTrainedTokenizerFast
-    spec: DataSpec
-    skips: Counter[str]
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    waiting: list[Document] = field(default_factory=list)
-    ids: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.reader = ChatReader(self.tokenizer)
-
-    def add(self, document: Document) -> None:
-        self.waiting.append(document)
-        if len(self.waiting) == _BATCH_DOCUMENTS:
-            self.flush()
-
-    def flush(self) -> None:
-        batch, self.waiting = self.waiting, []
-        if not batch:
-            return
-        texts: list[str] = []
-        spans: list[list[tuple[int, int]] | None] = []
-        for document in batch:
-            try:
-                text, learned = (document, None) if isinstance(document, str) else self.reader.read(document)
-            except Unusable as reason:
-                self.skips[str(reason)] += 1
-                continue
-            texts.append(text)
-            spans.append(learned)
-        if not texts:
-            return
-        # A template writes its own BOS.
-        encoded = self.tokenizer(
-            texts, add_special_tokens=not self.spec.chat, return_offsets_mapping=self.spec.chat, verbose=False
-        )
-        eos = self.tokenizer.eos_token_id
-        for i, (text, learned) in enumerate(zip(texts, spans, strict=True)):
-            ids = encoded["input_ids"][i]
-            mask = [1] * len(ids) if learned is None else _mask(encoded["offset_mapping"][i], learned)
-            if not ids or ids[-1] != eos:
-                ids, mask = [*ids, eos], [*mask, int(learned is None)]
-            self.ids.append(np.array(ids, np.int32))
-            self.masks.append(np.array(mask, np.uint8))
-            self.documents += 1
-            self.tokens += len(ids)
-            self.bytes += len(text.encode("utf-8", "surrogatepass"))
-
-    def windows(self) -> tuple[np.ndarray, np.ndarray]:
-        """``ids`` and ``loss_mask``, ``(N, T)``."""
-        self.flush()
-        width = self.spec.context
-        count = self.tokens // width
-        if not count:
-            return np.zeros((0, width), np.int32), np.zeros((0, width), np.uint8)
-        ids = np.concatenate(self.ids)[: count * width].reshape(count, width)
-        mask = np.concatenate(self.masks)[: count * width].reshape(count, width)
-        # The first token of a window follows nothing, so it cannot be learned.
-        useful = mask[:, 1:].any(1)
-        return ids[useful], mask[useful]
-
-
-def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token that begins in a span; one that begins before it is the prompt's at run time too."""
-    return [int(stop > start and any(a <= start < b for a, b in spans)) for start, stop in offsets]
+    return [words] if count else []
 
 
 def _split(
@@ -344,7 +285,7 @@ def _parquet_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, o
                 if spec.column not in names:
                     yield dict.fromkeys(names)
                     continue
-                for batch in file.iter_batches(_BATCH_DOCUMENTS, columns=[spec.column, *({"tools"} & {*names})]):
+                for batch in file.iter_batches(_BATCH_ROWS, columns=[spec.column, *({"tools"} & {*names})]):
                     yield from batch.to_pylist()
         except (ArrowException, OSError) as error:
             raise _unreadable(spec, str(path), error) from error
@@ -431,10 +372,3 @@ def _tools(value: Any) -> list[dict[str, object]] | None:
 
 def _named(spec: DataSpec) -> str:
     return {"stdlib": "the standard library", "hub": str(spec.name)}.get(spec.source) or ", ".join(spec.paths)
-
-
-def _write(path: Path, ids: np.ndarray, mask: np.ndarray) -> None:
-    from safetensors.numpy import save_file
-
-    with atomic_file(path) as temporary:
-        save_file({"ids": ids, "loss_mask": mask}, temporary)

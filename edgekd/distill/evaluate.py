@@ -59,14 +59,14 @@ def evaluate_all(
     for student in students.values():
         student.eval()
     for index, counts in _shared(len(windows), batch_size, ranks):
-        ids, labels, mask = batch(windows, index, device)
+        ids, labels, mask, positions = windows.batch(index, device)
         mask = mask * counts
         with torch.autocast(device.type, enabled=False):
-            told = teacher.teach(ids, None) if teacher else None
+            told = teacher.teach(ids, None, positions) if teacher else None
             vocab_size = teacher.vocab_size if teacher else None
             judge = partial(_judged, teacher=told, vocab_size=vocab_size, labels=labels.flatten(), mask=mask.flatten())
             for name, student in students.items():
-                sums[name] += student(ids, judge)
+                sums[name] += student(ids, judge, positions)
     for name, student in students.items():
         student.train(training[name])
     return {name: _figures(ranks.sum(total), teacher is not None) for name, total in sums.items()}
@@ -112,14 +112,7 @@ def _figures(sums: Tensor, taught: bool) -> dict[str, float]:
     return figures | ({"kl_to_teacher": kl, "top1_agreement_with_teacher": agreement} if taught else {})
 
 
-def batch(windows: Windows, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """``ids``, ``labels`` (the next token) int64 and ``mask`` uint8, each ``(B, T)``; the last position has no next."""
-    ids = windows.ids[index].long().to(device)
-    mask = torch.nn.functional.pad(windows.loss_mask[index][:, 1:], (0, 1)).to(device)
-    return ids, ids.roll(-1, 1), mask
-
-
 def evenly_spaced(windows: Windows, count: int) -> Windows:
     """At most ``count`` windows of a split, the same every time."""
     index = torch.arange(min(count, len(windows))) * len(windows) // min(count, len(windows))
-    return Windows(windows.ids[index], windows.loss_mask[index])
+    return windows.at(index)

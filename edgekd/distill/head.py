@@ -85,8 +85,8 @@ def wide(tensor: Tensor) -> Tensor:
 class GivesOutputs(Protocol):
     """A model that knows its hidden states and its head itself."""
 
-    def outputs(self, ids: Tensor) -> Outputs:
-        """Of int64 ids ``(B, T)``."""
+    def outputs(self, ids: Tensor, positions: Tensor | None = None) -> Outputs:
+        """Of int64 ids ``(B, T)``; see ``WithHead.outputs``."""
         ...
 
 
@@ -104,19 +104,25 @@ class WithHead(nn.Module):
         self.model = model
         self._scale_and_cap = None if isinstance(model, GivesOutputs) else _scale_and_cap(model)
 
-    def forward(self, ids: Tensor, judge: Callable[[Outputs], R]) -> R:
-        """``judge`` of what the model says of int64 ids ``(B, T)``."""
-        return judge(self.outputs(ids))
+    def forward(self, ids: Tensor, judge: Callable[[Outputs], R], positions: Tensor | None = None) -> R:
+        """``judge`` of what the model says of int64 ids ``(B, T)``; see ``outputs``."""
+        return judge(self.outputs(ids, positions))
 
-    def outputs(self, ids: Tensor) -> Outputs:
-        """Of int64 ids ``(B, T)``; logits where the model's head is not one that is known."""
+    def outputs(self, ids: Tensor, positions: Tensor | None = None) -> Outputs:
+        """Of int64 ids ``(B, T)``; logits where the model's head is not one that is known.
+
+        Args:
+            positions: int64 ``(B, T)``; where they do not go on by one, another document begins, and transformers'
+                masks keep the two apart. None: each window is one text.
+        """
         model: Any = self.model
         if isinstance(model, GivesOutputs):
-            return model.outputs(ids)
+            return model.outputs(ids, positions)
+        given = {"input_ids": ids, "position_ids": positions, "use_cache": False}
         if self._scale_and_cap is None:
-            return Outputs(model(input_ids=ids, use_cache=False).logits)
+            return Outputs(model(**given).logits)
         linear = model.get_output_embeddings()
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = model.get_decoder()(**given).last_hidden_state
         return Outputs(hidden, Head(linear.weight, linear.bias, *self._scale_and_cap))
 
 

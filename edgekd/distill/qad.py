@@ -70,13 +70,13 @@ class FakeQuantized(nn.Module):
         """The model's own output, computed from its weights on the grid."""
         return torch.func.functional_call(self.model, self._all_on_grid(), kwargs=inputs)
 
-    def outputs(self, ids: Tensor) -> Outputs:
+    def outputs(self, ids: Tensor, positions: Tensor | None = None) -> Outputs:
         """Hidden states and head of int64 ids ``(B, T)``, from the weights on the grid."""
         weights = self._all_on_grid()
         body = self.model.get_decoder()
         (prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is body)
         own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-        given = {"input_ids": ids, "use_cache": False}
+        given = {"input_ids": ids, "position_ids": positions, "use_cache": False}
         hidden = torch.func.functional_call(body, own, kwargs=given).last_hidden_state
         arch = read_architecture(self.config.to_dict())
         head = weights.get(HEAD, weights[EMBEDDING])
@@ -154,7 +154,7 @@ def quantize_aware_distill(
     """
     with new_quantized(student, out, recipe, "qad") as writer:
         plain = load_model(student)
-        scales = start_from_gptq(plain, student, evenly_spaced(windows, calibration_windows).ids, writer.kinds)
+        scales = start_from_gptq(plain, student, evenly_spaced(windows, calibration_windows).ids.int(), writer.kinds)
         model = FakeQuantized(plain, writer.kinds, scales)
         figures = train(
             model,

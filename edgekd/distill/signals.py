@@ -31,11 +31,12 @@ class TeacherSignal(Protocol):
         """``V``: rows beyond it are padding, and are cut from teacher and student alike."""
         ...
 
-    def teach(self, ids: Tensor, index: Tensor | None) -> Teaching:
+    def teach(self, ids: Tensor, index: Tensor | None, positions: Tensor | None = None) -> Teaching:
         """What it says of int64 ids ``(B, T)``, without gradient: ``head.Outputs``, or ``losses.Sparse``.
 
         Args:
             index: the numbers ``(B,)`` of the windows in the training split; None for text of another kind.
+            positions: as ``pack.Batch`` has them.
         """
         ...
 
@@ -58,14 +59,14 @@ class OnlineTeacher:
 
         return with_head(self.model)
 
-    def teach(self, ids: Tensor, index: Tensor | None = None) -> Outputs:
+    def teach(self, ids: Tensor, index: Tensor | None = None, positions: Tensor | None = None) -> Outputs:
         """Its hidden states and head; see ``TeacherSignal``."""
         import torch
 
         if self.model.device != ids.device:
             self.model.to(ids.device)  # type: ignore[arg-type]
         with torch.inference_mode():
-            return replace(self._with_head.outputs(ids), vocab_size=self.vocab_size)
+            return replace(self._with_head.outputs(ids, positions), vocab_size=self.vocab_size)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits ``(B, T, V)`` of int64 ids ``(B, T)``, without gradient."""

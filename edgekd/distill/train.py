@@ -27,7 +27,7 @@ from ..errors import EdgekdError, SpecError
 from . import versions
 from .checkpoint import Event, Progress, RunLog, copy_of_weights, load_checkpoint, save_checkpoint, set_weights
 from .data import Windows
-from .evaluate import batch, evaluate, evenly_spaced
+from .evaluate import evaluate, evenly_spaced
 from .head import Outputs, WithHead
 from .learner import adamw, clip, learning
 from .losses import Settings, needs_teacher, summed_losses
@@ -212,15 +212,17 @@ class _Run:
         """``summed_losses`` of some windows."""
         device, spec = self.ranks.device, self.spec
         settings = Settings(spec.temperature, spec.jsd_beta, spec.skew)
-        ids, labels, mask = batch(self.windows, index, device)
+        ids, labels, mask, positions = self.windows.batch(index, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            taught = self.signal.teach(ids, index) if self.signal and needs_teacher(self.weights) else None
+            taught = None
+            if self.signal and needs_teacher(self.weights):
+                taught = self.signal.teach(ids, index, positions)
 
             def judge(student: Outputs) -> tuple[Tensor, Tensor]:
                 student = replace(student, vocab_size=self.signal.vocab_size if self.signal else None)
                 return summed_losses(student, taught, labels, mask, self.weights, settings)
 
-            found: tuple[Tensor, Tensor] = self.model(ids, judge)
+            found: tuple[Tensor, Tensor] = self.model(ids, judge, positions)
             return found
 
 
@@ -309,7 +311,7 @@ def _run_key(
     sums = [int(windows.ids.sum()), int(windows.loss_mask.sum())]
     facts = [versions.TRAINING, settings, weights, vocab_size, seed, len(windows), sums]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for tensor in (sample.ids, sample.loss_mask, *(p.detach().cpu() for p in model.parameters())):
+    for tensor in (*sample.tensors, *(p.detach().cpu() for p in model.parameters())):
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -134,7 +134,7 @@ def _data(run: Run) -> Stage:
         [],
         [],
         algorithms.TEXT,
-        spec.model_dump(exclude={"allow_skipped"}),
+        spec.model_dump(exclude={"allow_skipped", "processes"}),
         [file_sha256(path) for path in spec.files(run.base)],
         platform.python_version() if spec.source == "stdlib" else None,
         run.spec.seed,

@@ -120,7 +120,7 @@ def _calibration_ids(run: Run) -> torch.Tensor:
     from ..distill.data import load_windows
     from ..distill.train import evenly_spaced
 
-    return evenly_spaced(load_windows(run.path("data"), "train"), run.spec.quantize.calibration_windows).ids
+    return evenly_spaced(load_windows(run.path("data"), "train"), run.spec.quantize.calibration_windows).ids.int()
 
 
 def calibrate(run: Run, out: Path, tell: Tell) -> Figures:
@@ -175,7 +175,7 @@ def _verify_windows(run: Run) -> np.ndarray:
     from ..verify.reference import held_out_windows
 
     spec = run.spec.verify
-    return held_out_windows(load_windows(run.path("data"), "test").ids.numpy(), spec.windows, spec.context)
+    return held_out_windows(load_windows(run.path("data"), "test").ids.int().numpy(), spec.windows, spec.context)
 
 
 def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,7 +69,8 @@ def test_jsonl_parquet_and_text_give_the_same_windows(tmp_path, tokenizer):
         seen.append((figures, {split: w.ids.tolist() for split, w in windows.items()}))
         for split, w in windows.items():
             assert w.ids.shape == w.loss_mask.shape == (figures[f"{split}_windows"], 16)
-            assert w.ids.dtype is not None and w.loss_mask.min() == 1
+            assert w.ids.dtype == torch.uint16
+            assert torch.equal(w.loss_mask, 1 - w.begins), "all is learned but how a document begins"
             assert figures[f"{split}_windows"] == figures[f"{split}_tokens"] // 16
     assert seen[0] == seen[1] == seen[2]
     assert sum(seen[0][0][f"{split}_documents"] for split in windows) == 60
@@ -173,10 +175,10 @@ def test_the_span_agrees_with_the_template_that_marks_it(tiny_teacher):
     reference = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
     text, spans = render_chat(CHAT, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    from edgekd.distill.data import _mask
+    from edgekd.distill.encode import _learned as learned_tokens
 
     assert encoded["input_ids"] == reference["input_ids"]
-    assert _mask(encoded["offset_mapping"], spans) == list(reference["assistant_masks"])
+    assert learned_tokens(encoded["offset_mapping"], spans) == list(reference["assistant_masks"])
 
 
 def test_reasoning_in_the_last_turn_is_learned_too(tiny_teacher):
@@ -342,7 +344,7 @@ def test_tool_calls_are_learned_and_hold_what_the_row_has(tmp_path, tiny_teacher
         written = text.replace("\n", "\r\n") if kind == "crlf" else text
         path.write_bytes(b"\xef\xbb\xbf" * (kind == "bom") + written.encode())
     source = "parquet" if kind == "parquet" else "jsonl"
-    figures = _prepare(tmp_path, tokenizer, source=source, paths=[path.name], column="messages", chat=True, context=32)
+    figures = _prepare(tmp_path, tokenizer, source=source, paths=[path.name], column="messages", chat=True, context=256)
     assert figures["unusable_chats_skipped"] == 0 and figures["warnings"] == []
     whole, learned = _texts_and_learned(tmp_path / "out", tokenizer)
     assert "TOOLS [" in whole and "result 7" in whole
