@@ -61,6 +61,11 @@ class TeacherSpec(_Strict):
         description='A folder, "builtin:pycode-16m", or "hub:organisation/name" (downloads; "@revision" pins).'
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Read it first.")
+    signal: Literal["online", "cached"] = Field(
+        "online",
+        description="online: it runs beside the student. cached: it reads the windows of the training first, and what "
+        "it says of them stays on disk, at most 112 bytes a token; for forward_kl, skewed_kl and cross_entropy.",
+    )
 
 
 class CutStudent(_Strict):
@@ -337,6 +342,10 @@ class Spec(_Strict):
             raise ValueError("data: what is the student to read? Name a source")
         if not self.teacher and self.student.init != "checkpoint":
             raise ValueError(f"teacher: student.init {self.student.init} needs one; without, init is checkpoint")
+        beyond = self.distill.loss.keys() - {"forward_kl", "skewed_kl", "cross_entropy"}
+        if self.teacher and self.teacher.signal == "cached" and beyond:
+            names = ", ".join(sorted(beyond))
+            raise ValueError(f"distill.loss: {names} cannot be had of a cached teacher (teacher.signal)")
         if not self.teacher and "distill" in given:
             raise ValueError("distill: without a teacher nothing is distilled")
         if not self.teacher and self.quantize.qad.teacher == "teacher":

@@ -276,7 +276,7 @@ def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool
 def _pass(run: _Run, precision: Precision) -> None:
     """A forward and a backward pass over a few windows, of which nothing stays."""
     count = min(_TIMED_WINDOWS, run.spec.batch_size, len(run.windows))
-    total, _ = replace(run, precision=precision).losses(torch.arange(count))
+    total, _ = replace(run, precision=precision).losses(batch_indices(run.seed, 0, len(run.windows), count))
     total.backward()
     run.optimizer.zero_grad()
     if run.ranks.device.type == "cuda":

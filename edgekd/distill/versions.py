@@ -14,6 +14,9 @@ CUT = 1
 STUDENT = 1
 """The first weights: cut from the teacher, or fresh."""
 
+CACHE = 1
+"""What of a teacher stands in its cache."""
+
 TRAINING = 1
 """The loop: order of windows, losses, optimizer, which weights are kept."""
 

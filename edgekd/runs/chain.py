@@ -179,6 +179,8 @@ def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Mac
     settings = spec.distill.outcome(*() if distilled else _OF_TEACHER)
     initial = run.initial and run.initial.checkpoint.digest
     algorithm = [algorithms.STUDENT, algorithms.TRAINING]
+    if distilled and spec.teacher and spec.teacher.signal == "cached":
+        algorithm.append(algorithms.CACHE)
     key = _key(read, [], algorithm, spec.student.model_dump(), initial, seed, run.reader.checkpoint.digest, settings)
     taught = run.reader.config if distilled else None
     cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)

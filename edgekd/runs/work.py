@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING
 
-from ..files import write_json
+from ..errors import DoesNotFit
+from ..files import digest, write_json
 from ..manifest import load_artifact
 from ..proof import ModelQuality, Quality, QuantizedComparison
 from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from transformers import PreTrainedModel
+
+    from ..distill.signals import TeacherSignal
 
 CUT = "cut"
 MOMENTS = "moments.safetensors"
@@ -57,7 +61,6 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
     from ..distill.checkpoint import validation_curve
     from ..distill.cut import read_kept
     from ..distill.data import load_windows
-    from ..distill.signals import OnlineTeacher
     from ..distill.train import PRECISION, train
 
     spec, data = run.spec, run.path("data")
@@ -71,7 +74,7 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
         load_windows(data, "train"),
         load_windows(data, "validation"),
         spec.distill,
-        signal=OnlineTeacher(teacher.model(), vocabulary_size(tokenizer)) if distilled else None,
+        signal=_signal(run, seed, tell) if distilled else None,
         seed=seed,
         work_dir=state,
         on_event=verbs.telling(tell),
@@ -79,6 +82,37 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
     )
     save_model(model, tokenizer, out, generation)
     return {**figures, "curve": validation_curve(state / "log.jsonl")}
+
+
+def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
+    """The teacher as the training hears it; a cached one is captured first, or what of it is missing."""
+    from ..distill.cache import Cache, CachedTeacher, capture, key_of
+    from ..distill.data import load_windows
+    from ..distill.signals import OnlineTeacher
+    from ..distill.train import batch_indices
+
+    teacher, spec = run.reader, run.spec.distill
+    vocab_size = vocabulary_size(teacher.tokenizer())
+    assert run.spec.teacher is not None
+    if run.spec.teacher.signal == "online":
+        return OnlineTeacher(teacher.model(), vocab_size)
+    windows, size = load_windows(run.path("data"), "train"), spec.batch_size * spec.gradient_accumulation
+    read = min(spec.steps * size, len(windows))  # no window is read again before all have been
+    order = batch_indices(seed, 0, len(windows), read).tolist()
+    tokenizer = digest(teacher.tokenizer().get_vocab())
+    key = key_of(teacher.checkpoint.digest, tokenizer, windows, order, spec.temperature, vocab_size)
+    cache = Cache(run.state / f"teacher-{digest(key)[:12]}", key, windows, order)
+    missing = sum(cache.damage(shard) is not None for shard in range(cache.shards))
+    if missing:
+        size_bytes = missing * cache.size_bytes // cache.shards
+        if size_bytes > disk_usage(run.state).free:
+            raise DoesNotFit(
+                f"the teacher's cache needs {size_bytes / 2**30:.2f} GiB of disk in {run.state}.",
+                "Free some, lower distill.steps, or set teacher.signal to online.",
+            )
+        tell(0, f"teacher: {size_bytes / 2**20:,.0f} MiB to capture")
+        capture(cache, OnlineTeacher(teacher.model(), vocab_size), tell)
+    return CachedTeacher(cache)
 
 
 def take_student(run: Run, out: Path, tell: Tell) -> Figures:
