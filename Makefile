@@ -2,6 +2,7 @@
 # make real         set up .venv, fetch SmolLM2-135M-Instruct, take it to all four targets, chat with it
 # make test         set up .venv, run the tests
 # make check        what CI runs: linters, types, spelling, tests
+# make test-android get Kotlin's compiler and Android's libraries, then test android-demo/ on a JVM and build its APK
 # make test-web     get Chromium's driver and the page's libraries, then test web-demo/ in a browser
 # make metrics      count what the house is made of
 # make teacher      train the shipped teacher again, into build/pycode-16m (an hour on two idle cores)
@@ -30,7 +31,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS = $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart real test test-web check metrics fuzz teacher llama-bench setup clean
+.PHONY: quickstart real test test-web test-android check metrics fuzz teacher llama-bench setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -53,6 +54,14 @@ test: setup
 
 check:
 	.ci/run
+
+ANDROID_TOOLS := openjdk-17-jdk-headless junit4 libhamcrest-java aapt zipalign apksigner dexdump clang lld \
+    android-libnativehelper-dev android-framework-res zip unzip
+
+test-android: setup
+	command -v aapt2 >/dev/null || apt-get install -y --no-install-recommends $(ANDROID_TOOLS)
+	android-demo/tools/fetch.sh
+	$(BIN)/python -m pytest -rs tests/test_android.py
 
 test-web: setup
 	web-demo/tools/vendor.sh --tests

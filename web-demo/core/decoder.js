@@ -60,15 +60,15 @@ export class Decoder {
   }
 
   /** Text behind `ids`, piece by piece; the number of tokens. */
-  async stream(ids, count, onText, signal) {
+  async stream(ids, count, onPiece, signal) {
     const text = new Utf8Stream();
     let tokens = 0;
     for await (const token of this.generate(ids, count, signal)) {
       tokens++;
-      onText(text.push(this.#tokenizer.bytes(token)));
+      onPiece(text.push(this.#tokenizer.bytes(token)));
       await new Promise((resolve) => setTimeout(resolve)); // the page draws, and the stop button is heard
     }
-    onText(text.end());
+    onPiece(text.end());
     return tokens;
   }
 
