@@ -18,7 +18,7 @@ javac -nowarn -Xlint:-options -source 8 -target 8 -bootclasspath $android -d $wo
 tools/kotlinc.sh -no-jdk -cp "$android:$kotlin:$work/classes" -d $work/classes \
     core/src/main app/src/main/kotlin app/src/gguf/kotlin
 (cd $work/classes && jar cf ../app.jar .)
-java -cp $tools/r8.jar com.android.tools.r8.R8 --release --min-api 26 --lib $android --pg-conf app/rules.pro \
+java -cp $tools/r8.jar com.android.tools.r8.R8 --release --min-api 26 --lib $android --lib $tools/kotlin/annotations-13.0.jar --pg-conf app/rules.pro \
     --output $work/dex $work/app.jar $kotlin
 
 cp $work/base.apk $work/unaligned.apk
