@@ -25,7 +25,7 @@ cp $work/base.apk $work/unaligned.apk
 (cd $work/dex && zip -q ../unaligned.apk classes*.dex)
 mkdir -p $work/lib && cp -r build/jniLibs/. $work/lib/
 (cd $work && zip -q -0 -r unaligned.apk lib)
-zipalign -f 16384 $work/unaligned.apk $work/aligned.apk
+python3 tools/align.py $work/unaligned.apk $work/aligned.apk
 
 keystore=${KEYSTORE:-build/testing.jks} password=${KEY_PASSWORD:-testing}
 [ -f "$keystore" ] || keytool -genkeypair -keystore "$keystore" -storepass "$password" -keypass "$password" -alias key \
