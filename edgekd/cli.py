@@ -480,7 +480,7 @@ def eval_(
         )
     add_proof(loaded, tasks=scores)
     if as_json:
-        return _print_json([score.model_dump() for score in scores])
+        return print_json([score.model_dump() for score in scores])
     task_table(scores)
 
 
@@ -632,7 +632,7 @@ def bundle(
     sizes = [told["bytes"] for told in sums["files"].values()]
     told = exceeded(platform, sizes)
     if as_json:
-        return _print_json({"bundle": str(out), "bytes": sum(sizes), "public_key": public, "exceeded": told, **sums})
+        return print_json({"bundle": str(out), "bytes": sum(sizes), "public_key": public, "exceeded": told, **sums})
     typer.echo(f"{out}: {sum(sizes) / 1e6:.1f} MB in {len(sizes)} files")
     if public:
         typer.echo(f"public key, for the app: {public}")
