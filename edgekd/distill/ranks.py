@@ -58,7 +58,7 @@ class Ranks:
         told = (
             torch.frombuffer(bytearray(data), dtype=torch.uint8)
             if self.first and data
-            else torch.empty(size, dtype=torch.uint8)
+            else torch.empty(int(size), dtype=torch.uint8)
         )
         torch.distributed.broadcast(told, 0)
         return bytes(told.tolist()).decode()

@@ -138,8 +138,9 @@ def _with(ours: TaskScore, theirs: TaskScore, name: str) -> TaskScore:
     retention, interval = None, None
     a, b = np.array(ours.score.samples), np.array(theirs.score.samples)
     if ours.higher_is_better and theirs.score.value:
-        retention = (ours.score.value or 0.0) / theirs.score.value
-        if len(a) == len(b) > 1 and np.isclose([a.mean(), b.mean()], [ours.score.value, theirs.score.value]).all():
+        own = ours.score.value or 0.0
+        retention = own / theirs.score.value
+        if len(a) == len(b) > 1 and np.isclose([a.mean(), b.mean()], [own, theirs.score.value]).all():
             interval = _interval(a, b)
     told = {"reference": theirs.score, "reference_name": name, "retention": retention, "retention_ci95": interval}
     return ours.model_copy(update=told)
