@@ -108,7 +108,10 @@ def test_the_apk_is_signed_aligned_and_asks_for_nothing() -> None:
         return done.stdout
 
     assert "Verified using v2 scheme (APK Signature Scheme v2): true" in told("apksigner", "verify", "-v", apk)
-    told("zipalign", "-c", "16384", apk)
+    told("zipalign", "-c", "-p", "4", apk)
+    checked = subprocess.run(["zipalign", "-c", "-v", "16384", apk], capture_output=True, text=True).stdout
+    libraries = [line for line in checked.splitlines() if ".so " in line]
+    assert len(libraries) == 4 and all(line.endswith("(OK)") for line in libraries), checked
     assert "uses-permission" not in told("aapt2", "dump", "badging", apk)
     names = told("unzip", "-Z1", apk).split()
     for abi in ("arm64-v8a", "x86_64"):
