@@ -13,8 +13,10 @@ import numpy as np
 from ..errors import EdgekdError
 from ..files import atomic_folder, write_json
 from ..manifest import Artifact
+from ..matmul import fast_float32
 from ..origin import ORIGIN, Origin
 from ..proof import Benchmark, Comparison, Parity, TaskScore
+from ..session import Arithmetic, Session
 from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
 from ..student import load_model, load_tokenizer, vocabulary_size
 from .records import Figures
@@ -132,12 +134,9 @@ def verify_artifact(
     Returns:
         Parity that is not judged yet.
     """
-    from ..quant.store.reader import load_dequantized, open_quantized
     from ..targets import arithmetic, load_recipe, open_artifact, stand_in
     from ..verify.golden import golden_answers
-    from ..verify.noise import noise_of
-    from ..verify.parity import compare, first_windows, measure, session_logits
-    from ..verify.reference import logits_of
+    from ..verify.parity import first_windows
     from ..verify.tokens import check_tokens
 
     tokenizer, manifest = load_tokenizer(reference), artifact.manifest
@@ -147,18 +146,10 @@ def verify_artifact(
         tokens = check_tokens(session, tokenizer, manifest.contract)
         golden = golden_answers(session, manifest.contract.eos_ids, windows)
         tell(0.3, "logits")
-        # One model after the other: beside the artifact, memory holds one of them.
-        model = load_model(reference)
-        parity = measure(session, logits_of(model), windows, greedy_tokens=spec.greedy_tokens)
-        runtime = None
-        if quantized is not None:
-            tell(0.7, "against the quantized student")
-            model = load_dequantized(open_quantized(quantized))
-            runtime = compare(logits_of(model), session_logits(session), windows)
+        asked = arithmetic(manifest.target, manifest.recipe)
+        parity, runtime, noise = _compared(session, reference, windows, spec, asked, tell, quantized)
     finally:
         session.close()
-    tell(0.9, "rounding")
-    noise = noise_of(model, arithmetic(manifest.target, manifest.recipe), windows)
     recipe = load_recipe(manifest.recipe, manifest.target)
     # What quantization made of the weights is known where the quantized student is at hand.
     as_it_is = not recipe.on_grid and (recipe.native is None or recipe.native.type == "fp32")
@@ -173,6 +164,38 @@ def verify_artifact(
             "runtime_kl_mean": first_windows(expected) if expected else None,
         }
     )
+
+
+@fast_float32()
+def _compared(
+    session: Session,
+    reference: Path,
+    windows: np.ndarray,
+    spec: VerifySpec,
+    arithmetic: Arithmetic,
+    tell: Callable[[float, str], None],
+    quantized: Path | None,
+) -> tuple[Parity, Comparison | None, float | None]:
+    """An artifact against the reference; against the quantized student, on the first windows; and what rounding costs
+    the model that it should compute."""
+    from ..quant.store.reader import load_dequantized, open_quantized
+    from ..verify.noise import noise_of
+    from ..verify.parity import NOISE_WINDOWS, compare, measure, session_logits
+    from ..verify.reference import logits_of, remembering
+
+    first, runtime = windows[:NOISE_WINDOWS], None
+    # One model after the other: beside the artifact, memory holds one of them.
+    model = load_model(reference)
+    logits = remembering(logits_of(model), first)
+    parity = measure(session, logits, windows, greedy_tokens=spec.greedy_tokens)
+    if quantized is not None:
+        tell(0.7, "against the quantized student")
+        del model, logits
+        model = load_dequantized(open_quantized(quantized))
+        logits = remembering(logits_of(model), first)
+        runtime = compare(logits, session_logits(session), first)
+    tell(0.9, "rounding")
+    return parity, runtime, noise_of(model, arithmetic, first, logits)
 
 
 def bench_artifact(artifact: Artifact, spec: BenchSpec, tell: Callable[[float, str], None]) -> Benchmark:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import DoesNotFit
 from ..files import digest, write_json
 from ..manifest import load_artifact
+from ..matmul import fast_float32
 from ..proof import ModelQuality, Quality, QuantizedComparison
 from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
 from . import verbs
@@ -212,6 +213,7 @@ def _verify_windows(run: Run) -> np.ndarray:
     return held_out_windows(load_windows(run.path("data"), "test").ids.int().numpy(), spec.windows, spec.context)
 
 
+@fast_float32()
 def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
     """The hops without a runtime, in fp32: from the teacher to the student, and on to each quantized student."""
     from ..quant.store.reader import load_dequantized, open_quantized

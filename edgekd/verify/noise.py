@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..session import Arithmetic
-from .parity import NOISE_WINDOWS, compare
-from .reference import logits_of
+from .parity import NOISE_WINDOWS, Logits, compare
+from .reference import logits_of, remembering
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,19 +24,24 @@ if TYPE_CHECKING:
 _LARGEST_INT8 = 127
 
 
-def noise_of(model: PreTrainedModel, arithmetic: Arithmetic, windows: np.ndarray) -> float | None:
+def noise_of(
+    model: PreTrainedModel, arithmetic: Arithmetic, windows: np.ndarray, exact: Logits | None = None
+) -> float | None:
     """KL(model || model in that arithmetic), nats per token, on the first windows; 0 for float32.
 
     Args:
         windows: int ``(N, T)``.
+        exact: ``remembering`` the model's logits of the first windows; they are computed where it does not yet.
     """
     if arithmetic == "float32":
         return 0.0
-    logits = logits_of(model)
     windows = windows[:NOISE_WINDOWS]
-    exact = {ids.tobytes(): logits(ids) for ids in windows}
+    logits = logits_of(model)
+    exact = exact or remembering(logits, windows)
+    for ids in windows:
+        exact(ids)
     with _rounding(model, arithmetic):
-        return compare(lambda ids: exact[ids.tobytes()], logits, windows).kl_mean
+        return compare(exact, logits, windows).kl_mean
 
 
 @contextmanager

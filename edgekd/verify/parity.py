@@ -44,13 +44,6 @@ class _Window:
     mean_difference: float
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Float64 log-probabilities of logits ``(..., V)``; a logit of minus infinity is a probability of zero."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
 def _blocks(rows: int, vocab: int) -> Iterator[slice]:
     step = max(1, _BLOCK_BYTES // (8 * vocab))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
@@ -64,21 +57,39 @@ def _compare(ids: np.ndarray, reference: np.ndarray, artifact: np.ndarray) -> _W
     targets = np.append(ids[1:], 0)  # the last position predicts nothing; its value is dropped below
     largest, total, entries = 0.0, 0.0, 0
     for rows in _blocks(length, vocab):
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            log_p, log_q = log_softmax(reference[rows]), log_softmax(artifact[rows])
-            p = np.exp(log_p)
-            kl[rows] = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-        difference = _difference(reference[rows], artifact[rows])
         at = np.arange(rows.stop - rows.start), targets[rows]
-        nll[0, rows], nll[1, rows] = -log_p[at], -log_q[at]
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            before, after = reference[rows].astype(np.float64), artifact[rows].astype(np.float64)
+            change = before - after
+            size = np.abs(change)
+            counted = np.isfinite(size)
+            if not counted.all():
+                size, counted = np.where(counted, size, 0.0), counted | (before == after)
+            # log p - log q = change, less what both sums are apart.
+            (weights, sums, first), (_, other_sums, other_first) = _exponentials(before), _exponentials(after)
+            apart = np.log(other_sums / sums)
+            change -= first - other_first
+            weighted = np.einsum("tv,tv->t", weights, change)
+            if not np.isfinite(weighted).all():  # zero times infinity: of no weight
+                weighted = np.where(weights > 0, weights * change, 0.0).sum(-1)
+            kl[rows] = weighted / sums + apart
+            nll[0, rows], nll[1, rows] = np.log(sums) - before[at], np.log(other_sums) - after[at]
         same[rows] = reference[rows].argmax(-1) == artifact[rows].argmax(-1)
-        difference = difference[np.isfinite(difference)]
-        largest = max(largest, float(difference.max(initial=0.0)))
-        total, entries = total + float(difference.sum()), entries + difference.size
+        largest = max(largest, float(size.max(initial=0.0)))
+        total, entries = total + float(size.sum()), entries + int(counted.sum())
     kl[~np.isfinite(kl)] = np.nan
     same &= ~np.isnan(kl)
     kl = np.maximum(kl, 0.0)  # rounding may leave -1e-17
     return _Window(kl, same, nll[0, :-1], nll[1, :-1], largest, total / max(1, entries))
+
+
+def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Exponentials of logits ``(T, V)`` less their largest, which is taken off in place; the sums of the exponentials
+    ``(T,)``; and the largest ``(T, 1)``."""
+    largest = logits.max(-1, keepdims=True)
+    logits -= largest
+    exponentials = np.exp(logits)
+    return exponentials, exponentials.sum(-1), largest
 
 
 def bootstrap_ci95(values: np.ndarray, weights: np.ndarray) -> list[float] | None:
@@ -96,12 +107,6 @@ def bootstrap_ci95(values: np.ndarray, weights: np.ndarray) -> list[float] | Non
     drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
     means = (values[drawn] * weights[drawn]).sum(1) / weights[drawn].sum(1)
     return [float(edge) for edge in np.percentile(means, [2.5, 97.5])]
-
-
-def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Float64 absolute difference; equal infinities differ by nothing."""
-    with np.errstate(invalid="ignore"):
-        return np.where(a == b, 0.0, np.abs(a.astype(np.float64) - b))
 
 
 def _measure_window(candidate: Logits, reference: Logits, ids: np.ndarray, number: int) -> _Window:
@@ -178,9 +183,8 @@ def _chunked_prefill(
         logits = _chunked(session, ids, size)
         apart, after = _compare(ids, base, logits), _compare(ids, expected, logits).kl
         usable = bool(np.isfinite(apart.kl).all() and np.isfinite(after).all() and np.isfinite(before).all())
-        largest = max(float(_difference(base[block], logits[block]).max()) for block in _blocks(*base.shape))
         chunks[name] = ChunkedPrefill(
-            max_abs_difference=largest if np.isfinite(largest) else None,
+            max_abs_difference=apart.max_difference if usable else None,
             argmax_equal=float((base.argmax(-1) == logits.argmax(-1)).mean()),
             kl_mean=float(apart.kl.mean()) if usable else None,
             kl_to_reference=float(after.mean()) if usable else None,

@@ -112,7 +112,9 @@ class DecoderSession:
             else:
                 last = engine.feed(piece, self._used)
             self._used += len(piece)
-        return np.concatenate(rows) if all_logits else last
+        if not all_logits:
+            return last
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def decode(self, token: int) -> np.ndarray:
         """Append one id; its logits ``(V,)``."""

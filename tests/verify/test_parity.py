@@ -14,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 from edgekd.errors import EdgekdError
 from edgekd.proof import TokenCheck
 from edgekd.spec import Thresholds
-from edgekd.verify.parity import bootstrap_ci95, judge, log_softmax, measure
+from edgekd.verify.parity import _compare, bootstrap_ci95, judge, measure
+from edgekd.verify.reference import remembering
 from edgekd.verify.tokens import check_tokens
 
 SAME = TokenCheck(strings=2, strings_identical=2, chats=1, chats_identical=1, round_trips=0, round_trips_identical=0)
@@ -26,10 +27,40 @@ def probabilities(reference, windows) -> np.ndarray:
     return torch.softmax(torch.from_numpy(logits).double(), -1).numpy()
 
 
-@given(arrays(np.float32, (3, 17), elements=st.floats(-500, 500, width=32)))
-def test_log_softmax_is_pytorchs(logits):
-    expected = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
-    np.testing.assert_allclose(log_softmax(logits), expected, rtol=1e-12, atol=1e-12)
+LOGITS = st.floats(-500, 500, width=32) | st.just(-np.inf)
+
+
+@given(arrays(np.float32, (2, 3, 17), elements=LOGITS))
+def test_a_window_s_figures_are_pytorchs(logits):
+    logits[..., 0] = 0  # something of every row is possible
+    logits[1, logits[0] > -np.inf] = logits[1, logits[0] > -np.inf].clip(-500)  # ... and a KL has a bound
+    ids = np.array([4, 0, 2])
+    window = _compare(ids, *logits)
+    reference, artifact = torch.from_numpy(logits).double().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(artifact, reference, reduction="none", log_target=True)
+    expected = torch.where(reference > -torch.inf, kl, 0.0).sum(-1).clamp_min(0)
+    np.testing.assert_allclose(window.kl, expected, rtol=1e-9, atol=1e-12)
+    for found, of in ((window.nll_reference, reference), (window.nll_artifact, artifact)):
+        np.testing.assert_allclose(found, -of[[0, 1], ids[1:]], rtol=1e-12, atol=1e-12)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(logits[0].astype(float) - logits[1])
+    difference = np.where(logits[0] == logits[1], 0.0, difference)
+    difference = difference[np.isfinite(difference)]
+    assert window.max_difference == difference.max()
+    assert window.mean_difference == pytest.approx(difference.mean(), rel=1e-12)
+
+
+def test_logits_of_remembered_windows_are_computed_once(reference, windows):
+    asked = []
+
+    def counting(ids):
+        asked.append(ids.tobytes())
+        return reference(ids)
+
+    logits = remembering(counting, windows[:2])
+    for ids in (*windows[:3], *windows[:3]):
+        np.testing.assert_array_equal(logits(ids), reference(ids))
+    assert sorted(asked) == sorted([ids.tobytes() for ids in windows[:3]] + [windows[2].tobytes()])
 
 
 def test_the_model_against_itself(session, reference, windows):
