@@ -12,7 +12,7 @@ FOLDERS = {"edgekd": "edgekd", "targets": "edgekd.targets", "benchmarks": "edgek
 LAYERS = [
     {"privacy"},
     {"", "errors"},  # the package itself begins with privacy
-    {"files", "formats", "strict_yaml", "strace", "trial", "tokenizer_file"},
+    {"files", "formats", "matmul", "strict_yaml", "strace", "trial", "tokenizer_file"},
     {"spec", "architecture", "proof"},
     {"checkpoint", "student", "manifest", "origin", "results", "plan", "session", "conversation", "template_process"},
     {"generation", "bundle"},

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import EMBEDDING, HEAD, read_architecture
+from ..matmul import fast_float32
 from ..quant.gptq import gptq_student
 from ..quant.grid import GROUP, fake_quant_int4, fake_quant_int8_rows, quantize_int4, quantize_int8_rows, round_int4
 from ..quant.recipe import Kind, Recipe
@@ -101,6 +102,7 @@ class FakeQuantized(nn.Module):
 
 
 @torch.no_grad()
+@fast_float32()
 def start_from_gptq(model: nn.Module, student: Path, ids: Tensor, kinds: Mapping[str, Kind]) -> dict[str, Tensor]:
     """Move ``model``'s int4 weights so that they round to GPTQ's integers, and return its scales ``(O, G)`` by name.
 

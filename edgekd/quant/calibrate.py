@@ -6,8 +6,8 @@ Hidden states are float32 ``(N, T, H)`` and stay in memory for all windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import EdgekdError
+from ..matmul import fast_float32
 
 BATCH_TOKENS = 2048
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -36,6 +37,19 @@ class _Catcher(nn.Module):
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A module of a layer that gives what its last Linear gives: alone, or before some Nones."""
+
+    module: nn.Module
+    nones: int | None
+    """None: alone, not in a tuple."""
+
+    def shaped(self, out: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        """The Linear's output in the shape of the module's."""
+        return out if self.nones is None else (out, *[None] * self.nones)
+
+
+@dataclass
 class Layer:
     """One decoder layer in float32, with the hidden states that enter it."""
 
@@ -47,17 +61,37 @@ class Layer:
     _module: nn.Module
     _call: _Call
     _hidden: torch.Tensor
+    _ends: Mapping[str, _Part]
+    """Parts of the layer by the Linear whose output is theirs."""
+    _kept: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """What entered those Linears, batch by batch."""
+    _batch: int = 0
+    _passed: bool = False
 
     def inputs(self, name: str) -> Iterator[torch.Tensor]:
         """What enters a Linear, float32 ``(B * T, I)`` for each batch, as the layer's weights stand now."""
-        for windows in _batches(self._hidden):
-            yield self._input(name, self._hidden[windows])
+        kept: list[torch.Tensor] = []
+        for number, windows in enumerate(_batches(self._hidden)):
+            self._batch = number
+            kept.append(self._input(name, self._hidden[windows]))
+            yield kept[-1].flatten(0, -2)
+            if name not in self._ends:
+                kept.clear()
+        self._kept[name] = kept
+
+    def settle(self, name: str) -> None:
+        """Hold what a Linear gives, whose inputs were all seen and whose weights stay from now on, as do those of all
+        before it: where it is the end of a part of the layer, that part is not computed again."""
+        if name in self._ends and self._kept.get(name):
+            part, linear, kept = self._ends[name], self.linears[name], self._kept[name]
+            # A function of the instance: it stands before the class's.
+            part.module.forward = lambda *_, **__: part.shaped(linear(kept[self._batch]))  # type: ignore[method-assign]
 
     def _input(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         caught: list[torch.Tensor] = []
 
         def catch(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            caught.append(args[0].flatten(0, -2))
+            caught.append(args[0])
             raise _Reached
 
         handle = self.linears[name].register_forward_pre_hook(catch)
@@ -74,9 +108,20 @@ class Layer:
         with torch.no_grad():
             return self._module(hidden, *args, **kwargs)
 
-    def _advance(self) -> None:
-        """Put the layer's outputs in place of the hidden states, which its hooks see pass."""
-        for windows in _batches(self._hidden):
+    def advance(self, record: Iterable[str] = ()) -> dict[str, list[torch.Tensor]]:
+        """Put the layer's outputs in place of the hidden states, which its hooks see pass, and drop its weights. A walk
+        does so by itself when its loop goes on.
+
+        Args:
+            record: Linears whose inputs are wanted.
+
+        Returns:
+            For each of them, what ``inputs`` gives, in bfloat16.
+        """
+        recorded: dict[str, list[torch.Tensor]] = {name: [] for name in record}
+        handles = [self.linears[n].register_forward_pre_hook(_keeper(kept)) for n, kept in recorded.items()]
+        for number, windows in enumerate([] if self._passed else _batches(self._hidden)):
+            self._batch = number
             out = self._run(self._hidden[windows])
             if not torch.isfinite(out).all():
                 raise EdgekdError(
@@ -84,6 +129,11 @@ class Layer:
                     "Train or save the student again.",
                 )
             self._hidden[windows] = out
+        for handle in handles:
+            handle.remove()
+        self._module.to("meta")
+        self._passed = True
+        return recorded
 
 
 class Walk:
@@ -128,12 +178,11 @@ class Walk:
         for module, call in zip(self._base.layers, self._calls, strict=True):
             name = self._names[module]
             _materialise(self._checkpoint, module, name)
-            groups = _groups(module, name, call, self._hidden[:1])
+            groups, ends = _probe(module, name, call, self._hidden[:1])
             linears = {n: module.get_submodule(n[len(name) + 1 :].removesuffix(".weight")) for g in groups for n in g}
-            layer = Layer(linears, groups, name, module, call, self._hidden)  # type: ignore[arg-type]
+            layer = Layer(linears, groups, name, module, call, self._hidden, ends)  # type: ignore[arg-type]
             yield layer
-            layer._advance()
-            module.to("meta")
+            layer.advance()
 
     def head_inputs(self) -> Iterator[torch.Tensor]:
         """What enters the head, float32 ``(B * T, H)`` for each batch, once the layers have been walked."""
@@ -145,6 +194,7 @@ class Walk:
             yield inputs
 
 
+@fast_float32()
 def second_moments(
     folder: Path, ids: torch.Tensor, on_progress: Callable[[int, int], None] | None = None
 ) -> dict[str, torch.Tensor]:
@@ -183,6 +233,14 @@ def _adder(sums: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]]
         sums.add_(args[0].flatten(0, -2).square().sum(0, dtype=torch.float64))
 
     return add
+
+
+def _keeper(kept: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        # Half the memory; what it rounds off is far below what quantization does to these inputs.
+        kept.append(args[0].flatten(0, -2).bfloat16())
+
+    return keep
 
 
 def _batches(hidden: torch.Tensor) -> list[slice]:
@@ -275,12 +333,16 @@ def _materialise(checkpoint: Checkpoint, module: nn.Module, name: str) -> None:
     module.requires_grad_(False)
 
 
-def _groups(module: nn.Module, name: str, call: _Call, hidden: torch.Tensor) -> list[list[str]]:
-    """The Linears that a layer runs, by shared input, in order of execution."""
+def _probe(module: nn.Module, name: str, call: _Call, hidden: torch.Tensor) -> tuple[list[list[str]], dict[str, _Part]]:
+    """The Linears that a layer runs, by shared input, in order of execution; and its parts, by the Linear that ends
+    them."""
     seen: list[tuple[torch.Tensor, list[str]]] = []
+    given: dict[str, torch.Tensor] = {}
+    ends: dict[str, _Part] = {}
 
-    def recorder(linear: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def record(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def recorder(linear: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def record(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            given[linear] = out
             for x, names in seen:
                 if x is args[0]:
                     names.append(linear)
@@ -289,13 +351,20 @@ def _groups(module: nn.Module, name: str, call: _Call, hidden: torch.Tensor) -> 
 
         return record
 
+    def end(part: nn.Module, _: object, out: Any) -> None:
+        first, *others = out if isinstance(out, tuple) else (out,)
+        last = [linear for linear, its in given.items() if its is first]
+        if last and not any(other is not None for other in others):
+            ends[last[0]] = _Part(part, len(others) if isinstance(out, tuple) else None)
+
     handles = [
-        part.register_forward_pre_hook(recorder(f"{name}.{path}.weight"))
+        part.register_forward_hook(recorder(f"{name}.{path}.weight"))
         for path, part in module.named_modules()
         if isinstance(part, nn.Linear)
     ]
+    handles += [part.register_forward_hook(end) for part in module.children()]
     with torch.no_grad():
         module(hidden, *call[0], **call[1])
     for handle in handles:
         handle.remove()
-    return [names for _, names in seen]
+    return [names for _, names in seen], ends

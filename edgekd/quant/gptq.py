@@ -48,10 +48,18 @@ _ROWS = 8192
 _CANDIDATES = torch.linspace(0.6, 1.25, 24)
 """Scales tried for a group, relative to the smallest that clips nothing."""
 _CANDIDATE_ROWS = 1024
+_SQUARE = 512
+SWEEPS = 2
 
 
 def gptq_int4(
-    w: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor | None = None, *, damp: float = DAMP
+    w: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    *,
+    shift: torch.Tensor | None = None,
+    damp: float = DAMP,
+    sweeps: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers, and scales unless they are given, that change ``w x`` least over the inputs behind ``hessian``.
 
@@ -61,7 +69,9 @@ def gptq_int4(
         w: ``(O, I)``, ``I`` divisible by ``GROUP``, any float dtype. Rows are independent.
         hessian: float32 ``(I, I)``, symmetric and positive semi-definite; its magnitude does not matter.
         scale: legal scales ``(O, G)`` to keep.
+        shift: sum of ``(y - x) x^T``, float32 ``(I, I)``: aim at ``w y``, not at ``w x``.
         damp: added to the Hessian's diagonal, relative to its mean.
+        sweeps: how often all scales and integers are gone through again afterwards.
 
     Returns:
         ``q`` int8 ``(O, I)`` in [-8, 7] and ``scale`` float32 ``(O, G)``.
@@ -74,13 +84,77 @@ def gptq_int4(
     if w.ndim != 2 or w.shape[1] % GROUP or hessian.shape != (w.shape[1], w.shape[1]):
         raise ValueError(f"weights {tuple(w.shape)} and Hessian {tuple(hessian.shape)} do not fit groups of {GROUP}")
     order = _order(hessian.diagonal())
-    factor = _factor(_damped(hessian, damp)[order][:, order])
+    damped, factor, mean = _factorised(hessian[order][:, order], damp)
+    w = w.float()
+    if shift is not None:
+        w = _retarget(w, shift / mean, factor, order)
     pieces = []
     for start in range(0, w.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        pieces.append(_round_columns(w[rows].float(), factor, order, None if scale is None else scale[rows]))
+        q, s = _round_columns(w[rows], factor, order, None if scale is None else scale[rows])
+        pieces.append(_refine(w[rows], q, s, damped, order, sweeps))
     q, scales = zip(*pieces, strict=True)
     return torch.cat(q), torch.cat(scales)
+
+
+def _retarget(w: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Weights that make of the quantized student's inputs x what ``w`` makes of the full-precision ones y.
+
+    The least-squares solution ``w + w sum((y - x) x^T) (hessian + damping)^-1``, damped towards ``w``.
+    """
+    change = torch.empty_like(w)
+    change[:, order] = (w @ shift)[:, order] @ factor.T @ factor
+    return w + change
+
+
+def _refine(
+    w: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, sweeps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinate descent on ``tr(E hessian E^T)``, ``E = scale q - w``: each scale, then each integer, takes the best
+    value that it has while all others stay. The Hessian's columns are in the order of their turns."""
+    integers = q.T[order].float()
+    scales = scale.T[order[::GROUP] // GROUP].contiguous()
+    error = integers * scales.repeat_interleave(GROUP, 0) - w.T[order]
+    for _ in range(sweeps):
+        _refit_scales(integers, scales, error, hessian)
+        _turn_integers(integers, scales, error, hessian)
+    refined, rescaled = torch.empty_like(q), torch.empty_like(scale)
+    refined[:, order], rescaled[:, order[::GROUP] // GROUP] = integers.T.to(torch.int8), scales.T
+    return refined, rescaled
+
+
+def _refit_scales(integers: torch.Tensor, scales: torch.Tensor, error: torch.Tensor, hessian: torch.Tensor) -> None:
+    """All in place: integers and error ``(I, O)``, scales ``(G, O)``."""
+    slope = hessian @ error
+    for group, at in enumerate(range(0, len(integers), GROUP)):
+        here = slice(at, at + GROUP)
+        steps = integers[here]
+        along = (steps * slope[here]).sum(0)
+        curve = (steps * (hessian[here, here] @ steps)).sum(0)
+        wanted = scales[group] - along / curve.clamp_min(torch.finfo(torch.float32).tiny)
+        change = snap_scale(wanted) - scales[group]
+        # Snapped, it may be worse than what there was.
+        gain = change * (2 * along + change * curve)
+        change = torch.where(gain < 0, change, 0.0)
+        scales[group] += change
+        error[here] += steps * change
+        slope.addmm_(hessian[:, here], steps * change)
+
+
+def _turn_integers(integers: torch.Tensor, scales: torch.Tensor, error: torch.Tensor, hessian: torch.Tensor) -> None:
+    """All in place: integers and error ``(I, O)``, scales ``(G, O)``."""
+    for start in range(0, len(integers), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        inside = hessian[block, block]
+        slope = hessian[block] @ error
+        for j in range(len(inside)):
+            at = start + j
+            step = scales[at // GROUP]
+            best = torch.round(integers[at] - slope[j] / (inside[j, j] * step)).clamp_(INT4_MIN, INT4_MAX)
+            change = (best - integers[at]) * step
+            integers[at] = best
+            error[at] += change
+            slope[j + 1 :].addr_(inside[j + 1 :, j], change)
 
 
 def _order(diagonal: torch.Tensor) -> torch.Tensor:
@@ -91,31 +165,29 @@ def _order(diagonal: torch.Tensor) -> torch.Tensor:
     return (within + GROUP * torch.arange(len(energy)).unsqueeze(1))[groups].flatten()
 
 
-def _damped(hessian: torch.Tensor, damp: float = DAMP) -> torch.Tensor:
-    """The Hessian with a positive diagonal, raised until it has a Cholesky factor; mean of the diagonal 1."""
+def _factorised(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The Hessian with a positive diagonal, raised until it has a factor, the mean of its diagonal 1; the upper
+    triangular U with ``hessian^-1 = U^T U``; and what the mean was."""
     if not torch.isfinite(hessian).all():
         raise EdgekdError("has NaN or infinite activations.", "Train or save the student again.")
     diagonal = hessian.diagonal()
     alive = diagonal > 0
     if not alive.any():
-        return torch.eye(len(hessian))
-    damped = hessian / diagonal[alive].mean()
-    damped.diagonal()[~alive] = 1.0
+        return torch.eye(len(hessian)), torch.eye(len(hessian)), 1.0
+    mean = float(diagonal[alive].mean())
+    # With the order reversed, Cholesky's lower factor is an upper one M, hessian = M M^T, and U = M^-1: no inverse of
+    # the whole Hessian, which would cost digits.
+    damped = hessian.flip(0, 1) / mean
+    damped.diagonal()[~alive.flip(0)] = 1.0
     added = 0.0
     while damp <= 1.0:
         damped.diagonal().add_(damp - added)
-        if not torch.linalg.cholesky_ex(damped).info:
-            return damped
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper = lower.flip(0, 1)
+            return damped.flip(0, 1), torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True), mean
         added, damp = damp, damp * 10
     raise EdgekdError("has activations whose second moments cannot be factorised.", "Give more calibration text.")
-
-
-def _factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper triangular U with ``hessian^-1 = U^T U``."""
-    # With the order reversed, Cholesky's lower factor is an upper one M, hessian = M M^T, and U = M^-1: no inverse of
-    # the whole Hessian, which would cost digits.
-    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
 
 
 def _round_columns(
@@ -195,14 +267,20 @@ def gptq_student(
         return _as_stored(name, rows, kinds)
 
     walk = Walk(source, ids, embed)
-    # strict: when the first ends, zip asks the second once more, and its last layer passes its outputs on.
-    for full, layer in zip(target, walk, strict=True):
+    layers = iter(walk)
+    for full in target:
+        chosen = [group[0] for group in full.groups if any(kinds[name] == "int4" for name in group)]
+        recorded = full.advance(chosen)
+        layer = next(layers)
         for group in layer.groups:
-            yield from _quantize_group(source, full, layer, group, kinds)
+            yield from _quantize_group(source, layer, group, kinds, recorded.pop(group[0], []))
+            layer.settle(group[0])
+    next(layers, None)  # the last layer passes its outputs on
     if head != name and kinds[head] == "int4":
         weight = source.tensor(head)
         moments = _moments(weight.shape[1], zip(target.head_inputs(), walk.head_inputs(), strict=True))
-        yield (head, *_named(source, head, weight, *moments))
+        with source.naming(head):
+            yield (head, *gptq_int4(weight, moments[0], shift=moments[1], sweeps=SWEEPS))
 
 
 def _tied_head(source: Checkpoint, ids: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,45 +304,43 @@ def _as_stored(name: str, w: torch.Tensor, kinds: Mapping[str, Kind]) -> torch.T
 
 
 def _quantize_group(
-    source: Checkpoint, full: Layer, layer: Layer, group: list[str], kinds: Mapping[str, Kind]
+    source: Checkpoint, layer: Layer, group: list[str], kinds: Mapping[str, Kind], wanted: list[torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Linears of one input, quantized in place in ``layer``."""
+    """Linears of one input, quantized in place in ``layer``.
+
+    Args:
+        wanted: the full-precision student's inputs.
+    """
     chosen = [name for name in group if kinds[name] == "int4"]
-    if chosen:
-        inputs = zip(full.inputs(group[0]), layer.inputs(group[0]), strict=True)
-        hessian, shift = _moments(layer.linears[group[0]].in_features, inputs)
     for name in group:
         weight = layer.linears[name].weight
-        if name in chosen:
-            q, scale = _named(source, name, weight, hessian, shift)
-            weight.copy_(dequantize_int4(q, scale))
-            yield name, q, scale
-        else:
+        if name not in chosen:
             weight.copy_(_as_stored(name, weight, kinds))
+    if not chosen:
+        return
+    width = layer.linears[group[0]].in_features
+    hessian, shift = _moments(width, zip(wanted, layer.inputs(group[0]), strict=True))
+    weights = [layer.linears[name].weight for name in chosen]
+    # As one matrix: rows are independent, and the columns' turns are the same.
+    with source.naming(chosen[0]):
+        q, scale = gptq_int4(torch.cat(weights), hessian, shift=shift, sweeps=SWEEPS)
+    counts = [len(weight) for weight in weights]
+    for name, weight, *block in zip(chosen, weights, q.split(counts), scale.split(counts), strict=True):
+        weight.copy_(dequantize_int4(*block))
+        yield (name, *block)
 
 
 def _moments(width: int, inputs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of ``x x^T`` and ``(y - x) x^T`` over inputs x of the quantized and y of the full-precision student."""
     hessian, shift = torch.zeros(width, width), torch.zeros(width, width)
     for y, x in inputs:
-        hessian.addmm_(x.T, x)
+        _add_squares(hessian, x)
         shift.addmm_((y - x).T, x)
-    return hessian, shift
+    return hessian.triu_().add_(hessian.triu(1).T), shift
 
 
-def _named(
-    source: Checkpoint, name: str, w: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with source.naming(name):
-        return gptq_int4(_retarget(w.float(), hessian, shift), hessian)
-
-
-def _retarget(w: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Weights that make of the quantized student's inputs x what ``w`` makes of the full-precision ones y.
-
-    The least-squares solution ``w + w sum((y - x) x^T) (hessian + damping)^-1``, damped towards ``w``.
-    """
-    damped = _damped(hessian)
-    alive = hessian.diagonal() > 0
-    mean = hessian.diagonal()[alive].mean() if alive.any() else 1.0
-    return w + torch.cholesky_solve((w @ (shift / mean)).T, torch.linalg.cholesky(damped)).T
+def _add_squares(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    """The upper triangle of ``x^T x``, and some of the lower."""
+    for start in range(0, len(hessian), _SQUARE):
+        columns = slice(start, start + _SQUARE)
+        hessian[columns, start:].addmm_(x[:, columns].T, x[:, start:])

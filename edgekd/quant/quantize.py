@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import EdgekdError
+from ..matmul import fast_float32
 from .calibrate import second_moments
 from .gptq import gptq_student
 from .grid import quantize_int4, quantize_int8_rows
@@ -25,6 +26,7 @@ from .store.writer import Writer, new_quantized
 Progress = Callable[[float, str], None]
 
 
+@fast_float32()
 def quantize(
     student: Path,
     out: Path,

@@ -195,3 +195,36 @@ def test_missing_and_misshapen_weights_are_named(tmp_path: Path) -> None:
     change(tmp_path, name, None)
     with pytest.raises(EdgekdError, match=f"tensor '{name}' is missing"):
         second_moments(tmp_path, windows())
+
+
+def test_what_is_settled_is_not_computed_again_and_all_comes_out_the_same(tmp_path: Path) -> None:
+    folder, ids = make(tmp_path, "qwen2"), windows()
+    plain, settled = Walk(Checkpoint(folder), ids), Walk(Checkpoint(folder), ids)
+    calls: list[str] = []
+    for one, other in zip(plain, settled, strict=True):
+        for name, linear in other.linears.items():
+            linear.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for group in one.groups:
+            for a, b in zip(one.inputs(group[0]), other.inputs(group[0]), strict=True):
+                torch.testing.assert_close(a, b)
+            other.settle(group[0])
+    for a, b in zip(plain.head_inputs(), settled.head_inputs(), strict=True):
+        torch.testing.assert_close(a, b)
+    # Of the passes for o, gate and up, down, and the layer's end, the first alone computes the attention.
+    assert calls.count("model.layers.0.self_attn.q_proj.weight") * 3 == calls.count(
+        "model.layers.0.self_attn.o_proj.weight"
+    )
+
+
+def test_a_layer_that_passes_its_outputs_on_records_what_entered(tmp_path: Path) -> None:
+    folder, ids = make(tmp_path, "llama"), windows()
+    expected, walk = Walk(Checkpoint(folder), ids), Walk(Checkpoint(folder), ids)
+    for one, other in zip(expected, walk, strict=True):
+        names = [group[0] for group in one.groups]
+        inputs = {name: list(one.inputs(name)) for name in names}
+        recorded = other.advance(names)
+        assert all(linear.weight.is_meta for linear in other.linears.values())
+        for name in names:
+            torch.testing.assert_close(torch.cat(recorded[name]), torch.cat(inputs[name]).bfloat16())
+    for a, b in zip(expected.head_inputs(), walk.head_inputs(), strict=True):
+        torch.testing.assert_close(a, b)
