@@ -240,7 +240,8 @@ def gptq_student(
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """The int4 Linears of a student, layer by layer; each sees its inputs as the quantized student makes them.
 
-    Two layers (as trained, and as quantized) and two Hessians are in memory, and both sets of hidden states.
+    One layer is in memory at a time, as trained and then as quantized, with two sums of the inputs' products, both sets
+    of hidden states, and what enters a layer's Linears.
 
     Args:
         folder: a model folder.
