@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Align the stored entries of a ZIP file for pages of 16 KB: align.py FROM TO. zipalign does it too, but apksigner
-moves its entries to 4 KB again, unless each says its alignment in the extra field that Android gave the number 0xd935."""
+moves its entries to 4 KB again, unless each says its alignment in the extra field that Android gave the number
+0xd935."""
 
 import struct
 import sys
