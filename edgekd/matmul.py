@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 _FLOAT32_ERROR = 1e-5  # relative to the largest; bfloat16's is 1e-3 and more
 
@@ -19,7 +20,8 @@ def fast_float32() -> Iterator[None]:
     """Float32 products by oneDNN where it computes them as exactly as MKL; else all stays as it is."""
     import torch
 
-    flags = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn
+    flags = mkldnn.matmul
     before = flags.fp32_precision
     if _onednn_is_exact():
         flags.fp32_precision = "bf16"
@@ -33,7 +35,8 @@ def fast_float32() -> Iterator[None]:
 def _onednn_is_exact() -> bool:
     import torch
 
-    flags = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn
+    flags = mkldnn.matmul
     # Numbers that bfloat16 does not hold, and no use of the generator that trainings count on.
     a = torch.linspace(0.1, 1, 256 * 256).reshape(256, 256).cos()
     before, flags.fp32_precision = flags.fp32_precision, "bf16"

@@ -93,8 +93,7 @@ def gptq_int4(
         rows = slice(start, start + _ROWS)
         q, s = _round_columns(w[rows], factor, order, None if scale is None else scale[rows])
         pieces.append(_refine(w[rows], q, s, damped, order, sweeps))
-    q, scales = zip(*pieces, strict=True)
-    return torch.cat(q), torch.cat(scales)
+    return torch.cat([q for q, _ in pieces]), torch.cat([scales for _, scales in pieces])
 
 
 def _retarget(w: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
