@@ -26,6 +26,7 @@ bench: {{prompt_tokens: [8], decode_tokens: 2, runs: 1}}
 """
 ALL = {
     "data",
+    "cut",
     "student",
     "quality",
     "calibrate",
