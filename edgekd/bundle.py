@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from .conversation import chat_ids, render_chat, text_ids
 from .errors import BadArtifact, EdgekdError, MissingExtra
-from .files import atomic_file, atomic_folder, file_sha256, write_bytes, write_json, write_text
+from .files import Json, atomic_file, atomic_folder, file_sha256, write_bytes, write_json, write_text
 from .manifest import MANIFEST, Artifact, Contract
 from .session import Session
 
@@ -102,7 +102,7 @@ def exceeded(platform: Platform, sizes: Sequence[int]) -> list[str]:
     return told
 
 
-def golden(session: Session, contract: Contract) -> dict[str, Any]:
+def golden(session: Session, contract: Contract) -> Json:
     """Ids of texts and of a chat, and the tokens that follow, by which an app proves its runtime at the first start.
 
     A greedy token has the margin of its logit over the next one's: where it is small, another processor may rightly
@@ -134,9 +134,9 @@ def write_bundle(
     platform: Platform,
     *,
     license_file: Path,
-    proof: dict[str, Any],
+    proof: Json,
     key: bytes | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Write the bundle, a folder, or a zip where ``out`` is named so; what stands in its ``bundle.json``.
 
     Args:
@@ -166,9 +166,7 @@ def _pack(folder: Path, out: Path) -> None:
                 shutil.copyfileobj(source, into)
 
 
-def _fill(
-    artifact: Artifact, folder: Path, platform: Platform, license_file: Path, proof: dict[str, Any], signer: Any
-) -> dict[str, Any]:
+def _fill(artifact: Artifact, folder: Path, platform: Platform, license_file: Path, proof: Json, signer: Any) -> Json:
     manifest = artifact.manifest
     for name in manifest.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +243,7 @@ def public_key(key: bytes) -> str:
     return base64.b64encode(_signer(key).public_key().public_bytes(*raw)).decode()
 
 
-def check_folder(folder: Path, public: str | None = None) -> dict[str, Any]:
+def check_folder(folder: Path, public: str | None = None) -> Json:
     """A bundle's sums, every file compared with them, and their signature with a public key: what an app does.
 
     Raises:
@@ -255,7 +253,7 @@ def check_folder(folder: Path, public: str | None = None) -> dict[str, Any]:
     if public is not None:
         _check_signature(data, _read(folder / SIGNATURE), public, folder)
     try:
-        files: dict[str, dict[str, Any]] = json.loads(data)["files"]
+        files: dict[str, Json] = json.loads(data)["files"]
         listed = {name: (told["sha256"], told["bytes"]) for name, told in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadArtifact(f"{folder / SUMS}: not readable.", "Make the bundle again.") from error

@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 from .errors import EdgekdError
 
 _MAX_JSON_BYTES = 256 * 2**20
+Json = dict[str, Any]
+"""An object of a JSON text whose keys another program names."""
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import psutil
 import typer
 
 from ...conversation import chat_ids, render_chat, text_ids
+from ...files import Json
 from ...generation import Generator, Sampling
 from ...manifest import Contract, load_artifact
 from ...session import Session
@@ -58,7 +59,7 @@ def server(artifact: Path, threads: int) -> Iterator[tuple[str, str]]:
         process.wait()
 
 
-def ask_server(address: str, body: dict[str, Any], path: str) -> Sample:
+def ask_server(address: str, body: Json, path: str) -> Sample:
     """One streamed answer over a connection of its own."""
     connection = http.client.HTTPConnection(address)
     connection.connect()
@@ -91,9 +92,9 @@ def ask_session(generator: Generator, ids: list[int], decode: int) -> Sample:
     return Sample(first - start, (count - 1) / (last - first), count)
 
 
-def _question(session: Session, contract: Contract, decode: int) -> tuple[list[int], dict[str, Any], str]:
+def _question(session: Session, contract: Contract, decode: int) -> tuple[list[int], Json, str]:
     """Ids of the prompt, and the request that means the same."""
-    shared: dict[str, Any] = {"temperature": 0, "seed": 0, "max_tokens": decode, "stream": True}
+    shared: Json = {"temperature": 0, "seed": 0, "max_tokens": decode, "stream": True}
     shared["stream_options"] = {"include_usage": True}
     if contract.chat_template is None or contract.special_ids is None:
         return text_ids(session, contract, _TEXT), {**shared, "prompt": _TEXT}, "/v1/completions"

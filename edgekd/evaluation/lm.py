@@ -6,7 +6,7 @@ gives: the same ids are scored, from the same context.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..conversation import ChatTemplate, Message, chat_ids, text_ids
 from ..errors import EdgekdError
+from ..files import Json
 from ..generation import Generator, Sampling
 from ..manifest import Contract
 from ..session import Session
@@ -145,7 +146,7 @@ class SessionLM(TemplateLM):
             self._tell(number / len(requests))
         return found
 
-    def _answer(self, context: str, options: Mapping[str, Any]) -> str:
+    def _answer(self, context: str, options: Json) -> str:
         given = normalize_gen_kwargs(dict(options), _MOST_ANSWER)
         if unknown := {key for key, value in given.items() if key not in _KNOWN and value not in (None, 1, False)}:
             raise EdgekdError(f"a task asks for {', '.join(sorted(unknown))}, by which edgekd cannot generate.")

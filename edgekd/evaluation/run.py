@@ -6,13 +6,14 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import EdgekdError, MissingExtra
+from ..files import Json
 from ..manifest import Contract
 from ..proof import Figure, TaskScore
 from ..session import Session
@@ -97,7 +98,7 @@ def _settle(task: Any, fewshot: int | None) -> None:
     task.set_fewshot_seed(seed=_SEED)
 
 
-def _scores(found: Mapping[str, Any], chat: bool) -> list[TaskScore]:
+def _scores(found: Json, chat: bool) -> list[TaskScore]:
     scores = []
     for task, figures in found["results"].items():
         for key, value in figures.items():

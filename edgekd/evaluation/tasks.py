@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError
-from ..files import write_text
+from ..files import Json, write_text
 from ..strict_yaml import read_yaml
 
 _LOADERS = ("json", "csv", "text", "parquet")
@@ -29,7 +29,7 @@ def builtin_tasks() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load_tasks(names: Sequence[str], scratch: Path) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], scratch: Path) -> Json:
     """Tasks as the harness holds them.
 
     Args:
@@ -59,7 +59,7 @@ def load_tasks(names: Sequence[str], scratch: Path) -> dict[str, Any]:
         raise SpecError(f"--tasks {', '.join(names)}: {type(error).__name__}: {words}.", remedy) from error
 
 
-def _own(name: str, scratch: Path) -> dict[str, Any] | None:
+def _own(name: str, scratch: Path) -> Json | None:
     """The task of a file, or one that comes with edgekd; None: some other name."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -69,7 +69,7 @@ def _own(name: str, scratch: Path) -> dict[str, Any] | None:
     return read_task(_FOLDER / f"{name}.yaml", scratch, _write_lines(scratch) if name == LINES else None)
 
 
-def read_task(path: Path, scratch: Path, data: dict[str, Path] | None = None) -> dict[str, Any]:
+def read_task(path: Path, scratch: Path, data: dict[str, Path] | None = None) -> Json:
     """A task file's values, its data found beside it.
 
     Args:
@@ -131,13 +131,13 @@ def _write_lines(scratch: Path) -> dict[str, Path]:
     return {f"{LINES}.jsonl": path}
 
 
-def _chosen(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _chosen(questions: list[Json]) -> list[Json]:
     """As many of them as are asked, evenly spread."""
     step = max(1, len(questions) // _QUESTIONS)
     return questions[::step][:_QUESTIONS]
 
 
-def _lines(documents: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _lines(documents: Sequence[str]) -> Iterator[Json]:
     """A line of code, the lines before it, and other lines of the same file that are indented as deep."""
     rng = random.Random(0)
     for document in documents:

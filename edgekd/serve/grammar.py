@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..errors import EdgekdError, MissingExtra
+from ..files import Json
 from ..generation import Constraint
 from ..manifest import Contract
 from ..session import Session
@@ -30,7 +30,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._made: Any = None
 
-    def json(self, schema: Mapping[str, Any]) -> Constraint:
+    def json(self, schema: Json) -> Constraint:
         """What JSON of a schema must be.
 
         Raises:

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..files import Json
 from ..generation import Ending, Piece, Token
 from ..session import Session
 
 
-def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
     """An error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -43,11 +44,11 @@ class Reply:
     def __post_init__(self) -> None:
         self._id, self._created = f"{self.ID}-{secrets.token_hex(12)}", int(time.time())
 
-    def _envelope(self, kind: str, **rest: Any) -> dict[str, Any]:
+    def _envelope(self, kind: str, **rest: Any) -> Json:
         told = {"id": self._id, "object": kind, "created": self._created, "model": self.model}
         return {**told, "system_fingerprint": self.fingerprint, **rest}
 
-    def _usage(self, ending: Ending) -> dict[str, Any]:
+    def _usage(self, ending: Ending) -> Json:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": ending.tokens,
@@ -55,7 +56,7 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": ending.kept},
         }
 
-    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece]) -> Json:
         """An answer at once."""
         text = "".join(piece.text for piece in pieces)
         tokens = [token for piece in pieces for token in piece.tokens]
@@ -64,7 +65,7 @@ class Reply:
         choice = {"index": 0, **self._said(text), "logprobs": self._logprobs(tokens), "finish_reason": ending.reason}
         return self._envelope(self.KIND, choices=[choice], usage=self._usage(ending))
 
-    def chunks(self, pieces: Sequence[Piece], usage: bool) -> Iterable[dict[str, Any]]:
+    def chunks(self, pieces: Sequence[Piece], usage: bool) -> Iterable[Json]:
         """Pieces of an answer as chunks: one for all that are here, then that of the ending, and what was used.
 
         Args:
@@ -80,21 +81,21 @@ class Reply:
             if usage:
                 yield self._envelope(self.CHUNK_KIND, choices=[], usage=self._usage(ending))
 
-    def _chunk(self, said: dict[str, Any], logprobs: Any, reason: str | None, rest: dict[str, Any]) -> dict[str, Any]:
+    def _chunk(self, said: Json, logprobs: Any, reason: str | None, rest: Json) -> Json:
         choice = {"index": 0, **said, "logprobs": logprobs, "finish_reason": reason}
         return self._envelope(self.CHUNK_KIND, choices=[choice], **rest)
 
-    def first(self, usage: bool) -> Iterable[dict[str, Any]]:
+    def first(self, usage: bool) -> Iterable[Json]:
         """Chunks before the first text."""
         return ()
 
-    def _said(self, text: str) -> dict[str, Any]:
+    def _said(self, text: str) -> Json:
         raise NotImplementedError
 
-    def _delta(self, text: str | None) -> dict[str, Any]:
+    def _delta(self, text: str | None) -> Json:
         raise NotImplementedError
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         raise NotImplementedError
 
     def _text(self, token: int) -> str:
@@ -106,27 +107,27 @@ class ChatReply(Reply):
 
     KIND, CHUNK_KIND, ID = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def first(self, usage: bool) -> Iterable[dict[str, Any]]:
+    def first(self, usage: bool) -> Iterable[Json]:
         """Who speaks."""
         null = {"usage": None} if usage else {}
         yield self._chunk({"delta": {"role": "assistant", "content": ""}}, None, None, null)
 
-    def _said(self, text: str) -> dict[str, Any]:
+    def _said(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _delta(self, text: str | None) -> dict[str, Any]:
+    def _delta(self, text: str | None) -> Json:
         return {"delta": {} if text is None else {"content": text}}
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.wants_logprobs:
             return None
         return {"content": [self._entry(t.id, t.logprob, t.top) for t in tokens], "refusal": None}
 
-    def _entry(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> Json:
         told = {"token": self._text(token), "logprob": logprob, "bytes": list(self.session.token_bytes(token))}
         return {**told, "top_logprobs": [self._alternative(*other) for other in top]}
 
-    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
+    def _alternative(self, token: int, logprob: float) -> Json:
         return {"token": self._text(token), "logprob": logprob, "bytes": list(self.session.token_bytes(token))}
 
 
@@ -136,13 +137,13 @@ class CompletionReply(Reply):
     KIND, CHUNK_KIND, ID = "text_completion", "text_completion", "cmpl"
     _offset = 0
 
-    def _said(self, text: str) -> dict[str, Any]:
+    def _said(self, text: str) -> Json:
         return {"text": text}
 
-    def _delta(self, text: str | None) -> dict[str, Any]:
+    def _delta(self, text: str | None) -> Json:
         return {"text": text or ""}
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.wants_logprobs:
             return None
         texts, offsets = [self._text(token.id) for token in tokens], []

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..conversation import Message
 from ..errors import EdgekdError
+from ..files import Json
 from ..generation import Sampling
 
 MOST_STOPS = 4
@@ -117,7 +118,7 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[Json] | None = None
 
     def plain(self) -> Message:
         """As a template reads it: one text, calls' arguments as values, no role that only OpenAI's models know."""
@@ -127,7 +128,7 @@ class ChatMessage(BaseModel):
         return {**(self.model_extra or {}), "role": role, "content": content, "tool_calls": calls or None}
 
 
-def _with_values(call: Mapping[str, Any]) -> dict[str, Any]:
+def _with_values(call: Mapping[str, Any]) -> Json:
     """A call whose arguments are no string of JSON."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
@@ -146,7 +147,7 @@ class JsonSchema(BaseModel):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
-    given: dict[str, Any] = Field(alias="schema")
+    given: Json = Field(alias="schema")
 
 
 class ResponseFormat(_Model):
@@ -165,7 +166,7 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Json] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
@@ -181,7 +182,7 @@ class ChatRequest(_Request):
         return self.sampling(self.max_completion_tokens or self.max_tokens or room, told)
 
     @property
-    def wanted_schema(self) -> dict[str, Any] | None:
+    def wanted_schema(self) -> Json | None:
         """That the answer must follow."""
         match self.response_format:
             case ResponseFormat(type="json_object"):
@@ -193,7 +194,7 @@ class ChatRequest(_Request):
         return None
 
     @property
-    def shown_tools(self) -> list[dict[str, Any]] | None:
+    def shown_tools(self) -> list[Json] | None:
         """What the template is told of."""
         return None if self.tool_choice == "none" else self.tools or None
 

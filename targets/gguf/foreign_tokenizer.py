@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EdgekdError, Unsupported
-from ...files import write_json
+from ...files import Json, write_json
 from ...student import load_tokenizer
 from ..shared.tokenizer import ids_of_text
 from .file import GgufFile
 from .session import load_model, runtime, tokenize
 from .vocab import PRE_TOKENIZERS, probe_texts, read_tokenizer
 
-Json = dict[str, Any]
+Json = Json
 _SAME = {
     "qwen2": ("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"),
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe"),
@@ -33,7 +33,7 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """What llama.cpp takes where a file with such a tokenizer is silent."""
 
 
-def write_tokenizer(file: GgufFile, config: Mapping[str, Any], folder: Path) -> int:
+def write_tokenizer(file: GgufFile, config: Json, folder: Path) -> int:
     """Write ``config.json``, the tokenizer's files and ``generation_config.json``.
 
     Args:
@@ -70,7 +70,7 @@ def write_tokenizer(file: GgufFile, config: Mapping[str, Any], folder: Path) -> 
     raise Unsupported(f"{file.path}: its tokenizer cannot be imported; {complaint}.", "Take another model.")
 
 
-def _write_ids(config: Mapping[str, Any], ids: Mapping[str, int | None], folder: Path) -> None:
+def _write_ids(config: Json, ids: Mapping[str, int | None], folder: Path) -> None:
     """``config.json`` and ``generation_config.json``."""
     ends = list(dict.fromkeys(i for name in ("eos", "eot", "eom") if (i := ids[name]) is not None))
     named = {"bos_token_id": ids["bos"], "eos_token_id": ends[0] if ends else None, "pad_token_id": ids["padding"]}

@@ -11,12 +11,13 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ...errors import EdgekdError, Unsupported
+from ...files import Json
 from ...manifest import Contract
 from ..shared.tokenizer import (
     PROBES,
@@ -142,7 +143,7 @@ def check_tokenizer(folder: Path) -> None:
         raise EdgekdError(f"{path}: not a readable tokenizer ({error!r}).", "Save the tokenizer again.") from error
 
 
-def _kind(data: Mapping[str, Any], folder: Path) -> tuple[Literal["gpt2", "llama", "t5"], Literal["NFC"] | None]:
+def _kind(data: Json, folder: Path) -> tuple[Literal["gpt2", "llama", "t5"], Literal["NFC"] | None]:
     """Which of llama.cpp's tokenizers it is, and the normal form that llama.cpp will not apply itself."""
     model, remedy = data["model"], "Use a byte-level BPE or a SentencePiece tokenizer."
     if model["type"] == "Unigram":
@@ -166,7 +167,7 @@ def _kind(data: Mapping[str, Any], folder: Path) -> tuple[Literal["gpt2", "llama
     return "gpt2", "NFC" if names else None
 
 
-def _flatten(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+def _flatten(step: Json | None, key: str) -> list[Json]:
     """The steps of a normalizer or a pre-tokenizer, sequences opened."""
     if not step:
         return []
@@ -175,7 +176,7 @@ def _flatten(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]
     return [step]
 
 
-def _steps(data: Mapping[str, Any]) -> tuple[str, ...]:
+def _steps(data: Json) -> tuple[str, ...]:
     """The pre-tokenizer as a key of ``PRE_TOKENIZERS``."""
     keys = []
     for step in _flatten(data.get("pre_tokenizer"), "pretokenizers"):
@@ -236,7 +237,7 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: int) 
     )
 
 
-def _tokens(data: Mapping[str, Any], rows: int, model: str) -> tuple[list[str], list[int]]:
+def _tokens(data: Json, rows: int, model: str) -> tuple[list[str], list[int]]:
     vocab = data["model"]["vocab"]
     by_id = dict(enumerate(text for text, _ in vocab)) if model == "t5" else {i: text for text, i in vocab.items()}
     kinds = dict.fromkeys(by_id, _NORMAL)
@@ -261,7 +262,7 @@ def _tokens(data: Mapping[str, Any], rows: int, model: str) -> tuple[list[str], 
     return texts, [kinds[i] for i in range(rows)]
 
 
-def _scores(model: Mapping[str, Any], rows: int) -> list[float]:
+def _scores(model: Json, rows: int) -> list[float]:
     """Unigram's scores, or such as order merges as their ranks do; what no merge makes comes last."""
     scores = [-1e6] * rows
     if model["type"] == "Unigram":
@@ -272,17 +273,17 @@ def _scores(model: Mapping[str, Any], rows: int) -> list[float]:
     return scores
 
 
-def _adds_space_prefix(data: Mapping[str, Any]) -> bool:
+def _adds_space_prefix(data: Json) -> bool:
     """Whether every text gets one; that of a Metaspace, which leaves a space alone, is the caller's."""
     return any(step["type"] == "Prepend" for step in _flatten(data.get("normalizer"), "normalizers"))
 
 
-def _merges_spaces(data: Mapping[str, Any]) -> bool:
+def _merges_spaces(data: Json) -> bool:
     steps = _flatten(data.get("normalizer"), "normalizers")
     return any(step["type"] == "Replace" and step["pattern"].get("Regex") == " {2,}" for step in steps)
 
 
-def _charsmap(data: Mapping[str, Any]) -> bytes | None:
+def _charsmap(data: Json) -> bytes | None:
     steps = _flatten(data.get("normalizer"), "normalizers")
     maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
     return base64.b64decode(maps[0]) if maps and maps[0] else None

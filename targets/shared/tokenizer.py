@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import BadArtifact, EdgekdError, MissingExtra, Unsupported
-from ...files import read_json
+from ...files import Json, read_json
 from ...manifest import Contract
 from ...student import load_tokenizer
 from ...tokenizer_file import read_tokenizer_file, tokenizer_errors
@@ -350,7 +350,7 @@ class SessionTokenizer:
         return self._json.token_bytes(token)
 
 
-def prefix_of(data: Mapping[str, Any]) -> Literal["first", "every"] | None:
+def prefix_of(data: Json) -> Literal["first", "every"] | None:
     """Before which texts a ``tokenizer.json``'s Metaspace puts a space."""
     step = data.get("pre_tokenizer") or {}
     if step.get("type") != "Metaspace":
@@ -359,7 +359,7 @@ def prefix_of(data: Mapping[str, Any]) -> Literal["first", "every"] | None:
     return schemes.get(step.get("prepend_scheme", "always"))
 
 
-def _without_prefix(data: Mapping[str, Any]) -> dict[str, Any]:
+def _without_prefix(data: Json) -> Json:
     """The ``tokenizer.json`` with a Metaspace that puts no space anywhere."""
     return {**data, "pre_tokenizer": {**data["pre_tokenizer"], "prepend_scheme": "never"}}
 
