@@ -120,7 +120,7 @@ def test_bench_prints_its_table_alone_or_one_line_of_json(whole, tmp_path):
         subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         for more in ([], ["--json"])
     )
-    assert "Decode, tok/s" in table and "{" not in table and len(table) < 2000
+    assert "Decode, tok/s" in table and "{" not in table and len(table) < 4000
     assert line.count("\n") == 1 and json.loads(line)["decode_tokens_per_s"]["value"] > 0
 
 
