@@ -31,9 +31,9 @@ class Faulty(OnlineTeacher):
         super().__init__(tiny(2, 2, dropout=0.0).eval(), 64)
         self.__dict__ |= {"fault": fault, "calls": 0}
 
-    def teach(self, ids, index=None):
+    def teach(self, ids, index=None, positions=None):
         self.__dict__["calls"] += 1
-        outputs = super().teach(ids, index)
+        outputs = super().teach(ids, index, positions)
         if self.calls == 7 and self.fault in ("kill", "interrupt"):
             os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGINT)
         spoiled = self.calls >= 7 and self.fault == "nan"
