@@ -218,7 +218,9 @@ def load_artifact(folder: str | Path, *, check_files: bool = True) -> Artifact:
     given = read_json(path, BadArtifact, "Export the artifact again.")
     version = given.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise BadArtifact(f"{path} is of a newer version of edgekd (schema {version:.6g}).", "Update edgekd.")
+        raise BadArtifact(
+            f"{path} is of a newer version of edgekd (its schema is above {SCHEMA_VERSION}).", "Update edgekd."
+        )
     try:
         manifest = Manifest.model_validate(given)
     except ValidationError as error:
