@@ -94,7 +94,6 @@ class Watch:
     }
     TALKING = ("socket.connect", "socket.getaddrinfo", "socket.bind", "socket.sendto")
     WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    NAMELESS = getattr(os, "O_TMPFILE", -1)
 
     def __init__(self, folder: Path) -> None:
         self._home, self._seen, self._active = os.path.realpath(folder) + os.sep, [], False
@@ -117,8 +116,7 @@ class Watch:
         is_write = event == "open" and not isinstance(arguments[0], int) and bool(arguments[2] & self.WRITING)
         for path in arguments[: 1 if is_write else self.CHANGING.get(event, 0)]:
             name = os.fsdecode(path)
-            # A file without a name is opened by its folder's.
-            nameless = is_write and arguments[2] & self.NAMELESS == self.NAMELESS
+            nameless = is_write and os.path.isdir(name)  # a file without a name is opened by its folder's
             folder = os.path.realpath(name if nameless else os.path.dirname(name) or ".") + os.sep
             if name != os.devnull and not folder.startswith(self._home):
                 self._seen.append(f"{event} {name!r:.200}")
