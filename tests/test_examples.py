@@ -38,7 +38,7 @@ ALL_TARGETS = [
     {"target": "executorch", "recipes": ["portable-int4"]},
 ]
 OF_THE_REAL_ONE = {"serve", "pick", "cost", "compare", "eval", "bundle"}
-"""Commands without an end, of many minutes, or about limits, prices and licences of a real student: tested elsewhere."""
+"""Without an end, of many minutes, or about limits, prices and licences of a real student: tested elsewhere."""
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "layers": 2, "heads": 2, "kv_heads": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "cut": {"init": "cut", "layers": 2, "hidden_size": 64, "intermediate_size": 96},
@@ -159,7 +159,7 @@ def test_the_readmes_and_the_helps_commands_run(tmp_path: Path, tiny_teacher: Pa
         "ARTIFACT": "model-q4",
         "before/model-q4": "model-q4",
         "after/model-q4": "model-q4",
-        "SmolLM2-135M-Instruct.Q4_1.gguf": "runs/quickstart/artifacts/gguf-portable-int4/model.gguf",
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "runs/quickstart/artifacts/gguf-fp16/model.gguf",
     }
     done = []
     for words in dict.fromkeys(tuple(stand_ins.get(word, word) for word in words[1:]) for words in examples()):
