@@ -68,10 +68,10 @@ def _rounding(model: PreTrainedModel, arithmetic: Arithmetic) -> Iterator[None]:
         matrices = [*linears, *(module for module in model.modules() if isinstance(module, Embedding))]
         hooks += [matrix.register_forward_hook(after) for matrix in matrices]
         held = {id(weight) for matrix in matrices for weight in matrix.parameters(recurse=False)}
-        kept += [(weight, weight.data) for weight in model.parameters() if id(weight) not in held]
-        for weight, exact in kept:
-            if id(weight) not in held:
-                weight.data = exact.half()
+        others = [(weight, weight.data) for weight in model.parameters() if id(weight) not in held]
+        for weight, exact in others:
+            weight.data = exact.half()
+        kept += others
     try:
         yield
     finally:
