@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from .conversation import Message, TooLong, check_prompt, fitted_chat, text_ids
+from .conversation import render_chat as render_chat  # where scripts that people have import it from
 from .errors import EdgekdError
 from .formats import plain, significant, size
 from .proof import METRICS
