@@ -162,7 +162,7 @@ def _of_seed(run: Run, seed: int, read: Sequence[Stage], machine: Machine) -> li
     data = read[0]
     trained = [_trained(run, seed, name, read, machine) for name in run.trained(seed)]
     teacher, student = run.reader.config, run.student_config
-    models = [teacher, *[teacher, student] * len(trained)]
+    models = [teacher, teacher, *[student] * len(trained)]
     cost = plan.inference_cost(models, run.spec.data.max_test_tokens, machine)
     reads, job = [data, *trained], partial(work.measure_quality, run, seed)
     name = _of("quality", run, seed)

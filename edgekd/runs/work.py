@@ -126,8 +126,8 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
     """Perplexity, accuracy and distance from the teacher, on the test split, of what was trained with a seed; with the
     spec's own seed, of the teacher too."""
     from ..distill.data import load_windows
+    from ..distill.evaluate import evaluate, evaluate_all, evenly_spaced
     from ..distill.signals import OnlineTeacher
-    from ..distill.train import evaluate, evenly_spaced
 
     spec = run.spec.data
     windows = evenly_spaced(load_windows(run.path("data"), "test"), max(1, spec.max_test_tokens // spec.context))
@@ -137,10 +137,11 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
     if seed == run.spec.seed:
         tell(0, "teacher")
         measured["teacher"] = _quality(teacher, evaluate(teacher, windows))
-    for i, (name, folder) in enumerate(run.trained(seed).items(), 1):
-        tell(i / 3, name)
-        model = load_model(run.path(folder))
-        measured[name] = _quality(model, evaluate(model, windows, teacher=signal))
+    trained = run.trained(seed)
+    tell(1 / 3, ", ".join(trained))
+    models = {name: load_model(run.path(folder)) for name, folder in trained.items()}
+    for name, figures in evaluate_all(models, windows, teacher=signal).items():
+        measured[name] = _quality(models[name], figures)
     quality = Quality.model_validate(measured).model_dump()
     write_json(out / "quality.json", quality)
     return quality
