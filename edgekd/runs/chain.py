@@ -204,7 +204,7 @@ def _with_measured_time(cost: Cost, spec: TrainingSpec, run: Run, state: Path) -
 
     steps = [event for event in read_log(log) if event.event == "step"]
     done = steps[-1].step if steps else 0
-    tokens_left = (spec.steps - done) * spec.batch_size * spec.gradient_accumulation * run.spec.data.context
+    tokens_left = (spec.steps - done) * spec.windows_a_step * run.spec.data.context
     return plan.with_measured_time(cost, [step.figures["tokens_per_s"] for step in steps], tokens_left)
 
 

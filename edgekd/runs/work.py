@@ -93,15 +93,15 @@ def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
     from ..distill.train import batch_indices
 
     teacher, spec = run.reader, run.spec.distill
-    vocab_size = vocabulary_size(teacher.tokenizer())
+    tokenizer = teacher.tokenizer()
+    vocab_size = vocabulary_size(tokenizer)
     assert run.spec.teacher is not None
     if run.spec.teacher.signal == "online":
         return OnlineTeacher(teacher.model(), vocab_size)
-    windows, size = load_windows(run.path("data"), "train"), spec.batch_size * spec.gradient_accumulation
-    read = min(spec.steps * size, len(windows))  # no window is read again before all have been
+    windows = load_windows(run.path("data"), "train")
+    read = min(spec.steps * spec.windows_a_step, len(windows))  # no window is read again before all have been
     order = batch_indices(seed, 0, len(windows), read).tolist()
-    tokenizer = digest(teacher.tokenizer().get_vocab())
-    key = key_of(teacher.checkpoint.digest, tokenizer, windows, order, spec.temperature, vocab_size)
+    key = key_of(teacher.checkpoint.digest, digest(tokenizer.get_vocab()), windows, order, spec.temperature, vocab_size)
     cache = Cache(run.state / f"teacher-{digest(key)[:12]}", key, windows, order)
     missing = sum(cache.damage(shard) is not None for shard in range(cache.shards))
     if missing:
