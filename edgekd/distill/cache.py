@@ -195,6 +195,7 @@ def capture(cache: Cache, teacher: TeacherSignal, tell: Callable[[float, str], N
         EdgekdError: the folder is of another key.
     """
     cache.claim()
+    others: list[int] = []
     for shard in range(cache.shards):
         lock = FileLock(cache.folder / f"shard-{shard:05}.lock")
         try:
@@ -205,10 +206,11 @@ def capture(cache: Cache, teacher: TeacherSignal, tell: Callable[[float, str], N
                     _LOG.warning("%s. Captured again.", damage)
                 _write(cache, shard, teacher)
         except Timeout:
+            others.append(shard)
             continue
         if tell:
             tell((shard + 1) / cache.shards, f"teacher: shard {shard + 1} of {cache.shards}")
-    for shard in range(cache.shards):  # those that others work on
+    for shard in others:  # they work on it, and may be killed
         with FileLock(cache.folder / f"shard-{shard:05}.lock"):
             if cache.damage(shard) is not None:
                 _write(cache, shard, teacher)
@@ -266,14 +268,14 @@ class CachedTeacher:
         Raises:
             EdgekdError: a window was not captured.
         """
-        shape = (*ids.shape, TOP + DRAWS)
-        told = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape)
-        for row, window in enumerate([] if index is None else index.tolist()):
-            learned = self._cache.windows.batch(torch.tensor([window])).mask[0].bool()
-            for tensor, values in zip(told, decode(self._rows(window), self.vocab_size), strict=True):
-                tensor[row, learned] = values
         if index is None:
             raise EdgekdError("A cached teacher knows the windows of its cache alone.", "Evaluate with the teacher.")
+        shape = (*ids.shape, TOP + DRAWS)
+        told = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape)
+        learned = self._cache.windows.batch(index).mask.bool()
+        for row, window in enumerate(index.tolist()):
+            for tensor, values in zip(told, decode(self._rows(window), self.vocab_size), strict=True):
+                tensor[row, learned[row]] = values
         return Sparse(*(tensor.to(ids.device) for tensor in told))
 
     def _rows(self, window: int) -> Tensor:
