@@ -47,6 +47,8 @@ M = TypeVar("M", bound=BaseModel)
 LossName = Literal[
     "forward_kl", "reverse_kl", "skewed_kl", "skewed_reverse_kl", "jsd", "total_variation", "cross_entropy"
 ]
+OF_PART: frozenset[LossName] = frozenset({"cross_entropy", "forward_kl", "skewed_kl"})
+"""Losses that are a mean over the teacher's distribution, or need none: what a cached teacher tells is enough."""
 Method = Literal["rtn", "search", "gptq", "qad"]
 
 
@@ -342,7 +344,7 @@ class Spec(_Strict):
             raise ValueError("data: what is the student to read? Name a source")
         if not self.teacher and self.student.init != "checkpoint":
             raise ValueError(f"teacher: student.init {self.student.init} needs one; without, init is checkpoint")
-        beyond = self.distill.loss.keys() - {"forward_kl", "skewed_kl", "cross_entropy"}
+        beyond = self.distill.loss.keys() - OF_PART
         if self.teacher and self.teacher.signal == "cached" and beyond:
             names = ", ".join(sorted(beyond))
             raise ValueError(f"distill.loss: {names} cannot be had of a cached teacher (teacher.signal)")

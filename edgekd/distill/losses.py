@@ -196,8 +196,6 @@ LOSSES: dict[str, Callable[[Tokens], Loss]] = {
     "jsd": lambda t: generalized_jsd(t.student, t.teacher, t.settings.jsd_beta),
     "total_variation": lambda t: total_variation(t.student, t.teacher),
 }
-OF_PART = frozenset({"cross_entropy", "forward_kl", "skewed_kl"})
-"""Losses that are a mean over the teacher's distribution, or need none: what ``Sparse`` tells is enough for them."""
 
 
 def needs_teacher(weights: Mapping[str, float]) -> bool:

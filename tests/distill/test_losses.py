@@ -14,7 +14,6 @@ from edgekd.distill.head import Head, Outputs
 from edgekd.distill.losses import (
     FLOOR,
     LOSSES,
-    OF_PART,
     Settings,
     Sparse,
     cross_entropy,
@@ -27,6 +26,7 @@ from edgekd.distill.losses import (
     summed_losses,
     total_variation,
 )
+from edgekd.spec import OF_PART
 
 
 def _logits(seed, *shape, scale=3.0):
