@@ -64,12 +64,10 @@ class Sparse:
 
     def rows(self, index: Tensor) -> Sparse:
         """Of some tokens, ``(len(index), K)``."""
-        ids, log_probs, weights = (t.flatten(0, 1).index_select(0, index) for t in self._parts)
+        ids, log_probs, weights = (
+            t.flatten(0, 1).index_select(0, index) for t in (self.ids, self.log_probs, self.weights)
+        )
         return Sparse(ids, wide(log_probs), wide(weights))
-
-    @property
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.ids, self.log_probs, self.weights
 
 
 class Teaching(Protocol):
@@ -128,7 +126,7 @@ def skewed_reverse_kl(student: Tensor, teacher: Tensor, skew: float) -> Loss:
     """KL(student || m) with m = (1 - α) p + α q (DistiLLM)."""
     mixture, q = _mixture(student, teacher, skew), student.exp()
     gap = student - mixture
-    share = (student - mixture).exp_().mul_(-skew)
+    share = gap.exp().mul_(-skew)
     return Loss((q * gap).sum(-1), share.add_(1).add_(gap).mul_(q))
 
 
