@@ -28,9 +28,10 @@ from ..spec import QadSpec
 from ..student import load_model
 from .checkpoint import Event
 from .data import Windows
+from .evaluate import evenly_spaced
 from .head import Head, Outputs
 from .signals import TeacherSignal
-from .train import evenly_spaced, train
+from .train import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

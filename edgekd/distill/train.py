@@ -1,4 +1,4 @@
-"""The one training loop, for the distilled student and for the baseline on labels alone, and the evaluation.
+"""The one training loop, for the distilled student and for the baseline on labels alone.
 
 Shapes: ``B`` windows, ``T`` tokens, ``V`` vocabulary; ``N`` windows in a split.
 """

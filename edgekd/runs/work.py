@@ -154,7 +154,7 @@ def _quality(model: PreTrainedModel, evaluation: Mapping[str, float]) -> ModelQu
 def _calibration_ids(run: Run) -> torch.Tensor:
     """Windows of training text ``(N, T)``, evenly spaced."""
     from ..distill.data import load_windows
-    from ..distill.train import evenly_spaced
+    from ..distill.evaluate import evenly_spaced
 
     return evenly_spaced(load_windows(run.path("data"), "train"), run.spec.quantize.calibration_windows).ids.int()
 

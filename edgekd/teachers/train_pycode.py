@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ..distill.corpus import stdlib_corpus
 from ..distill.data import Windows
-from ..distill.train import Descent, evaluate, train
+from ..distill.evaluate import evaluate
+from ..distill.train import Descent, train
 from ..files import write_json
 from ..spec import TrainingSpec
 from ..student import save_model
