@@ -547,13 +547,11 @@ def _channel_side(name: str) -> int | None:
 def _largest_channels(teacher: Checkpoint, layers: Sequence[int], keep: int) -> torch.Tensor:
     """Ascending int64 ``(keep,)`` indices of the channels with the largest norm over all that writes to them: the
     embedding, and the output projections of the kept layers."""
-    import torch
-
     energy = teacher.tensor(EMBEDDING).float().square().mean(0)
     for layer in layers:
         for part in ("self_attn.o_proj", "mlp.down_proj"):
             energy += teacher.tensor(f"model.layers.{layer}.{part}.weight").float().square().mean(1)
-    return torch.topk(energy, keep).indices.sort().values
+    return largest(energy, keep)
 
 
 def _largest_units(teacher: Checkpoint, prefix: str, keep: int) -> torch.Tensor:
@@ -570,4 +568,9 @@ def _largest_units(teacher: Checkpoint, prefix: str, keep: int) -> torch.Tensor:
             "Leave student.intermediate_size out.",
         )
     norms = [teacher.tensor(name).float().norm(dim=0 if part == "down" else 1) for part, name in names.items()]
-    return torch.stack(norms).prod(0).topk(keep).indices.sort().values
+    return largest(torch.stack(norms).prod(0), keep)
+
+
+def largest(importance: torch.Tensor, keep: int) -> torch.Tensor:
+    """Ascending int64 indices of the ``keep`` largest, on the CPU."""
+    return importance.topk(keep).indices.sort().values.cpu()

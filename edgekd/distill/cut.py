@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import EdgekdError, SpecError
 from ..files import read_json, write_json
 from ..spec import CUT_TOKENS
-from ..student import Kept
+from ..student import Kept, largest
 from .losses import forward_kl, log_probs
 
 if TYPE_CHECKING:
@@ -50,12 +50,7 @@ def sample(windows: Windows) -> Tensor:
     return windows.ids[index, :length].long()
 
 
-def choose(
-    spec: CutStudent,
-    teacher: PreTrainedModel,
-    ids: Tensor,
-    tell: Callable[[float, str], None] = lambda share, note: None,
-) -> Kept:
+def choose(spec: CutStudent, teacher: PreTrainedModel, ids: Tensor, tell: Tell | None = None) -> Kept:
     """What to keep of ``teacher`` for the student that ``spec`` describes.
 
     Args:
@@ -186,7 +181,7 @@ def with_widths(spec: CutStudent, teacher: PreTrainedModel, ids: Tensor, layers:
     unit by the root mean square of its activation times the norm of the column that it writes with.
     """
     decoder = decoder_layers(teacher)
-    narrow = spec.intermediate_size is not None
+    width = spec.intermediate_size
     energy: list[Tensor] = []
     units: dict[int, Tensor] = {}
 
@@ -204,7 +199,7 @@ def with_widths(spec: CutStudent, teacher: PreTrainedModel, ids: Tensor, layers:
     watched = [decoder[i] for i in layers] + [teacher.model.norm]
     hooks = [module.register_forward_pre_hook(enters, with_kwargs=True) for module in watched]  # type: ignore[arg-type]
     blocks: Any = decoder
-    downs = {i: blocks[i].mlp.down_proj for i in layers if narrow}
+    downs = {i: blocks[i].mlp.down_proj for i in layers if width}
     hooks += [down.register_forward_pre_hook(works(i)) for i, down in downs.items()]
     try:
         with _skipping(teacher) as chain:
@@ -216,14 +211,8 @@ def with_widths(spec: CutStudent, teacher: PreTrainedModel, ids: Tensor, layers:
             hook.remove()
     channels = None
     if spec.hidden_size is not None and spec.hidden_size < len(energy[0]):
-        channels = _largest(torch.stack(energy).sum(0), spec.hidden_size)
-    width = spec.intermediate_size
-    return Kept(tuple(layers), channels, {i: _largest(of, width) for i, of in units.items()} if width else {})
-
-
-def _largest(importance: Tensor, keep: int) -> Tensor:
-    """Ascending int64 indices of the ``keep`` largest."""
-    return importance.topk(keep).indices.sort().values.cpu()
+        channels = largest(torch.stack(energy).sum(0), spec.hidden_size)
+    return Kept(tuple(layers), channels, {i: largest(of, width) for i, of in units.items()} if width else {})
 
 
 def write_kept(folder: Path, kept: Kept) -> None:
