@@ -128,7 +128,6 @@ def test_the_sample_is_512_tokens_of_any_windows():
         assert len({tuple(row) for row in found.tolist()}) == len(found)
 
 
-WINDOWED = ["sliding_attention", "full_attention"] * 2
 SMALL = {
     "vocab_size": 320,
     "hidden_size": 64,
