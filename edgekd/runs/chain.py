@@ -46,9 +46,9 @@ _HARNESS = [
     )
 ]
 _PROOF = "proof.py"
-_CALIBRATION = ("quant/calibrate.py",)
+_CALIBRATION = ("matmul.py", "quant/calibrate.py")
 _STORE = ("quant/store",)
-_QUANTIZE = (*_STORE, "matmul.py", "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
+_QUANTIZE = (*_STORE, "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
 _METHODS: dict[Method, Sequence[str]] = {
     "rtn": _QUANTIZE,
     "search": (*_QUANTIZE, *_CALIBRATION, "quant/search.py"),

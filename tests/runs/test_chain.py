@@ -71,6 +71,7 @@ def edited(monkeypatch: pytest.MonkeyPatch):
     ("part", "redone"),
     [
         ("quant/calibrate.py", "calibrate"),
+        ("matmul.py", "calibrate"),
         ("quant/gptq.py", "quantize portable-int4 gptq"),
         ("verify/tokens.py", "verify gguf-fp16"),
         ("audit.py", "audit gguf-fp16"),
