@@ -118,7 +118,7 @@ def load_checkpoint(
     told = _Sealed.model_validate(read_sealed(folder / "progress.json"))
     if told.key != key:
         raise EdgekdError(f"{folder}: belongs to a run with another spec, seed, model or data.", f"Remove {work_dir}.")
-    best = copy_of_weights(model) if _names(folder, "best/") else None
+    best = copy_of_weights(model) if any(name.startswith("best") for name in told.files) else None
     _make_moments(optimizer)
     tensors = {name: tensor for part in _state(model, optimizer, best).values() for name, tensor in part.items()}
     reader = HuggingFaceStorageReader(str(folder))
@@ -202,12 +202,6 @@ def _make_moments(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def _names(folder: Path, prefix: str) -> list[str]:
-    """Names of the tensors in a checkpoint."""
-    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return [name for name in stored if name.startswith(prefix)]
 
 
 def drop_checkpoints(work_dir: Path) -> None:
