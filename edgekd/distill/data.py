@@ -21,7 +21,7 @@ from ..student import vocabulary_size
 from .chat import Chat, Unusable
 from .corpus import stdlib_corpus
 from .encode import Document, Labelled, encode_all
-from .pack import Packer, Windows, load_windows, save_windows
+from .pack import Packer, Windows, load_windows
 
 __all__ = ["SPLITS", "Windows", "load_windows", "prepare"]
 
@@ -98,7 +98,7 @@ def prepare(
             figures |= _of_split(split, packer, spec)
         out_dir.mkdir(parents=True, exist_ok=True)
         for split, packer in packers.items():
-            save_windows(out_dir / f"{split}.safetensors", [packer], spec.context)
+            packer.save(out_dir / f"{split}.safetensors")
     return figures | {"warnings": warnings}
 
 

@@ -9,13 +9,14 @@ Shapes: ``N`` windows of ``T`` tokens.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
@@ -107,10 +108,11 @@ class Packer:
     def __init__(self, context: int, ids_below: int, *, isolate: bool, pad: int, beside: Path) -> None:
         self.documents = self.tokens = self.bytes = self.windows = self.padding = self.cut_exchanges = 0
         self._context, self._isolate, self._pad = context, isolate, pad
-        self._ids_type = np.dtype("<u2" if ids_below <= 2**16 else "<i4")
-        self._types = [self._ids_type, np.dtype("u1"), np.dtype("u1")]
-        self._files: list[IO[bytes]] = [tempfile.TemporaryFile(dir=beside) for _ in self._types[: 2 + isolate]]  # noqa: SIM115
-        self._rest = _nothing()
+        self._types = {"ids": np.dtype("<u2" if ids_below <= 2**16 else "<i4"), "loss_mask": np.dtype("u1")}
+        if isolate:
+            self._types["begins"] = np.dtype("u1")
+        self._files: list[IO[bytes]] = [tempfile.TemporaryFile(dir=beside) for _ in self._types]  # noqa: SIM115
+        self._rest = np.zeros((0, 3), np.int32)
         self._open: list[np.ndarray] = []
 
     def close(self) -> None:
@@ -179,8 +181,8 @@ class Packer:
         """Those of ``(n, T, 3)`` that hold something to learn; the first token of a window follows nothing."""
         useful = windows[windows[:, 1:, 1].any(1)]
         self.windows += len(useful)
-        for i, file in enumerate(self._files):
-            file.write(useful[:, :, i].astype(self._types[i]).tobytes())
+        for i, (file, kind) in enumerate(zip(self._files, self._types.values(), strict=True)):
+            file.write(useful[:, :, i].astype(kind).tobytes())
 
     def finish(self) -> None:
         """Write the windows of chats that are still open; a rest of text that fills none is dropped."""
@@ -188,44 +190,24 @@ class Packer:
             self._pad_and_write(window)
         self._open = []
 
-    @property
-    def tensors(self) -> dict[str, tuple[np.dtype[Any], IO[bytes]]]:
-        """Type of each tensor of the windows, and the file of its bytes."""
-        return dict(zip(("ids", "loss_mask", "begins"), zip(self._types, self._files, strict=False), strict=False))
-
-
-_SAFETENSORS_TYPES = {np.dtype("<u2"): "U16", np.dtype("<i4"): "I32", np.dtype("u1"): "U8"}
-
-
-def save_windows(path: Path, packers: Sequence[Packer], context: int) -> None:
-    """Write the file that ``load_windows`` reads: safetensors, its tensors copied from disk to disk.
-
-    Args:
-        packers: whose windows it holds, one behind the other.
-    """
-    header: dict[str, object] = {}
-    windows, at = sum(packer.windows for packer in packers), 0
-    for name, (kind, _) in packers[0].tensors.items():
-        size = windows * context * kind.itemsize
-        header[name] = {
-            "dtype": _SAFETENSORS_TYPES[kind],
-            "shape": [windows, context],
-            "data_offsets": [at, at + size],
-        }
-        at += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with atomic_file(path) as temporary, temporary.open("wb") as out:
-        out.write(len(head).to_bytes(8, "little") + head)
-        for name in packers[0].tensors:
-            for packer in packers:
-                file = packer.tensors[name][1]
+    def save(self, path: Path) -> None:
+        """Write the file that ``load_windows`` reads: safetensors, its tensors copied from disk to disk."""
+        header: dict[str, object] = {}
+        shape, at = [self.windows, self._context], 0
+        for name, kind in self._types.items():
+            size = math.prod(shape) * kind.itemsize
+            header[name] = {"dtype": _SAFETENSORS_TYPES[kind], "shape": shape, "data_offsets": [at, at + size]}
+            at += size
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        with atomic_file(path) as temporary, temporary.open("wb") as out:
+            out.write(len(head).to_bytes(8, "little") + head)
+            for file in self._files:
                 file.seek(0)
                 shutil.copyfileobj(file, out, 2**20)
 
 
-def _nothing() -> np.ndarray:
-    return np.zeros((0, 3), np.int32)
+_SAFETENSORS_TYPES = {np.dtype("<u2"): "U16", np.dtype("<i4"): "I32", np.dtype("u1"): "U8"}
 
 
 def load_windows(folder: Path, split: str) -> Windows:
