@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +12,8 @@ from edgekd.benchmarks.compare import _orders, comparable, compare, judge, signe
 from edgekd.benchmarks.history import append, read_history, record_of
 from edgekd.benchmarks.report.history import build, is_worse, render
 from edgekd.errors import EdgekdError
-from edgekd.manifest import write_artifact
 from edgekd.proof import Benchmark, Figure
 from edgekd.spec import BenchSpec
-
-HERE = Path(__file__).parent
 
 
 def _blocks(rng, slowdown, blocks=12):
@@ -66,36 +61,13 @@ def test_the_orders_are_balanced_and_drawn_by_chance():
 
 
 @pytest.fixture
-def artifacts(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(HERE))
-    contract = {"context_length": 64, "vocab_size": 257, "bos_id": None, "eos_ids": [256], "add_bos": False}
-    made = []
-    for name in ("plain", "slowed"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "model.bin").write_bytes(b"weights")
-        made.append(
-            write_artifact(
-                folder,
-                name=name,
-                target="numpy",
-                recipe="f32",
-                runtime="numpy",
-                main_file="model.bin",
-                student_digest="0",
-                parameters=1000,
-                bits_per_weight=32.0,
-                contract=contract | {"chat_template": None},
-                versions={},
-            )
-        )
-    return made
+def artifacts(tmp_path, numpy_artifact):
+    return [numpy_artifact(tmp_path / name, name) for name in ("plain", "slowed")]
 
 
 @pytest.mark.slow
-def test_real_processes(artifacts):
+def test_real_processes(runtime, artifacts):
     """A runtime whose decode is a sleep, a third longer for one of the two."""
-    runtime = importlib.import_module("numpy_runtime")
     spec = BenchSpec(prompt_tokens=[8], decode_tokens=8, threads=1)
     told = []
     found = compare(runtime.open_named, *artifacts, spec, blocks=9, on_run=lambda *run: told.append(run))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import pytest
 from edgekd.benchmarks.children import Limits
 from edgekd.benchmarks.harness import bench, bench_in_turns, describe_machine
 from edgekd.errors import EdgekdError
-from edgekd.manifest import Contract, Traffic, write_artifact
+from edgekd.manifest import Traffic
 from edgekd.proof import Figure
 from edgekd.spec import BenchSpec
 
@@ -28,30 +27,8 @@ SPEC = BenchSpec(prompt_tokens=[20, 5], decode_tokens=12, runs=2, threads=1, **Q
 
 
 @pytest.fixture
-def runtime(monkeypatch):
-    monkeypatch.syspath_prepend(str(HERE))  # spawned processes inherit sys.path
-    return importlib.import_module("numpy_runtime")
-
-
-@pytest.fixture
-def artifact(tmp_path):
-    (tmp_path / "model.bin").write_bytes(b"weights")
-    contract = Contract(
-        context_length=64, vocab_size=257, bos_id=None, eos_ids=[256], add_bos=False, chat_template=None
-    )
-    return write_artifact(
-        tmp_path,
-        name="tiny-f32",
-        target="numpy",
-        recipe="f32",
-        runtime="numpy",
-        main_file="model.bin",
-        student_digest="0",
-        parameters=1000,
-        bits_per_weight=32.0,
-        contract=contract,
-        versions={},
-    )
+def artifact(tmp_path, numpy_artifact):
+    return numpy_artifact(tmp_path, "tiny-f32")
 
 
 @pytest.fixture(autouse=True)
@@ -208,38 +185,14 @@ def test_the_machine_is_described():
     assert machine.ram_bytes > 2**28
 
 
-def test_a_real_gguf(tmp_path):
-    pytest.importorskip("llama_cpp")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    from edgekd.spec import TargetSpec
-    from edgekd.student import save_model
-    from edgekd.targets import export, open_artifact
+def test_a_real_gguf(tmp_path, export_gguf):
+    from transformers import AutoConfig
 
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    config = transformers.Qwen3Config(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    save_model(transformers.Qwen3ForCausalLM(config), tokenizer, tmp_path / "student")
-    gguf = TargetSpec(target="gguf", recipes=["int8"])
-    artifact = export(tmp_path / "student", gguf, "int8", tmp_path / "artifact", name="tiny-q8_0")
+    from edgekd.targets import open_artifact
+
+    student, out = tmp_path / "student", tmp_path / "artifact"
+    artifact = export_gguf(student, out, "tiny-q8_0", "Qwen3", head_dim=32, max_position_embeddings=64)
+    config = AutoConfig.from_pretrained(student)
 
     result = bench(open_artifact, artifact, SPEC)
     json.dumps(result.model_dump(), allow_nan=False)

@@ -26,38 +26,10 @@ def edgekd(*words):
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
-    pytest.importorskip("llama_cpp")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    from edgekd.spec import TargetSpec
-    from edgekd.student import save_model
-    from edgekd.targets import export
-
+def artifact(tmp_path_factory, export_gguf):
     folder = tmp_path_factory.mktemp("run")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    save_model(transformers.LlamaForCausalLM(config), tokenizer, folder / "student")
-    spec = TargetSpec(target="gguf", recipes=["int8"])
-    return export(folder / "student", spec, "int8", folder / "artifacts" / "gguf-int8", name="tiny")
+    out = folder / "artifacts" / "gguf-int8"
+    return export_gguf(folder / "student", out, "tiny", "Llama", max_position_embeddings=8192)
 
 
 QUICK = ("--runs", "3", "--cold-runs", "1", "--decode-tokens", "8", "--prompt-tokens", "8", "--prompt-tokens", "24")
