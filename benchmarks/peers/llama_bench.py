@@ -19,7 +19,7 @@ import typer
 from ...manifest import Artifact, load_artifact
 from ...spec import BenchSpec
 from ...targets import open_artifact, try_artifact
-from ..harness import bench
+from ..harness import ONE_RUN, bench
 from ..metrics import median
 
 
@@ -50,9 +50,7 @@ def main(
     """Measure both in turns and print the ratios of the medians."""
     loaded = load_artifact(artifact)
     try_artifact(loaded)  # here, not in the processes that are timed
-    spec = BenchSpec(
-        prompt_tokens=[prompt], decode_tokens=decode, runs=1, threads=threads, cold_runs=0, curve_seconds=0
-    )
+    spec = BenchSpec(prompt_tokens=[prompt], decode_tokens=decode, threads=threads, **ONE_RUN)
     samples: dict[str, dict[str, list[float]]] = {
         "edgekd": {"prefill": [], "decode": [], "decode and sampling": []},
         "llama-bench": {"prefill": [], "decode": []},

@@ -32,7 +32,7 @@ from ...targets import open_artifact, try_artifact
 from ...targets.executorch.session import execute, runner_tokenizer, runtime, set_threads
 from ...targets.onnx.session import genai_tokenizer
 from ...targets.shared.artifact import cores
-from ..harness import bench
+from ..harness import ONE_RUN, bench
 from ..metrics import median
 
 
@@ -195,9 +195,7 @@ def main(
     peers = (("genai", Genai, genai), ("transformers", Transformers, transformers), ("export_llm", Program, pte))
     for name, opener, paths in peers:
         contenders += [(f"{name} {path.name}", opener, Artifact(path, loaded[0].manifest)) for path in paths or []]
-    spec = BenchSpec(
-        prompt_tokens=prompt or [128, 896], decode_tokens=decode, runs=1, threads=threads, cold_runs=0, curve_seconds=0
-    )
+    spec = BenchSpec(prompt_tokens=prompt or [128, 896], decode_tokens=decode, threads=threads, **ONE_RUN)
     turns: dict[str, list[Benchmark]] = {name: [] for name, _, _ in contenders}
     for _ in range(runs):
         for name, opener, artifact in contenders:
