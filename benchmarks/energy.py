@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -266,7 +266,6 @@ class EnergyRun:
     decode: Window
     requests: Window
     """Of whole requests; its tokens are their number."""
-    remarks: list[str] = field(default_factory=list)
 
     @property
     def idle_w(self) -> list[float]:

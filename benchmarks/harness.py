@@ -392,7 +392,7 @@ def _energy(key: str, run: EnergyRun, window: Window) -> Energy:
     if why := next(filter(None, map(refusal, (window, *run.idle))), None):
         return Energy(value=None, unit=unit, reason=why, counters=run.counters)
     net, gross = run.per_token(window)
-    ratio, remarks = None, list(run.remarks)
+    ratio, remarks = None, list[str]()
     if key.startswith("decode") and net > 0 and not refusal(run.requests) and not refusal(run.prefill):
         ratio = run.decode_by_differences() / net
         if abs(ratio - 1) > APART:
