@@ -48,10 +48,6 @@ class Limits:
         return (held.anonymous if self.memory_counts == "anonymous" else held.rss) + held.swap
 
 
-class OverBudget(EdgekdError):
-    """A run was ended because it took more memory than the device gives."""
-
-
 def in_child(what: str, function: Callable[..., Any], *args: Any, limits: Limits | None = None) -> Any:
     """Call ``function`` in a fresh process and return what it returns.
 
@@ -90,7 +86,7 @@ def _await(what: str, process: BaseProcess, receiver: Any, limits: Limits | None
     """Wait until the child has answered or ended, and end it where it takes too much.
 
     Raises:
-        OverBudget: it did.
+        EdgekdError: it did.
     """
     if limits is None or limits.memory_bytes is None:
         wait([receiver, process.sentinel])
@@ -102,7 +98,7 @@ def _await(what: str, process: BaseProcess, receiver: Any, limits: Limits | None
             continue
         if limits.exceeded_by(held):
             process.kill()
-            raise OverBudget(
+            raise EdgekdError(
                 f"{what} was killed: it held {plain(size(limits.counted(held)))}, and {limits.device} gives an app "
                 f"{plain(size(limits.memory_bytes))}.",
                 "Export it with a smaller context, or take a smaller model.",
