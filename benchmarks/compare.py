@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import EdgekdError
 from ..manifest import Artifact
-from ..proof import METRICS, Benchmark, Noise
+from ..proof import METRICS, Noise
 from ..spec import BenchSpec
 from . import measure
 from .children import in_child
@@ -192,17 +192,3 @@ def _sample(key: str, run: Repetition, prompt: int) -> float | None:
             return tokens_per_s(prompt, run.warm[prompt].prefill_s)
         case _:
             return run.warm[prompt].ttft_s
-
-
-def comparable(one: Benchmark, other: Benchmark) -> list[str]:
-    """Why the figures of two records must not be held against each other, a sentence each."""
-    found = []
-    for what in ("cpu", "cores", "gpu", "runtime_build", "device"):
-        x, y = getattr(one.machine, what), getattr(other.machine, what)
-        if x != y:
-            found.append(f"{what.replace('_', ' ')}: {x} and {y}")
-    for what in ("threads", "decode_tokens", "decode_after_tokens", "ttft_from", "profile"):
-        x, y = getattr(one.settings, what), getattr(other.settings, what)
-        if x != y:
-            found.append(f"{what.replace('_', ' ')}: {x} and {y}")
-    return found
