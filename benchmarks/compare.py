@@ -24,7 +24,7 @@ from . import measure
 from .children import in_child
 from .machine import NoiseWatch
 from .measure import OpenSession, Repetition
-from .metrics import percentile, tokens_per_s
+from .metrics import bootstrap, median, tokens_per_s
 
 Verdict = Literal["faster", "slower", "no difference shown"]
 COMPARED = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s")
@@ -84,9 +84,7 @@ def judge(key: str, blocks: Sequence[tuple[float, float]], margin: float = MARGI
     """
     sign = 1 if METRICS[key].better == "higher" else -1
     ratios = np.array([sign * math.log(b / a) for a, b in blocks])
-    drawn = np.random.default_rng(seed).integers(len(ratios), size=(_DRAWS, len(ratios)))
-    tail = (100 - _CONFIDENCE) / 2
-    low, high = np.percentile(np.median(ratios[drawn], axis=1), [tail, 100 - tail])
+    low, high = bootstrap(ratios, draws=_DRAWS, seed=seed, confidence=_CONFIDENCE)
     middle = float(np.median(ratios))
     p = signed_rank_p(ratios)
     verdict: Verdict = "no difference shown"
@@ -96,8 +94,8 @@ def judge(key: str, blocks: Sequence[tuple[float, float]], margin: float = MARGI
     interval = (math.exp(low), math.exp(high))
     return Comparison(
         key=key,
-        a=percentile(a, 50),
-        b=percentile(b, 50),
+        a=median(a),
+        b=median(b),
         speedup=math.exp(middle),
         interval=interval,
         p=p,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,18 +41,17 @@ def decode_roofline_fraction(decode_tokens_per_s: float, bytes_per_token: float,
 
 
 def bootstrap_median(samples: Sequence[float], *, draws: int = 2000, seed: int = 0) -> list[float] | None:
-    """95 % interval of the median, by drawing the samples again with replacement; None for fewer than three."""
-    return bootstrap(samples, np.median, draws=draws, seed=seed) if len(samples) >= 3 else None
+    """95 % interval of the median; None for fewer than three samples."""
+    return bootstrap(samples, draws=draws, seed=seed, confidence=95) if len(samples) >= 3 else None
 
 
-def bootstrap(
-    samples: Sequence[float], statistic: Callable[..., np.ndarray], *, draws: int = 2000, seed: int = 0
-) -> list[float]:
-    """95 % interval of a statistic of the samples.
+def bootstrap(samples: Sequence[float] | np.ndarray, *, draws: int, seed: int, confidence: float) -> list[float]:
+    """Interval of the median, by drawing the samples again with replacement.
 
     Args:
-        statistic: takes an array and ``axis``.
+        confidence: percent that the interval holds.
     """
     values = np.asarray(samples, np.float64)
     drawn = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    return [float(q) for q in np.percentile(statistic(values[drawn], axis=1), [2.5, 97.5])]
+    tail = (100 - confidence) / 2
+    return [float(q) for q in np.percentile(np.median(values[drawn], axis=1), [tail, 100 - tail])]
