@@ -7,13 +7,11 @@ artifacts alike, so a block gives one ratio; the verdict is about the median of 
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
-import psutil
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import EdgekdError
@@ -22,7 +20,7 @@ from ..proof import METRICS, Noise
 from ..spec import BenchSpec
 from . import measure
 from .children import in_child
-from .machine import NoiseWatch
+from .machine import NoiseWatch, physical_cores
 from .measure import OpenSession, Repetition
 from .metrics import bootstrap, median, tokens_per_s
 
@@ -146,7 +144,7 @@ def compare(
                 f"{artifact.manifest.contract.context_length}.",
                 "Lower --prompt-tokens or --decode-tokens.",
             )
-    threads = spec.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    threads = spec.threads or physical_cores()
     watch, measured, done = NoiseWatch(), [], 0
     for order in _orders(blocks, seed):
         found: dict[str, list[Repetition]] = {"A": [], "B": []}

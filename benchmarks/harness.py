@@ -6,12 +6,9 @@ child calls the function it is given.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import psutil
 
 from ..errors import EdgekdError
 from ..manifest import Artifact, Traffic
@@ -32,7 +29,14 @@ from ..spec import BenchSpec
 from . import measure
 from .children import Limits, in_child, in_turns, now
 from .energy import APART, EnergyRun, Window, energy_run, no_counter, refusal
-from .machine import NoiseWatch, bandwidth_buffer_bytes, bandwidth_samples, describe_machine, last_level_cache_bytes
+from .machine import (
+    NoiseWatch,
+    bandwidth_buffer_bytes,
+    bandwidth_samples,
+    describe_machine,
+    last_level_cache_bytes,
+    physical_cores,
+)
 from .measure import WARM_UP_TOKENS, ColdStart, CurvePoint, OpenSession, Repetition, curve_lengths
 from .memory import NOT_LINUX, Phase, drop_from_page_cache
 from .metrics import bootstrap_median, decode_roofline_fraction, median, percentile, tokens_per_s
@@ -123,7 +127,7 @@ def bench_in_turns(
     """
     for artifact in artifacts:
         _check_context(artifact, spec)
-    threads = spec.threads or (limits and limits.threads) or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    threads = spec.threads or (limits and limits.threads) or physical_cores()
     plan = _Plan(open_session, spec, threads, limits)
     machines = [describe_machine(build) for build in builds or [None] * len(artifacts)]
     buffer_bytes = bandwidth_buffer_bytes()

@@ -43,6 +43,11 @@ def describe_machine(runtime_build: str | None = None) -> Host:
     )
 
 
+def physical_cores() -> int:
+    """How many threads run where nobody asked for a number."""
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
 def _cpu_name() -> str | None:
     if sys.platform == "darwin":
         answer = subprocess.run(
