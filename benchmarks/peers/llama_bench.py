@@ -13,12 +13,12 @@ import subprocess
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 
 from ...manifest import Artifact, load_artifact
 from ...spec import BenchSpec
 from ...targets import open_artifact, try_artifact
+from ...targets.shared.artifact import cores
 from ..harness import ONE_RUN, bench
 from ..metrics import median
 
@@ -45,7 +45,7 @@ def main(
     prompt: int = 256,
     decode: int = 64,
     runs: int = 5,
-    threads: int = psutil.cpu_count(logical=False) or 1,
+    threads: int = cores(),
 ) -> None:
     """Measure both in turns and print the ratios of the medians."""
     loaded = load_artifact(artifact)

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import psutil
 import typer
 
 from ...conversation import chat_ids, render_chat, text_ids
@@ -29,6 +28,7 @@ from ...generation import Generator, Sampling
 from ...manifest import Contract, load_artifact
 from ...session import Session
 from ...targets import open_artifact
+from ...targets.shared.artifact import cores
 from ..harness import describe_machine
 from ..metrics import median
 
@@ -107,7 +107,7 @@ def main(
     artifact: Annotated[Path, typer.Argument(help="An artifact of any target.")],
     decode: int = 128,
     runs: int = 10,
-    threads: int = psutil.cpu_count(logical=False) or 1,
+    threads: int = cores(),
 ) -> None:
     """Measure both in turns and print what is between the medians."""
     loaded = load_artifact(artifact)
