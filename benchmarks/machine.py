@@ -172,7 +172,7 @@ class NoiseWatch:
             own[1],
             _waited_s(self._root / "proc/pressure/cpu"),
             _waited_s(self._root / "proc/pressure/memory"),
-            round(sum(throttles)) if throttles else None,
+            sum(throttles) if throttles else None,
             [khz / 1000 for khz in _numbers(cpu, "cpu[0-9]*/cpufreq/scaling_cur_freq")],
             hottest(self._root),
         )
@@ -180,7 +180,8 @@ class NoiseWatch:
 
 def hottest(root: Path = Path("/")) -> float | None:
     """Degrees of the hottest place that the system measures."""
-    return max(_numbers(root / "sys/class/thermal", "thermal_zone*/temp"), default=None)
+    millidegrees = _numbers(root / "sys/class/thermal", "thermal_zone*/temp")
+    return max(millidegrees) / 1000 if millidegrees else None
 
 
 def _complaints(
@@ -234,11 +235,10 @@ def _waited_s(path: Path) -> float | None:
     return int(line.rpartition("total=")[2]) / 1e6
 
 
-def _numbers(folder: Path, pattern: str) -> list[float]:
-    """The number in each file of a pattern, temperatures in degrees; files that cannot be read are left out."""
-    scale = 1000 if pattern.endswith("temp") else 1
+def _numbers(folder: Path, pattern: str) -> list[int]:
+    """The number in each file of a pattern; files that cannot be read are left out."""
     found = []
     for path in folder.glob(pattern):
         with suppress(OSError, ValueError):
-            found.append(int(path.read_text()) / scale)
+            found.append(int(path.read_text()))
     return found
