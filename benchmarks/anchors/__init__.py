@@ -51,7 +51,6 @@ def points() -> tuple[Point, ...]:
         known = row["weight_gb_read_per_token"] and row["decode_tokens_per_s"]
         if not device or not known or row["quality"] == "C" or _is_hot(row):
             continue
-        bandwidth, flops = _number(device["bandwidth_gb_s"]), _number(device["fp16_tflops"])
         found.append(
             Point(
                 row["device"],
@@ -59,11 +58,11 @@ def points() -> tuple[Point, ...]:
                 CLASSES[row["device_class"]],
                 row["model"],
                 1e9 * float(row["weight_gb_read_per_token"]),
-                bandwidth and 1e9 * bandwidth,
+                _scaled(device["bandwidth_gb_s"], 1e9),
                 float(row["decode_tokens_per_s"]),
                 _number(row["prefill_tokens_per_s"]),
                 _scaled(row["parameters_b"], 1e9),
-                flops and 1e12 * flops,
+                _scaled(device["fp16_tflops"], 1e12),
             )
         )
     return tuple(found)
