@@ -102,7 +102,11 @@ def fit_of(device_class: str) -> Fit:
 @cache
 def anchored_spread() -> float:
     """How far a chip's read rates of single points are from the median of its others."""
-    return _conformal([abs(math.log(p.tokens_per_s / speed)) for p, speed in _anchored(points())])
+    return _anchored_spread(points())
+
+
+def _anchored_spread(known: Sequence[Point]) -> float:
+    return _conformal([abs(math.log(p.tokens_per_s / speed)) for p, speed in _anchored(known)])
 
 
 def _anchored(known: Sequence[Point]) -> Iterable[tuple[Point, float]]:
@@ -134,15 +138,11 @@ def validate() -> list[Errors]:
     rows = {name: list(_by_chip(_usable(name))) for name in ("gpu", "apple", "cpu")}
     every = [row for of_class in rows.values() for row in of_class]
     known = points()
-    spread = {p.device: _conformal(_others(known, p.device)) for p in known}
+    devices = {p.device for p in known}
+    spread = {device: _anchored_spread([p for p in known if p.device != device]) for device in devices}
     anchored = [(p, speed, spread[p.device]) for p, speed in _anchored(known)]
     named = {f"class {name}": found for name, found in rows.items()} | {"all classes": every, "same chip": anchored}
     return [_errors(what, found) for what, found in named.items()]
-
-
-def _others(known: Sequence[Point], device: str) -> list[float]:
-    rest = [p for p in known if p.device != device]
-    return [abs(math.log(p.tokens_per_s / speed)) for p, speed in _anchored(rest)]
 
 
 def _by_chip(known: Sequence[Point]) -> Iterable[tuple[Point, float, float]]:
