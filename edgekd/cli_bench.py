@@ -12,6 +12,7 @@ from .cli_options import ArtifactArgument, HistoryOption, JsonOption, ThreadsOpt
 from .errors import EdgekdError, GateFailed, SpecError
 
 if TYPE_CHECKING:
+    from .benchmarks.profiles import Profile
     from .manifest import Artifact
     from .proof import Benchmark
 
@@ -118,7 +119,7 @@ def _tell_benchmarks(artifacts: Sequence[Artifact], measured: Sequence[Benchmark
         raise failed[0]
 
 
-def _load_profile(name: str):  # type: ignore[no-untyped-def]  # its module is imported where it is used
+def _load_profile(name: str) -> Profile:
     from .benchmarks.profiles import load_profile
 
     return load_profile(name)
