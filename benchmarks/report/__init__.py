@@ -55,7 +55,7 @@ def render(results: Results) -> str:
     return environment.get_template("report.html").render(
         page=shown,
         figures=_script_json(shown.charts.drawn()),
-        choices=_script_json(shown.charts.choices),
+        choices=_script_json(shown.choices),
         plotlyjs=get_plotlyjs(),
     )
 

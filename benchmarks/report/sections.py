@@ -32,12 +32,10 @@ class Charts:
     validation: Chart | None
     ledger: Chart | None
     pareto: Chart | None
-    choices: Sequence[Choice]
-    """Axes for the last."""
 
     def drawn(self) -> dict[str, Chart]:
         """Those that are drawn, by the id of their place in the page."""
-        return {place: chart for place, chart in asdict(self).items() if chart and place != "choices"}
+        return {place: chart for place, chart in asdict(self).items() if chart}
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,8 @@ class Page:
     artifacts: Sequence[tables.ArtifactTable]
     limits: Sequence[str]
     charts: Charts
+    choices: Sequence[Choice]
+    """Axes for the chart of artifacts."""
     commands: Sequence[str]
     stages: Sequence[tuple[str, str]]
     sources: Sequence[tables.SourceRow]
@@ -89,8 +89,8 @@ def page(results: Results) -> Page:
             charts.training(results.training),
             charts.ledger(results.ledger),
             charts.pareto(marked),
-            charts.pareto_choices(artifacts),
         ),
+        choices=charts.pareto_choices(artifacts),
         commands=results.commands,
         stages=tables.stage_table(results.stages),
         sources=tables.source_table(artifacts),
