@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from .conversation import chat_ids, render_chat, text_ids
 from .errors import BadArtifact, EdgekdError, MissingExtra
 from .files import Json, atomic_file, atomic_folder, file_sha256, write_bytes, write_json, write_text
 from .manifest import MANIFEST, Artifact, Contract
-from .session import Session
+from .session import Session, greedy
 
 Platform = Literal["android", "ios", "web"]
 SUMS, SIGNATURE, GOLDEN, CARD, LICENSE = "bundle.json", "bundle.sig", "golden.json", "MODEL_CARD.md", "LICENSE"
@@ -114,17 +115,9 @@ def golden(session: Session, contract: Contract) -> Json:
         rendered = render_chat(contract.chat_template, _CHAT, contract.special_tokens)
         ids = chat_ids(session, contract, rendered)
         chat = {"messages": _CHAT, "text": rendered, "ids": ids}
-    session.reset()
-    logits = session.prefill(ids)
-    tokens: list[int] = []
-    margins: list[float] = []
-    while len(tokens) < min(_GREEDY_TOKENS, session.context_length - len(ids)):
-        second, first = sorted(logits.argsort()[-2:].tolist(), key=lambda i: float(logits[i]))
-        if first in contract.eos_ids:
-            break
-        tokens.append(first)
-        margins.append(round(float(logits[first] - logits[second]), 4))
-        logits = session.decode(first)
+    most = min(_GREEDY_TOKENS, session.context_length - len(ids))
+    told = list(islice(greedy(session, contract.eos_ids, ids), most))
+    tokens, margins = [token for token, _ in told], [round(lead, 4) for _, lead in told]
     return {"texts": texts, "chat": chat, "greedy": {"prompt_ids": ids, "tokens": tokens, "margins": margins}}
 
 

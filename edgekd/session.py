@@ -6,7 +6,7 @@ Shapes: ``T`` tokens fed by one call, ``V`` vocabulary size. Logits are float32 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -121,6 +121,16 @@ def generate(
         yield token
         if count == max_tokens or len(ids) + count > session.context_length:
             return
+        logits = session.decode(token)
+
+
+def greedy(session: Session, eos_ids: Collection[int], ids: Sequence[int]) -> Iterator[tuple[int, float]]:
+    """Greedy tokens behind some ids, until one of ``eos_ids``; each with its logit's lead over the next one's."""
+    session.reset()
+    logits = session.prefill(ids)
+    while (token := int(logits.argmax())) not in eos_ids:
+        second, first = np.partition(logits, -2)[-2:]
+        yield token, float(first - second)
         logits = session.decode(token)
 
 

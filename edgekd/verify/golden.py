@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from itertools import islice
+from collections.abc import Collection
+from itertools import islice, takewhile
 
 import numpy as np
 
 from ..proof import GoldenAnswer
-from ..session import Session
+from ..session import Session, greedy
 
 ANSWERS, WINDOWS = 4, 16
 PROMPT_TOKENS, ANSWER_TOKENS = 32, 16
@@ -34,16 +34,5 @@ def golden_answers(session: Session, eos_ids: Collection[int], windows: np.ndarr
 
 def _answer(session: Session, eos_ids: Collection[int], prompt: list[int]) -> GoldenAnswer:
     """Tokens up to the first near tie, which is not among them."""
-    return GoldenAnswer(prompt_ids=prompt, tokens=list(islice(_clear_tokens(session, eos_ids, prompt), ANSWER_TOKENS)))
-
-
-def _clear_tokens(session: Session, eos_ids: Collection[int], prompt: list[int]) -> Iterator[int]:
-    session.reset()
-    logits = session.prefill(prompt)
-    while True:
-        token = int(logits.argmax())
-        second, first = np.partition(logits, -2)[-2:]
-        if token in eos_ids or not first - second >= LEAD:
-            return
-        yield token
-        logits = session.decode(token)
+    clear = takewhile(lambda told: told[1] >= LEAD, greedy(session, eos_ids, prompt))
+    return GoldenAnswer(prompt_ids=prompt, tokens=[token for token, _ in islice(clear, ANSWER_TOKENS)])
