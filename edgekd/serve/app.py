@@ -32,12 +32,13 @@ from ..session import Session, check_ids
 from .grammar import BadGrammar, Grammars
 from .replies import DONE, ChatReply, CompletionReply, Reply, error_body, event
 from .requests import BadRequest, ChatRequest, CompletionRequest, parse
+from .server import LOOPBACK
 from .worker import Busy, Job, Worker
 
 MOST_BODY_BYTES = 8 * 2**20
 _BETWEEN_CHUNKS_SECONDS = 0.01
 """A small model writes thousands of tokens a second: nobody reads them one by one, and each chunk costs it time."""
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+_OWN_NAMES = frozenset({*LOOPBACK, "[::1]"})
 _LOG = logging.getLogger(__name__)
 Asked = CompletionRequest | ChatRequest
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -80,7 +81,7 @@ class Guard:
 
 def _of_this_machine(request: Request) -> bool:
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    return re.sub(r":\d+$", "", host) in LOOPBACK and origin in (None, f"http://{host}")
+    return re.sub(r":\d+$", "", host) in _OWN_NAMES and origin in (None, f"http://{host}")
 
 
 def _error(
@@ -294,13 +295,13 @@ def application(served: Served, key: str | None) -> Starlette:
         key: that every request but the page and ``/health`` must bear; None: the machine's own requests alone.
     """
 
-    def route(path: str, method: str, endpoint: Callable[..., Awaitable[Response]], *args: object) -> Route:
-        return Route(path, _safe(partial(endpoint, served, **({"kind": args[0]} if args else {}))), methods=[method])
+    def route(path: str, method: str, endpoint: Callable[..., Awaitable[Response]], **options: object) -> Route:
+        return Route(path, _safe(partial(endpoint, served, **options)), methods=[method])
 
     return Starlette(
         routes=[
-            route("/v1/chat/completions", "POST", _complete, ChatRequest),
-            route("/v1/completions", "POST", _complete, CompletionRequest),
+            route("/v1/chat/completions", "POST", _complete, kind=ChatRequest),
+            route("/v1/completions", "POST", _complete, kind=CompletionRequest),
             route("/v1/models", "GET", _models),
             route("/v1/models/{name:path}", "GET", _models),
             route("/health", "GET", _health),

@@ -121,13 +121,12 @@ class ChatReply(Reply):
     def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.wants_logprobs:
             return None
-        return {"content": [self._entry(t.id, t.logprob, t.top) for t in tokens], "refusal": None}
+        entries = [
+            {**self._entry(t.id, t.logprob), "top_logprobs": [self._entry(*other) for other in t.top]} for t in tokens
+        ]
+        return {"content": entries, "refusal": None}
 
-    def _entry(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> Json:
-        told = {"token": self._text(token), "logprob": logprob, "bytes": list(self.session.token_bytes(token))}
-        return {**told, "top_logprobs": [self._alternative(*other) for other in top]}
-
-    def _alternative(self, token: int, logprob: float) -> Json:
+    def _entry(self, token: int, logprob: float | None) -> Json:
         return {"token": self._text(token), "logprob": logprob, "bytes": list(self.session.token_bytes(token))}
 
 
