@@ -82,15 +82,13 @@ class Cache:
         held, self._held = self._held, []  # what an error leaves behind is not known
         if common:
             common = self.session.rewind(common)
-        else:
-            self.session.reset()
         self._held = held[:common]
         return common
 
     def feed(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
         """Append ids; logits of the last ``(V,)``, or of all ``(T, V)``."""
         held, self._held = self._held, []
-        if not held:
+        if not held:  # or not known
             self.session.reset()
         one = len(ids) == 1 and not all_logits
         logits = self.session.decode(ids[0]) if one else self.session.prefill(ids, all_logits=all_logits)
