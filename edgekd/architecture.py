@@ -219,6 +219,10 @@ class Attention:
     window: int | None = None
     """Positions that a token sees, itself included; None: all."""
 
+    def window_in(self, context_length: int) -> int | None:
+        """The window in a context of so many tokens; of one that holds all of it, None."""
+        return None if self.window is None or self.window >= context_length else self.window
+
 
 Role = Literal["embedding", "head", "norm", "head_norm", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"]
 
@@ -327,7 +331,7 @@ class Architecture:
         kinds = {kind for rope in ropes if (kind := _ROPE_FEATURES.get(rope.scaling, Feature.OTHER_ROPE))}
         found = {
             Feature.NO_ATTENTION: None in self.attention,
-            Feature.SLIDING_WINDOW: any(a.window is not None and a.window < context_length for a in layers),
+            Feature.SLIDING_WINDOW: any(a.window_in(context_length) for a in layers),
             Feature.NO_POSITIONS: not ropes,
             Feature.NO_ROPE: bool(ropes) and any(layer.rotary is None for layer in layers),
             Feature.ROPE_BY_LAYER: len(ropes) > 1,

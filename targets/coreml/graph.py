@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ...architecture import Attention, Rotary
+from ...architecture import Rotary
 from ...quant.recipe import GROUP
 from ..shared.decoder import EMBEDDING, HEAD, Architecture
 from .tools import builder
@@ -230,12 +230,7 @@ def _tables(w: _Writer, number: int, position_ids: Any) -> tuple[Any, Any]:
 
 def _windows(w: _Writer) -> list[int | None]:
     """The windows of the layers; of one that holds the whole context, None."""
-    return list(dict.fromkeys(_window(w, layer) for layer in w.arch.attention if layer))
-
-
-def _window(w: _Writer, attention: Attention) -> int | None:
-    width = attention.window
-    return None if width is None or width >= w.settings.context_length else width
+    return list(dict.fromkeys(a.window_in(w.settings.context_length) for a in w.arch.attention if a))
 
 
 def _windowed(w: _Writer, window: int | None, position_ids: Any, mask: Any) -> Any:
@@ -291,7 +286,7 @@ def _attention(w: _Writer, x: Any, layer: int, caches: tuple[Any, Any], step: _S
     query, key, value = heads("q", arch.heads), heads("k", arch.kv_heads), heads("v", arch.kv_heads)
     key, value = (_cached(w, state, layer, new, step) for state, new in zip(caches, (key, value), strict=True))
     query = mb.reshape(x=query, shape=[1, arch.kv_heads, -1, arch.head_dim])
-    y = _attend(w, query, key, value, step.masks[_window(w, attention)])
+    y = _attend(w, query, key, value, step.masks[attention.window_in(w.settings.context_length)])
     y = mb.transpose(x=mb.reshape(x=y, shape=[1, arch.heads, -1, arch.head_dim]), perm=[0, 2, 1, 3])
     return mb.reshape(x=y, shape=[1, -1, arch.heads * arch.head_dim])
 

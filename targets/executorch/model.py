@@ -370,7 +370,7 @@ class Layer(nn.Module):
             size = arch.head_dim * (heads if arch.qk_norm == "whole" else 1)
             setattr(self, f"{p}_norm", Norm(weights, f"{at}self_attn.{p}_norm.weight", size, arch.norm_eps))
         self.rotary = Rotary(arch.head_dim, self.turns.dim) if self.turns else None
-        self.attention = Attention(arch, window_of(arch, number, context_length), context_length)
+        self.attention = Attention(arch, attention.window_in(context_length), context_length)
         self.activation = Silu() if arch.activation == "silu" else GeluTanh()
         self.residual = scale(arch.residual_scale)
 
@@ -392,13 +392,6 @@ class Layer(nn.Module):
         if self.rotary is not None and self.turns is not None:
             q, k = (self.rotary(y, *step.rotary[self.turns]) for y in (q, k))
         return self.attention(q, k, v, step)
-
-
-def window_of(arch: Architecture, layer: int, context_length: int) -> int | None:
-    """The window of a layer, where it does not hold the whole context."""
-    attention = arch.attention[layer]
-    wide = attention is None or attention.window is None or attention.window >= context_length
-    return None if wide or attention is None else attention.window
 
 
 class Embedding(nn.Module):
@@ -444,7 +437,7 @@ class Decoder(nn.Module):
         for number, rotary in enumerate(arch.rotaries):
             for part, rows in zip(("cos", "sin"), rotary_rows(rotary, arch.head_dim, context_length), strict=True):
                 self.register_buffer(f"{part}_{number}", rows)
-        self.windows = {window_of(arch, n, context_length) for n in range(arch.layers)}
+        self.windows = {attention.window_in(context_length) for attention in arch.attention if attention}
         if arch.attention_cap is None:
             self.windows -= {None}
         if self.windows:

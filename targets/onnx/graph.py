@@ -296,8 +296,8 @@ def _settings_of(graph: _Graph, attention: Attention) -> dict[str, int | float]:
     """What of a layer's attention is not as it is by default."""
     arch = graph.arch
     found: dict[str, int | float] = {}
-    if attention.window is not None and attention.window < graph.settings.context_length:
-        found["local_window_size"] = attention.window
+    if window := attention.window_in(graph.settings.context_length):
+        found["local_window_size"] = window
     if arch.attention_scale is not None:
         found["scale"] = arch.attention_scale
     if arch.attention_cap is not None:
