@@ -18,7 +18,6 @@ from .file import GgufFile
 from .session import load_model, runtime, tokenize
 from .vocab import PRE_TOKENIZERS, probe_texts, read_tokenizer
 
-Json = Json
 _SAME = {
     "qwen2": ("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"),
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe"),
