@@ -147,13 +147,13 @@ def _kind(data: Json, folder: Path) -> tuple[Literal["gpt2", "llama", "t5"], Lit
     """Which of llama.cpp's tokenizers it is, and the normal form that llama.cpp will not apply itself."""
     model, remedy = data["model"], "Use a byte-level BPE or a SentencePiece tokenizer."
     if model["type"] == "Unigram":
-        for step in _flatten(data.get("normalizer"), "normalizers"):
+        for step in _normalizers(data):
             if step["type"] not in ("Precompiled", "Replace", "Strip"):
                 raise Unsupported(f"{folder}: llama.cpp has no normalizer {step['type']!r}.", remedy)
         return "t5", None
     if model["type"] != "BPE":
         raise Unsupported(f"{folder}: a {model['type']} tokenizer has no GGUF export here.", remedy)
-    normalizers = _flatten(data.get("normalizer"), "normalizers")
+    normalizers = _normalizers(data)
     if model.get("byte_fallback"):
         for step in normalizers:
             if step["type"] not in ("Prepend", "Replace"):
@@ -174,6 +174,10 @@ def _flatten(step: Json | None, key: str) -> list[Json]:
     if step["type"] == "Sequence":
         return [inner for part in step[key] for inner in _flatten(part, key)]
     return [step]
+
+
+def _normalizers(data: Json) -> list[Json]:
+    return _flatten(data.get("normalizer"), "normalizers")
 
 
 def _steps(data: Json) -> tuple[str, ...]:
@@ -275,17 +279,16 @@ def _scores(model: Json, rows: int) -> list[float]:
 
 def _adds_space_prefix(data: Json) -> bool:
     """Whether every text gets one; that of a Metaspace, which leaves a space alone, is the caller's."""
-    return any(step["type"] == "Prepend" for step in _flatten(data.get("normalizer"), "normalizers"))
+    return any(step["type"] == "Prepend" for step in _normalizers(data))
 
 
 def _merges_spaces(data: Json) -> bool:
-    steps = _flatten(data.get("normalizer"), "normalizers")
-    return any(step["type"] == "Replace" and step["pattern"].get("Regex") == " {2,}" for step in steps)
+    replaced = (step["pattern"] for step in _normalizers(data) if step["type"] == "Replace")
+    return any(pattern.get("Regex") == " {2,}" for pattern in replaced)
 
 
 def _charsmap(data: Json) -> bytes | None:
-    steps = _flatten(data.get("normalizer"), "normalizers")
-    maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
+    maps = [step["precompiled_charsmap"] for step in _normalizers(data) if step["type"] == "Precompiled"]
     return base64.b64decode(maps[0]) if maps and maps[0] else None
 
 
