@@ -206,7 +206,11 @@ def inspect(artifact: Artifact) -> None:
 
 def cache_value_bytes(spec: Options) -> int:
     """Of a number in the cache: float32 on the CPU, float16 elsewhere."""
-    return 2 if set(spec.providers) - {"cpu"} else 4
+    return 2 if _activations(spec) == "float16" else 4
+
+
+def _activations(spec: Options) -> Real:
+    return "float16" if set(spec.providers) - {"cpu"} else "float32"
 
 
 def _write(job: Job, spec: Options) -> Written:
@@ -216,8 +220,7 @@ def _write(job: Job, spec: Options) -> Written:
     checkpoint, folder = job.checkpoint, job.folder
     check_weights(checkpoint.architecture, job.source, TITLE)
     source, arch = plain_form(job.source, checkpoint.architecture)
-    activations: Real = "float16" if set(spec.providers) - {"cpu"} else "float32"
-    context = spec.context_of(arch.context_length)
+    context, activations = spec.context_of(arch.context_length), _activations(spec)
     apart = "dml" in spec.providers
     settings = graph_.Settings(source.kinds, source.tied, activations, context, real_of(job.recipe), rotary_apart=apart)
     tokenizer = load_tokenizer(checkpoint.folder)
