@@ -11,6 +11,8 @@ import torch
 from conftest import make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
+from cases import LLAMA3_ROPE
+
 SIZES: dict[str, Any] = {
     "vocab_size": 700,
     "hidden_size": 64,
@@ -36,19 +38,11 @@ GEMMA3_ROPES = {
 GEMMA2 = {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 6.0}
 """Caps low enough to be felt."""
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {"head_dim": 32, "attention_bias": True, "mlp_bias": True}),
     "Llama, linear rope": ("llama", {"rope_parameters": LINEAR}),
     "Llama, dynamic rope": ("llama", {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}),
-    "Llama 3.1 rope": ("llama", {"rope_parameters": LLAMA3}),
+    "Llama 3.1 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "Llama, YaRN": ("llama", {"rope_parameters": YARN}),
     "Mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "Mistral, sliding window": ("mistral", {"sliding_window": WINDOW}),
