@@ -14,7 +14,6 @@ The words are those of the industry's load generators (NVIDIA AIPerf, MLPerf):
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import EdgekdError
-from ..session import Session, sample
+from ..session import Characters, Session, sample
 
 _MOST_SILENT_TOKENS = 16
 """That are waited for when a first character is looked for: more have no text at all."""
@@ -114,13 +113,13 @@ def serve(
         until_text: stop at the first whole character instead; ``decode_tokens`` counts as silent tokens at most.
     """
     rng = np.random.default_rng(0)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    characters = Characters(session)
     decoded, chosen, chunks = list[float](), list[float](), list[float]()
 
     def choose(logits: np.ndarray) -> int:
         token = sample(logits, 0.0, rng)
         chosen.append(clock())
-        if decoder.decode(session.token_bytes(token)):
+        if characters.feed(token):
             chunks.append(clock())
         return token
 

@@ -6,7 +6,7 @@ Shapes: ``T`` tokens fed by one call, ``V`` vocabulary size. Logits are float32 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -148,16 +148,6 @@ class Characters:
     def finish(self) -> str:
         """What stands for the bytes that nothing has completed."""
         return self._decoder.decode(b"", final=True)
-
-
-def stream_text(session: Session, tokens: Iterable[int]) -> Iterator[str]:
-    """The pieces of text of a stream of tokens."""
-    characters = Characters(session)
-    for token in tokens:
-        if piece := characters.feed(token):
-            yield piece
-    if rest := characters.finish():
-        yield rest
 
 
 def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator, top_p: float = 1.0) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
+
+from edgekd.session import Characters
 
 END = 3
 
@@ -85,3 +88,9 @@ class Scripted:
 
     def close(self) -> None:
         pass
+
+
+def spoken(session: Any, tokens: Iterable[int]) -> str:
+    """What tokens of any session say, one after another."""
+    characters = Characters(session)
+    return "".join([*map(characters.feed, tokens), characters.finish()])

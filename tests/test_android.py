@@ -15,7 +15,7 @@ from edgekd import targets
 from edgekd.conversation import chat_ids, render_chat
 from edgekd.files import digest
 from edgekd.manifest import MANIFEST
-from edgekd.session import stream_text
+from scripted import spoken
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 DEMO = ROOT / "android-demo"
@@ -69,7 +69,7 @@ def test_the_apps_engine_says_what_the_session_says(classes: Path, library: Path
     prompt, tokens = chat_ids(session, contract, chat), list(session.generate(IDS, 24))
     assert found["tokens"] == tokens and len(tokens) == 24
     assert found["prompt"] == prompt
-    assert found["answer"] == "".join(stream_text(session, session.generate(prompt, 24)))
+    assert found["answer"] == spoken(session, session.generate(prompt, 24))
     assert found["texts"] == found["texts_by_file"] == [session.tokenize(text) for text in TEXTS]
     assert found["bytes_by_file"] == b"".join(map(session.token_bytes, tokens)).hex()
     session.close()

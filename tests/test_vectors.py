@@ -15,9 +15,9 @@ import pytest
 from edgekd.conversation import ChatTemplate, Stops, TooLong, fitted_chat, text_ids
 from edgekd.errors import BadArtifact
 from edgekd.manifest import Contract, load_artifact
-from edgekd.session import stream_text
 from edgekd.targets.gguf.session import as_llama_cpp_reads
 from make_vectors import Bytes, Letters, vectors
+from scripted import spoken
 
 FOLDER = Path(__file__).parent / "vectors"
 SAID = {
@@ -162,7 +162,7 @@ def test_a_stream_shows_whole_characters(case: dict[str, Any]) -> None:
     whole = b"".join(tokens).decode("utf-8", "replace")
     assert "".join(expect["shown"]) + expect["end"] == whole
     session: Any = Bytes(tokens)
-    assert "".join(stream_text(session, range(len(tokens)))) == whole
+    assert spoken(session, range(len(tokens))) == whole
 
 
 def test_browsers_show_the_same() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from edgekd.benchmarks.definitions import first_text, real_text, serve
 from edgekd.errors import EdgekdError
-from edgekd.session import stream_text
+from scripted import spoken
 
 TOKENIZE_S, PREFILL_S, DECODE_S = 0.010, 0.003, 0.004  # of a text, of a token, of a token
 SPOKEN = "é=1\n"  # é is two tokens of a byte: the first has no whole character
@@ -107,7 +107,7 @@ def test_first_text_ends_with_the_first_whole_character():
     session = KnownTimes(clock.sleep)
     request = first_text(session, "abc", 8)
     assert len(request.chosen) == 2 and len(request.chunks) == 1
-    assert "".join(stream_text(session, SPOKEN.encode()[:2])) == "é"
+    assert spoken(session, SPOKEN.encode()[:2]) == "é"
 
 
 def test_tokens_without_text_have_no_ttft():

@@ -14,9 +14,10 @@ from cases import IDS, export_to, reference, skip_without
 from edgekd import targets
 from edgekd.conversation import chat_ids
 from edgekd.manifest import Artifact
-from edgekd.session import Session, stream_text
+from edgekd.session import Session
 from edgekd.student import load_tokenizer
 from edgekd.verify.tokens import check_tokens
+from scripted import spoken
 
 CONTEXT, VOCAB = 1100, 700
 LONG = (IDS * 6)[:CONTEXT]
@@ -80,7 +81,7 @@ def test_text_to_ids_to_bytes_to_text(session: Session, artifact: Artifact) -> N
     ids = session.tokenize(text)
     assert any(session.token_bytes(token).decode("utf-8", "ignore") == "" for token in ids)
     assert b"".join(map(session.token_bytes, ids)) == text.encode()
-    assert "".join(stream_text(session, ids)) == text
+    assert spoken(session, ids) == text
     marked = "a<|endoftext|>"
     assert b"".join(map(session.token_bytes, session.tokenize(marked))) == marked.encode()
     assert chat_ids(session, artifact.manifest.contract, marked) == [*session.tokenize("a"), 0]

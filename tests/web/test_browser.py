@@ -21,7 +21,7 @@ from edgekd.conversation import chat_ids, render_chat
 from edgekd.files import digest
 from edgekd.manifest import MANIFEST, Artifact, load_artifact
 from edgekd.proof import Benchmark
-from edgekd.session import stream_text
+from scripted import spoken
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 HERE, DEMO = Path(__file__).parent, ROOT / "web-demo"
@@ -96,7 +96,7 @@ def test_the_page_says_what_the_session_says(node: str, chromium: str, serve: An
     session, contract = targets.open_artifact(artifact, threads=1), artifact.manifest.contract
     chat = render_chat(contract.chat_template or "", [{"role": "user", "content": QUESTION}], contract.special_tokens)
     prompt = chat_ids(session, contract, chat)
-    answer = "".join(stream_text(session, session.generate(prompt, 40)))
+    answer = spoken(session, session.generate(prompt, 40))
     tokens = list(session.generate(IDS, 24))
     session.close()
 
