@@ -52,3 +52,15 @@ def make_tiny_teacher(folder: Path) -> Path:
 def tiny_teacher(tmp_path_factory) -> Path:
     """``make_tiny_teacher``'s, made once."""
     return make_tiny_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_teacher, tmp_path_factory):
+    """The tiny teacher as an artifact that llama.cpp runs, made once: to be read, not written to."""
+    from edgekd import targets
+    from edgekd.spec import TargetSpec
+
+    if targets.absent(targets.load_target("gguf").PACKAGES):
+        pytest.skip("the target is not installed")
+    out = tmp_path_factory.mktemp("tiny") / "artifact"
+    return targets.export(tiny_teacher, TargetSpec(target="gguf", recipes=["fp16"]), "fp16", out, name="tiny")

@@ -18,17 +18,8 @@ from edgekd.bundle import GOLDEN, LIMITS, SIGNATURE, SUMS, check_bundle, check_f
 from edgekd.conversation import chat_ids, render_chat, text_ids
 from edgekd.errors import BadArtifact, EdgekdError
 from edgekd.manifest import Artifact, load_artifact
-from edgekd.spec import TargetSpec
 
 pytest.importorskip("cryptography")
-
-
-@pytest.fixture(scope="module")
-def artifact(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    if targets.absent(targets.load_target("gguf").PACKAGES):
-        pytest.skip("the target is not installed")
-    out = tmp_path_factory.mktemp("bundled") / "artifact"
-    return targets.export(tiny_teacher, TargetSpec(target="gguf", recipes=["fp16"]), "fp16", out, name="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +39,27 @@ def run(*words: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def made(artifact: Artifact, key: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def made(tiny_gguf: Artifact, key: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("made") / "bundle"
     (out.parent / "LICENSE.txt").write_text("Do as you like.\n")
     words = ["--for", "android", "--license", out.parent / "LICENSE.txt", "--key", key, "--threads", 1, "--json"]
-    done = run(artifact.folder, out, *words)
+    done = run(tiny_gguf.folder, out, *words)
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
 
-def test_it_is_an_artifact_with_what_an_app_needs(made: tuple[Path, dict[str, Any]], artifact: Artifact) -> None:
+def test_it_is_an_artifact_with_what_an_app_needs(made: tuple[Path, dict[str, Any]], tiny_gguf: Artifact) -> None:
     folder, told = made
-    assert load_artifact(folder).manifest == artifact.manifest  # its own sums hold too
+    assert load_artifact(folder).manifest == tiny_gguf.manifest  # its own sums hold too
     assert (folder / "LICENSE").read_text() == "Do as you like.\n"
     assert "# tiny" in (folder / "MODEL_CARD.md").read_text()
-    assert set(told["files"]) == {*artifact.manifest.files, "manifest.json", "LICENSE", "MODEL_CARD.md", GOLDEN}
+    assert set(told["files"]) == {*tiny_gguf.manifest.files, "manifest.json", "LICENSE", "MODEL_CARD.md", GOLDEN}
     assert check_folder(folder, told["public_key"])["files"] == told["files"] and told["exceeded"] == []
 
 
-def test_golden_tokens_are_the_sessions(made: tuple[Path, dict[str, Any]], artifact: Artifact) -> None:
+def test_golden_tokens_are_the_sessions(made: tuple[Path, dict[str, Any]], tiny_gguf: Artifact) -> None:
     proof = json.loads((made[0] / GOLDEN).read_text())
-    session, contract = targets.open_artifact(artifact, threads=1), artifact.manifest.contract
+    session, contract = targets.open_artifact(tiny_gguf, threads=1), tiny_gguf.manifest.contract
     for case in proof["texts"]:
         assert case["ids"] == text_ids(session, contract, case["text"])
     rendered = render_chat(contract.chat_template or "", proof["chat"]["messages"], contract.special_tokens)
@@ -112,10 +103,10 @@ def test_another_key_is_not_that_one(made: tuple[Path, dict[str, Any]]) -> None:
             check_folder(made[0], other)
 
 
-def test_a_zip_is_the_same_and_the_same_again(artifact: Artifact, tmp_path: Path) -> None:
+def test_a_zip_is_the_same_and_the_same_again(tiny_gguf: Artifact, tmp_path: Path) -> None:
     (tmp_path / "L").write_text("x")
     for name in ("a.zip", "b.zip"):
-        assert run(artifact.folder, tmp_path / name, "--for", "web", "--license", tmp_path / "L").returncode == 0
+        assert run(tiny_gguf.folder, tmp_path / name, "--for", "web", "--license", tmp_path / "L").returncode == 0
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     zipfile.ZipFile(tmp_path / "a.zip").extractall(tmp_path / "out")
     check_folder(tmp_path / "out")
@@ -123,7 +114,7 @@ def test_a_zip_is_the_same_and_the_same_again(artifact: Artifact, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["L", "a.zip", "b.zip", "out"]
 
 
-def test_what_is_refused(artifact: Artifact, tmp_path: Path) -> None:
+def test_what_is_refused(tiny_gguf: Artifact, tmp_path: Path) -> None:
     (tmp_path / "L").write_text("x")
     (tmp_path / "key").write_text("no key")
     licensed = ["--for", "ios", "--license", tmp_path / "L"]
@@ -133,14 +124,14 @@ def test_what_is_refused(artifact: Artifact, tmp_path: Path) -> None:
         ([*licensed, "--key", tmp_path / "key"], "no private key in PEM"),
         ([*licensed, "--key", tmp_path / "none"], "--key"),
     ):
-        done = run(artifact.folder, tmp_path / "out", *words)
+        done = run(tiny_gguf.folder, tmp_path / "out", *words)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "out").exists()
-    other = Artifact(artifact.folder, artifact.manifest.model_copy(update={"target": "onnx"}))
+    other = Artifact(tiny_gguf.folder, tiny_gguf.manifest.model_copy(update={"target": "onnx"}))
     with pytest.raises(BadArtifact, match="an app for android opens gguf, executorch, not onnx"):
         check_bundle(other, "android", tmp_path / "L")
     with pytest.raises(EdgekdError):
-        check_bundle(artifact, "web", None)
+        check_bundle(tiny_gguf, "web", None)
 
 
 def test_limits_have_their_sources() -> None:

@@ -25,7 +25,6 @@ from edgekd.conversation import chat_ids, render_chat, text_ids
 from edgekd.errors import EdgekdError
 from edgekd.generation import Generator
 from edgekd.manifest import Contract, load_artifact
-from edgekd.spec import TargetSpec
 from scripted import END, Scripted
 
 openai = pytest.importorskip("openai")
@@ -481,25 +480,17 @@ def test_a_browser_shows_the_page(at: At, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def artifact(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if targets.absent(targets.load_target("gguf").PACKAGES):
-        pytest.skip("the target is not installed")
-    out = tmp_path_factory.mktemp("served") / "artifact"
-    return targets.export(tiny_teacher, TargetSpec(target="gguf", recipes=["fp16"]), "fp16", out, name="tiny")
-
-
-@pytest.fixture(scope="module")
-def served(artifact: Any) -> Iterator[Any]:
+def served(tiny_gguf: Any) -> Iterator[Any]:
     """A server as a user starts it, and a session of the same artifact beside it."""
-    command = [sys.executable, "-c", "from edgekd.cli import main; main()", "serve", artifact.folder, "--port", "0"]
+    command = [sys.executable, "-c", "from edgekd.cli import main; main()", "serve", tiny_gguf.folder, "--port", "0"]
     process = subprocess.Popen([*command, "--threads", "1"], stderr=subprocess.PIPE, text=True)
     assert process.stderr
     line = process.stderr.readline()
     found = re.match(r"(tiny-gguf-fp16): (http://127\.0\.0\.1:\d+) ", line)
     assert found, line + process.stderr.read()
-    session = targets.open_artifact(artifact, threads=1)
+    session = targets.open_artifact(tiny_gguf, threads=1)
     client = openai.OpenAI(base_url=f"{found[2]}/v1", api_key="none", max_retries=0)
-    yield client, session, artifact.manifest.contract
+    yield client, session, tiny_gguf.manifest.contract
     session.close()
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -568,7 +559,7 @@ def test_a_schema_that_cannot_be_followed(served: Any, schema: Any) -> None:
     assert caught.value.code == "invalid_schema"
 
 
-def test_what_the_command_refuses(artifact: Any, tmp_path: Path) -> None:
+def test_what_the_command_refuses(tiny_gguf: Any, tmp_path: Path) -> None:
     def refused(*words: Any) -> str:
         command = [sys.executable, "-c", "from edgekd.cli import main; main()", "serve", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -576,5 +567,5 @@ def test_what_the_command_refuses(artifact: Any, tmp_path: Path) -> None:
         return done.stderr
 
     assert "is not an artifact" in refused(tmp_path)
-    assert "no key" in refused(load_artifact(artifact.folder).folder, "--host", "0.0.0.0")
-    assert "not readable" in refused(artifact.folder, "--key-file", tmp_path / "none")
+    assert "no key" in refused(load_artifact(tiny_gguf.folder).folder, "--host", "0.0.0.0")
+    assert "not readable" in refused(tiny_gguf.folder, "--key-file", tmp_path / "none")
