@@ -617,7 +617,7 @@ def bundle(
 
     if os.path.lexists(out):
         raise EdgekdError(f"{out} exists.", "Remove it, or name another.")
-    check_writable(out.absolute().parent)
+    check_writable(out)
     loaded = load_artifact(artifact)
     text = check_bundle(loaded, platform, license_file)
     pem = None if key is None else _bytes(key)

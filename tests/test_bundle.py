@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from edgekd import targets
 from edgekd.bundle import GOLDEN, LIMITS, SIGNATURE, SUMS, check_bundle, check_folder, exceeded
+from edgekd.cli import app
 from edgekd.conversation import chat_ids, render_chat, text_ids
 from edgekd.errors import BadArtifact, EdgekdError
 from edgekd.manifest import Artifact, load_artifact
@@ -132,6 +135,18 @@ def test_what_is_refused(tiny_gguf: Artifact, tmp_path: Path) -> None:
         check_bundle(other, "android", tmp_path / "L")
     with pytest.raises(EdgekdError):
         check_bundle(tiny_gguf, "web", None)
+
+
+def test_a_new_name_in_somebody_elses_folder(
+    tiny_gguf: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as /tmp, where everybody may write."""
+    (tmp_path / "L").write_text("x")
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    words = [tiny_gguf.folder, tmp_path / "out", "--for", "ios", "--license", tmp_path / "L", "--threads", "1"]
+    done = CliRunner().invoke(app, ["bundle", *map(str, words)])
+    assert done.exit_code == 0, done.exception
+    check_folder(tmp_path / "out")
 
 
 def test_limits_have_their_sources() -> None:
