@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint import Checkpoint
 from ..manifest import Contract
 from ..session import Session
 from ..student import load_model, load_tokenizer
@@ -56,13 +57,7 @@ def open_reference(folder: Path, context_length: int) -> tuple[Session, Contract
     Raises:
         EdgekdError: and its children: no model folder that transformers reads.
     """
-    tokenizer = load_tokenizer(folder)
-    engine = _TorchEngine(folder, vocab_size := _vocabulary(folder))
+    tokenizer, vocab_size = load_tokenizer(folder), Checkpoint(folder).architecture.vocab_size
+    engine = _TorchEngine(folder, vocab_size)
     contract = contract_of(tokenizer, folder, vocab_size, context_length)
     return DecoderSession(engine, JsonTokenizer(folder / "tokenizer.json", "train"), contract), contract
-
-
-def _vocabulary(folder: Path) -> int:
-    from ..checkpoint import Checkpoint
-
-    return Checkpoint(folder).architecture.vocab_size
