@@ -18,6 +18,8 @@ from edgekd.verify.golden import golden_answers
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 512
+IDS = [300, 400, 500, 20, 30]
+QUESTION = "Größe 世界 <|im_end|> def f(x):"
 
 
 def tool(*names: str, get: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from demos import ROOT, make_artifact, tool
+from demos import IDS, QUESTION, ROOT, make_artifact, tool
 from edgekd import targets
 from edgekd.conversation import chat_ids, render_chat
 from edgekd.files import digest
@@ -19,8 +19,6 @@ from scripted import spoken
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 DEMO = ROOT / "android-demo"
-IDS = [300, 400, 500, 20, 30]
-QUESTION = "Größe 世界 <|im_end|> def f(x):"
 TEXTS = ["Hello, world!", "def f(x):\n    return x + 1\n", "naïve café 你好 🚀 12345", "<|im_end|> is text", " "]
 
 

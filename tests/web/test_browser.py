@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from demos import ROOT, make_artifact, tool
+from demos import IDS, QUESTION, ROOT, make_artifact, tool
 from edgekd import targets
 from edgekd.conversation import chat_ids, render_chat
 from edgekd.files import digest
@@ -26,8 +26,6 @@ from scripted import spoken
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 HERE, DEMO = Path(__file__).parent, ROOT / "web-demo"
 GET = "make test-web"
-IDS = [300, 400, 500, 20, 30]
-QUESTION = "Größe 世界 <|im_end|> def f(x):"
 
 
 @pytest.fixture(scope="module")
