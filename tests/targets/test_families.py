@@ -245,7 +245,8 @@ def _cell(target: str, config: dict[str, Any], folder: Path, sentences: dict[str
     answers: dict[str, list[str]] = {}
     for recipe in recipe_names(target):
         try:
-            targets.check(config, folder, spec_of(target, recipe))
+            context = config["max_position_embeddings"]  # not the default one, which a window may hold
+            targets.check(config, folder, spec_of(target, recipe, context=context))
             answer = "works"
         except Unsupported as refusal:
             told = str(refusal).replace(f"{targets.load_target(target).TITLE} cannot", "The target cannot")
