@@ -459,11 +459,11 @@ def _explain(raw: dict[str, object], error: ValidationError, model: type[BaseMod
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:_MAX_SHOWN]
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(model, first["loc"][:-1])
-        text = f"unknown key {key}; {_nearest(str(first['loc'][-1]), valid, 'valid keys')}"
+        text = f"unknown key {key}; {nearest(str(first['loc'][-1]), valid, 'valid keys')}"
     elif first["type"] == "union_tag_invalid":
         valid = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
         tag = first["ctx"]["tag"]
-        text = f"key {key}: unknown {name} {tag!r:.200}; {_nearest(tag, valid, 'there are')}"
+        text = f"key {key}: unknown {name} {tag!r:.200}; {nearest(tag, valid, 'there are')}"
     elif first["type"] in ("missing", "union_tag_not_found"):
         text = f"key {key} is missing."
     elif first["type"] == "value_error":
@@ -474,7 +474,8 @@ def _explain(raw: dict[str, object], error: ValidationError, model: type[BaseMod
     return text + (f" And {more} more." if more else "")
 
 
-def _nearest(word: str, valid: Sequence[str], title: str) -> str:
+def nearest(word: str, valid: Sequence[str], title: str = "there are") -> str:
+    """A hint for a word that is none of the valid ones: the one that was meant, or all of them."""
     near = difflib.get_close_matches(word[:_MAX_SHOWN], valid, 1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"{title}: {', '.join(valid)}."
 

@@ -7,7 +7,6 @@ imported when its target is first asked for.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ from ..errors import BadArtifact, SpecError
 from ..files import digest
 from ..manifest import PROOF, Artifact, load_artifact
 from ..session import Arithmetic, Session
-from ..spec import Spec, TargetSpec, checked, spec_of
+from ..spec import Spec, TargetSpec, checked, nearest, spec_of
 from ..tokenizer_file import hard_texts
 from ..trial import mark, try_once
 from .shared.artifact import installed
@@ -92,9 +91,7 @@ def load_target(name: str) -> Target:
 def _module_name(name: str) -> str:
     modules = TARGETS | {plug_in: point.module for plug_in, point in _plug_ins().items()}
     if name not in modules:
-        near = difflib.get_close_matches(name, modules, 1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names())}."
-        raise SpecError(f"targets: unknown target {name!r}; {hint}")
+        raise SpecError(f"targets: unknown target {name!r}; {nearest(name, names())}")
     return modules[name]
 
 

@@ -5,7 +5,6 @@ A profile holds a run on this machine to the device's limits, or is what ``predi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...errors import SpecError
-from ...spec import checked
+from ...spec import checked, nearest
 from ...strict_yaml import read_yaml
 from ..children import Limits
 
@@ -127,9 +126,7 @@ def load_profile(name: str) -> Profile:
     if path.suffix not in (".yaml", ".yml"):
         names = profile_names()
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}."
-            raise SpecError(f"unknown profile {name!r:.200}; {hint}")
+            raise SpecError(f"unknown profile {name!r:.200}; {nearest(name, names)}")
         path = Path(str(resources.files(__name__) / f"{name}.yaml"))
     values = read_yaml(path, SpecError)
     if not isinstance(values, Mapping):

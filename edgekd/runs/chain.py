@@ -252,7 +252,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
 
 def _ledger(run: Run, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.verify
-    key = _key(reads, ["verify/parity.py", "verify/reference.py", _PROOF], spec.windows, spec.context)
+    key = _key(reads, ["matmul.py", "verify/parity.py", "verify/reference.py", _PROOF], spec.windows, spec.context)
     models = [run.reader.config, *[run.student_config] * (1 + len(run.quantizations))]
     cost = plan.inference_cost(models, spec.windows * spec.context, machine)
     return Stage("ledger", "ledger", key, cost, partial(work.measure_hops, run), _folders(reads))
@@ -284,7 +284,7 @@ def _artifact(
 
 def _verified(run: Run, export: Export, reads: Sequence[Stage], machine: Machine) -> Stage:
     spec = run.spec.verify
-    key = _key(reads, ["verify", _PROOF], spec.model_dump(exclude={"thresholds"}))
+    key = _key(reads, ["matmul.py", "verify", _PROOF], spec.model_dump(exclude={"thresholds"}))
     # In memory are the artifact and what it is compared with.
     cost = plan.inference_cost([run.student_config] * 2, 3 * spec.windows * spec.context, machine)
     job = partial(work.verify, run, export)

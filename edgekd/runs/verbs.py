@@ -4,6 +4,7 @@ because each needs rooms that must not know each other."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -279,18 +280,15 @@ def evaluate_artifact(
     check_harness()
     folder = resolve_model(reference) if reference else None
     contract = artifact.manifest.contract
-    session = open_artifact(artifact, threads=threads)
-    try:
+    with closing(open_artifact(artifact, threads=threads)) as session:
         ours = score(session, contract, tasks, tell=lambda share: tell(share, "artifact"), **options)
-    finally:
-        session.close()
     if folder is None:
         return ours
     from ..evaluation.reference import open_reference
 
-    session, contract = open_reference(folder, contract.context_length)
-    theirs = score(session, contract, tasks, tell=lambda share: tell(share, "reference"), **options)
-    session.close()
+    model, contract = open_reference(folder, contract.context_length)
+    with closing(model):
+        theirs = score(model, contract, tasks, tell=lambda share: tell(share, "reference"), **options)
     return beside(ours, theirs, str(reference))
 
 
