@@ -52,7 +52,11 @@ def key_of(record: BenchRecord) -> tuple[str, ...]:
     """What must be the same for figures to be held against each other."""
     b = record.benchmark
     parts = (record.artifact, record.target, b.machine.device or b.machine.cpu, b.machine.runtime_build)
-    return (*(str(part) for part in parts if part), f"{b.settings.threads} threads")
+    return (
+        *(str(part) for part in parts if part),
+        f"{b.settings.threads} threads",
+        f"TTFT from {b.settings.ttft_from}",
+    )
 
 
 def _section(key: Sequence[str], records: Sequence[BenchRecord]) -> str:

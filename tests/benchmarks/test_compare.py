@@ -113,6 +113,10 @@ def test_the_page_of_a_history(artifacts, tmp_path):
     assert page.count("<h2>") == 1
     other = replace(artifacts[1])
     assert render([*records, record_of(other, _benchmark(1.0))]).count("<h2>") == 2
+    benchmark = records[0].benchmark
+    settings = benchmark.settings.model_copy(update={"ttft_from": "text"})
+    from_text = records[0].model_copy(update={"benchmark": benchmark.model_copy(update={"settings": settings})})
+    assert render([*records, from_text]).count("<h2>") == 2, "another TTFT is another figure"
     with pytest.raises(EdgekdError, match="history is empty"):
         build([], tmp_path / "none.html")
 
