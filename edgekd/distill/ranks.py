@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ class Ranks:
         """Whether this is the one that writes and tells."""
         return self.rank == 0
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         """What this process computes on."""
         from accelerate import PartialState
