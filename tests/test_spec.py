@@ -217,8 +217,8 @@ def test_a_pattern_means_files_alone(tmp_path):
 def _load(tmp_path, text):
     path = tmp_path / "spec.yaml"
     path.write_text(textwrap.dedent(text))
-    began = time.perf_counter()
+    began = time.process_time()  # of this process: a shared machine stalls for seconds now and then
     try:
         return load_spec(path, model=MODEL)
     finally:
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
