@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -94,11 +95,21 @@ def head_sha256(path: Path, size: int) -> str:
 
 
 def set_threads(threads: int) -> None:
-    """Size of the thread pool that all programs of the process share."""
+    """Size of the thread pool that all programs of the process share.
+
+    Raises:
+        EdgekdError: one is open with another size; made anew beneath it, the pool would end the process.
+    """
     from executorch.extension.pybindings import portable_lib
 
-    if portable_lib._threadpool_get_thread_count() != threads:
-        portable_lib._unsafe_reset_threadpool(threads)
+    if (size := portable_lib._threadpool_get_thread_count()) == threads:
+        return
+    if _open_engines:
+        raise EdgekdError(
+            f"An ExecuTorch artifact is open in this process with {size} threads, and all share one pool.",
+            f"Close it before one is opened with {threads}, or open this one with {size}.",
+        )
+    portable_lib._unsafe_reset_threadpool(threads)
 
 
 @functools.cache
@@ -146,6 +157,9 @@ def execute(method: Any, ids: Sequence[int], start: int) -> Any:
         return method.execute(inputs)[0]
 
 
+_open_engines: weakref.WeakSet[ExecutorchEngine] = weakref.WeakSet()
+
+
 class ExecutorchEngine:
     """An ExecuTorch program: the ``Engine`` protocol."""
 
@@ -159,6 +173,7 @@ class ExecutorchEngine:
             raise BadArtifact(f"{path}: ExecuTorch does not load it: {error}.", "Export the artifact again.") from error
         self._path = path
         self._forward = self._method(PREFILL)
+        _open_engines.add(self)
 
     def _method(self, name: str) -> Any:
         try:
@@ -211,3 +226,4 @@ class ExecutorchEngine:
     def close(self) -> None:
         """Free the runtime's memory."""
         self._program = self._forward = None
+        _open_engines.discard(self)

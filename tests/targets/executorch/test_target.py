@@ -342,6 +342,26 @@ def test_attention_starts_no_threads_of_its_own(made: Any) -> None:
     assert done.stdout == "0\n"
 
 
+def test_an_open_session_keeps_the_pool_that_it_runs_in(made: Any) -> None:
+    """In a process of its own, which a pool made anew beneath a session would end."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from edgekd.errors import EdgekdError; from edgekd.targets import open_artifact\n"
+        "one = open_artifact(Path(sys.argv[1]), threads=2); before = one.prefill(range(5, 60)).tolist()\n"
+        "try: open_artifact(Path(sys.argv[1]), threads=1)\n"
+        "except EdgekdError as error: print(error)\n"
+        "one.reset(); print(one.prefill(range(5, 60)).tolist() == before); one.close()\n"
+        "open_artifact(Path(sys.argv[1]), threads=1).prefill([5])\n"
+    )
+    command = [sys.executable, "-c", code, made["llama tied"][0].folder]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == [
+        "An ExecuTorch artifact is open in this process with 2 threads, and all share one pool. "
+        "Close it before one is opened with 1, or open this one with 2.",
+        "True",
+    ]
+
+
 @pytest.mark.skipif(session_._mkl() is None, reason="PyTorch without MKL")
 def test_mkl_has_its_threads_back() -> None:
     told = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_get_max_threads
