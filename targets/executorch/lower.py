@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from .model import Decoder, Linear
 from .session import ALL, CHUNK, PREFILL, ROWS
 
 if TYPE_CHECKING:
+    import torch
     from executorch.exir import ExecutorchProgramManager
     from executorch.exir.backend.partitioner import Partitioner
     from torch.export import ExportedProgram
@@ -53,7 +56,7 @@ def lower(decoder: Decoder, backend: str, constants: Mapping[str, object]) -> Lo
     )
     from executorch.exir.passes.memory_planning_pass import MemoryPlanningPass
 
-    with quiet():
+    with quiet(), _seldom_collected():
         config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
         forward = to_edge_transform_and_lower(
             _export(decoder), partitioner=[_partitioner(backend)], compile_config=config
@@ -69,6 +72,18 @@ def lower(decoder: Decoder, backend: str, constants: Mapping[str, object]) -> Lo
             )
         )
     return Lowered(manager, delegates, delegated, undelegated)
+
+
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Passes make millions of small objects that refer to each other: looking for garbage as often as Python does took
+    a quarter of their time."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _export(decoder: Decoder) -> ExportedProgram:
@@ -152,6 +167,13 @@ def _partitioner(backend: str) -> Partitioner:
             super().__init__()
             # This key leaves out all of the backend's passes but one; this model needs none of the others.
             self.delegation_spec = DelegationSpec("XnnpackBackend", [CompileSpec("dqlinear_partitioner", b"")])
+
+        def ops_to_not_decompose(
+            self, ep: ExportedProgram
+        ) -> tuple[list[torch._ops.OpOverload], Callable[[torch.fx.Node], bool] | None]:
+            """Its own, of which it runs each as this model has it: asked node by node, lowering would trace the graph
+            twice more."""
+            return super().ops_to_not_decompose(ep)[0], None
 
         def partition(self, exported_program: ExportedProgram) -> PartitionResult:
             taken = {node for group in self.get_matched_nodes_from_configs(exported_program) for node in group}
