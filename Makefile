@@ -11,6 +11,8 @@
 #
 # The set-up is done once and again when pyproject.toml or constraints.txt changes. Variables:
 #   PYTHON       the interpreter to make .venv with, 3.11 or newer
+#   PYTEST_ARGS  what pytest is told besides: -m 'not slow', a file, -n 0 for one process
+#   JOBS         how many processes test and build: default, one for each core
 #   FUZZ_MUTANTS how many mutants of each of the quickstart's artifacts make fuzz opens, where these were made
 #   METHOD       how make real chooses the integers: gptq, or rtn, which is faster and worse
 #   FUZZ_HOURS   how long make fuzz takes at random, all kinds together; guided by coverage it takes as long again
@@ -50,7 +52,7 @@ real: setup
 	done
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check:
 	.ci/run

@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
     "distill": {"steps": 2, "batch_size": 2, "warmup_steps": 1, "validate_every": 2, "baseline": False},
     "quantize": {"method": "rtn", "compare": [], "calibration_windows": 2},
     "verify": {"windows": 2, "context": 32, "greedy_tokens": 4},
-    "bench": {"prompt_tokens": [8], "decode_tokens": 4, "runs": 1},
+    "bench": {"prompt_tokens": [8], "decode_tokens": 4, "runs": 1, "cold_runs": 0, "curve_seconds": 0},
 }
 ALL_TARGETS = [
     {"target": "gguf", "recipes": ["fp16", "portable-int4"]},

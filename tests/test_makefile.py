@@ -26,6 +26,14 @@ def test_a_target_parses(target: str) -> None:
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
+def test_what_pytest_is_told_comes_last() -> None:
+    """So that it has its way: ``-n 0`` too."""
+    words = ["make", "-n", "-o", "setup", "test", "JOBS=3", "PYTEST_ARGS=-n 0 -m 'not slow' tests/test_spec.py"]
+    done = subprocess.run(words, cwd=MAKEFILE.parent, capture_output=True, text=True)
+    (line,) = (line for line in done.stdout.splitlines() if " -m pytest " in line)
+    assert " -n 3 " in line and line.endswith(" -n 0 -m 'not slow' tests/test_spec.py")
+
+
 def online() -> bool:
     """Whether the package index answers."""
     try:

@@ -34,7 +34,7 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     # Six steps and not 150 bring int4 less near.
     spec["verify"]["thresholds"]["portable-int4"] |= {"top1_min": 0.93, "kl_mean_max": 0.01}
     spec["verify"]["thresholds"]["portable-int4-head4"]["top1_min"] = 0.85
-    spec["bench"]["runs"] = 1
+    spec["bench"] |= {"runs": 1, "cold_runs": 1}
     (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(spec))
     command = [sys.executable, "-m", "edgekd.cli", "run", "quickstart.yaml", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

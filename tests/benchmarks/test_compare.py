@@ -15,6 +15,8 @@ from edgekd.errors import EdgekdError
 from edgekd.proof import Benchmark, Figure
 from edgekd.spec import BenchSpec
 
+pytestmark = pytest.mark.alone
+
 
 def _blocks(rng, slowdown, blocks=12):
     """As a shared machine gives them: 4 % of noise a run, a drift of 15 % that both meet, a run in ten disturbed."""

@@ -11,6 +11,8 @@ from edgekd.benchmarks.definitions import first_text, real_text, serve
 from edgekd.errors import EdgekdError
 from scripted import spoken
 
+pytestmark = pytest.mark.alone
+
 TOKENIZE_S, PREFILL_S, DECODE_S = 0.010, 0.003, 0.004  # of a text, of a token, of a token
 SPOKEN = "é=1\n"  # é is two tokens of a byte: the first has no whole character
 

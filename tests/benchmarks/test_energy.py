@@ -14,6 +14,8 @@ from edgekd.benchmarks.energy import EnergyRun, Meter, NoCounter, Window, counte
 from edgekd.benchmarks.gpu import vram_bytes
 from edgekd.benchmarks.harness import energies
 
+pytestmark = pytest.mark.alone
+
 IDLE_W, PREFILL_W, DECODE_W = 20.0, 80.0, 50.0
 
 

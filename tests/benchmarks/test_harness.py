@@ -21,6 +21,8 @@ from edgekd.manifest import Traffic
 from edgekd.proof import Figure
 from edgekd.spec import BenchSpec
 
+pytestmark = pytest.mark.alone
+
 HERE = Path(__file__).parent
 QUICK = {"cold_runs": 0, "curve_seconds": 0, "energy_seconds": 0}
 SPEC = BenchSpec(prompt_tokens=[20, 5], decode_tokens=12, runs=2, threads=1, **QUICK)

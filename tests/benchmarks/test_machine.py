@@ -11,7 +11,7 @@ import pytest
 
 from edgekd.benchmarks.machine import NoiseWatch
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's counters")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(sys.platform != "linux", reason="Linux's counters")]
 
 
 def _system(root, *, busy, steal, waited, memory, throttled, khz, degrees):

@@ -12,6 +12,7 @@ from edgekd.benchmarks.machine import bandwidth_buffer_bytes, bandwidth_samples,
 from edgekd.benchmarks.metrics import bootstrap_median, decode_roofline_fraction, median, percentile, tokens_per_s
 from edgekd.manifest import Traffic
 
+pytestmark = pytest.mark.alone
 seconds = st.floats(1e-6, 1e3)
 
 

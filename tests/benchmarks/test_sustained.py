@@ -10,6 +10,8 @@ import pytest
 
 from edgekd.benchmarks.sustained import SLICES, change_point, sustained
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_drop_of_forty_percent_at_slice_12_is_found_within_one_slice(seed):

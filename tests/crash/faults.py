@@ -46,7 +46,7 @@ targets:
   - {target: gguf, recipes: [fp16, portable-int4, gguf-q4_k_m], context: 96}
   - {target: onnx, recipes: [portable-int4], context: 96}
 verify: {windows: 2, context: 32, greedy_tokens: 4, thresholds: {default: {kl_mean_max: 100, top1_min: 0}}}
-bench: {prompt_tokens: [8], decode_tokens: 4, runs: 1}
+bench: {prompt_tokens: [8], decode_tokens: 4, runs: 1, cold_runs: 0, curve_seconds: 0}
 """
 
 Kind = Literal["kill", "interrupt", "full disk"]

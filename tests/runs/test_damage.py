@@ -22,7 +22,7 @@ distill: {{steps: 4, batch_size: 2, warmup_steps: 1, validate_every: 2, baseline
 quantize: {{method: rtn, calibration_windows: 4}}
 targets: [{{target: gguf, recipes: [portable-int4, gguf-q4_k_m]}}]
 verify: {{windows: 1, context: 32, greedy_tokens: 2, thresholds: {{default: {{kl_mean_max: 100, top1_min: 0}}}}}}
-bench: {{prompt_tokens: [8], decode_tokens: 2, runs: 1}}
+bench: {{prompt_tokens: [8], decode_tokens: 2, runs: 1, cold_runs: 0, curve_seconds: 0}}
 """
 ALL = {
     "data",

@@ -27,7 +27,7 @@ quantize:
   qad: {{precision: float32, steps: 80, batch_size: 4, warmup_steps: 1, validate_every: 10, checkpoint_every: 5}}
 targets: [{{target: gguf, recipes: [fp16, portable-int4], context: 96}}]
 verify: {{windows: 2, context: 32, greedy_tokens: 4, thresholds: {{fp16: {{kl_mean_max: {gate}}}}}}}
-bench: {{prompt_tokens: [8], decode_tokens: 4, runs: 1}}
+bench: {{prompt_tokens: [8], decode_tokens: 4, runs: 1, cold_runs: 0, curve_seconds: 0}}
 """
 
 

@@ -16,7 +16,7 @@ distill: {{steps: 4, batch_size: 2, warmup_steps: 1, validate_every: 2}}
 quantize: {{method: rtn}}
 targets: [{{target: gguf, recipes: [fp16]}}]
 verify: {{windows: 1, context: 32, greedy_tokens: 2}}
-bench: {{prompt_tokens: [8], decode_tokens: 2, runs: 1}}
+bench: {{prompt_tokens: [8], decode_tokens: 2, runs: 1, cold_runs: 0, curve_seconds: 0}}
 """
 
 

@@ -17,7 +17,7 @@ distill: {{steps: 2, batch_size: 2, warmup_steps: 1, validate_every: 2}}
 quantize: {{method: qad, calibration_windows: 2, qad: {{steps: 2, batch_size: 2, warmup_steps: 1, validate_every: 2}}}}
 targets: [{{target: gguf, recipes: [portable-int4]}}]
 verify: {{windows: 1, context: 32, greedy_tokens: 2, thresholds: {{}}}}
-bench: {{prompt_tokens: [8], decode_tokens: 2, runs: 1}}
+bench: {{prompt_tokens: [8], decode_tokens: 2, runs: 1, cold_runs: 0, curve_seconds: 0}}
 """
 CODE = """
 from tokenizers import Tokenizer
