@@ -12,7 +12,16 @@ from typing import Any
 
 from chats import CHATS, SPECIALS, TEMPLATES, TOOLS
 from edgekd.benchmarks.metrics import median, percentile, tokens_per_s
-from edgekd.conversation import ChatTemplate, Stops, TemplateRefused, TooLong, fitted_chat, parts
+from edgekd.conversation import (
+    ChatTemplate,
+    Stops,
+    TemplateRefused,
+    TooLong,
+    check_prompt,
+    fitted_chat,
+    parts,
+    text_ids,
+)
 from edgekd.files import file_sha256, write_json
 from edgekd.manifest import Contract
 from edgekd.session import Characters
@@ -226,7 +235,7 @@ def history() -> Iterator[dict[str, Any]]:
         "one question": turns("x" * 90),
     }
     for name, messages in chats.items():
-        for context, tokens in ((200, 20), (120, 20), (120, 1000), (80, 20), (60, 1000)):
+        for context, tokens in ((200, 20), (120, 20), (120, 1000), (109, 20), (108, 20), (80, 20), (60, 1000)):
             contract = Contract(**{**CONTRACT, "special_ids": {}, "chat_template": HISTORY_TEMPLATE})
             session: Any = Letters(context)
             expect: dict[str, Any]
@@ -243,6 +252,27 @@ def history() -> Iterator[dict[str, Any]]:
                 "max_tokens": tokens,
                 "expect": expect,
             }
+
+
+def room() -> Iterator[dict[str, Any]]:
+    """Texts that leave an answer room, and such that do not."""
+    for context in (1, 2, 9, 1024):
+        for bos in (None, 0):
+            contract = Contract(**{**CONTRACT, "add_bos": bos is not None, "bos_id": bos})
+            for length in sorted({0, 1, max(context - 2, 0), context - 1, context, 2000}):
+                session: Any = Letters(context)
+                ids = text_ids(session, contract, "x" * length)
+                expect: dict[str, Any]
+                try:
+                    expect = {"tokens": len(check_prompt(session, ids))}
+                except TooLong:
+                    expect = {"refused": "too_long" if ids else "empty", "numbers": [len(ids), context]}
+                yield {
+                    "name": f"{length} characters in {context}{', BOS' * (bos is not None)}",
+                    "contract": {"add_bos": bos is not None, "bos_id": bos, "context_length": context},
+                    "length": length,
+                    "expect": expect,
+                }
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -383,6 +413,7 @@ def vectors() -> dict[str, dict[str, Any]]:
         "prompts.json": {"about": "chats as their templates render them", **shared, "cases": list(prompts())},
         "texts.json": {"about": "texts to be gone on with", "cases": list(texts())},
         "history.json": {"about": "chats too long", "template": HISTORY_TEMPLATE, "cases": list(history())},
+        "room.json": {"about": "prompts at the edge of the context", "cases": list(room())},
         "streams.json": {"about": "tokens as text", "cases": list(streams())},
         "stops.json": {"about": "texts that end answers", "cases": list(stops())},
         "statistics.json": {"about": "figures of benchmarks", "cases": list(statistics())},

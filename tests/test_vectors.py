@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgekd.conversation import ChatTemplate, Stops, TooLong, fitted_chat, text_ids
+from edgekd.conversation import ChatTemplate, Stops, TooLong, check_prompt, fitted_chat, text_ids
 from edgekd.errors import BadArtifact
 from edgekd.manifest import Contract, load_artifact
 from edgekd.targets.gguf.session import as_llama_cpp_reads
@@ -153,6 +153,21 @@ def test_a_chat_that_is_too_long_loses_its_beginning(case: dict[str, Any]) -> No
     assert kept == [case["messages"][place] for place in case["expect"]["keep"]]
     assert "".join(map(chr, ids)) == case["expect"]["text"]
     assert kept[-1] == case["messages"][-1] and len(ids) < case["context_length"]
+
+
+@cases("room.json")
+def test_a_prompt_leaves_room_for_an_answer(case: dict[str, Any]) -> None:
+    plain = {"vocab_size": 9, "eos_ids": [], "chat_template": None}
+    contract, expect = Contract(**plain, **case["contract"]), case["expect"]
+    session: Any = Letters(contract.context_length)
+    ids = text_ids(session, contract, "x" * case["length"])
+    assert len(ids) == case["length"] + contract.add_bos
+    if "refused" in expect:
+        with pytest.raises(TooLong) as refusal:
+            check_prompt(session, ids)
+        assert [int(number) for number in re.findall(r"\d+", str(refusal.value))] == expect["numbers"]
+    else:
+        assert len(check_prompt(session, ids)) == expect["tokens"] < contract.context_length
 
 
 @cases("streams.json")

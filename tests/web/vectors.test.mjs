@@ -4,6 +4,7 @@ import { readFileSync } from "node:fs";
 import test from "node:test";
 
 import { textIds, promptParts, renderChat, fittedChat } from "../../web-demo/core/conversation.js";
+import { realText } from "../../web-demo/core/definitions.js";
 import { cacheBytes, checkFiles, parseManifest } from "../../web-demo/core/manifest.js";
 import { memoryShortage } from "../../web-demo/core/memory.js";
 import { selfTest } from "../../web-demo/core/selftest.js";
@@ -91,6 +92,18 @@ for (const { name, messages, context_length, max_tokens, expect } of history.cas
   });
 }
 
+for (const { name, contract, length, expect } of read("room").cases) {
+  test(`room: ${name}`, () => {
+    const ids = () => textIds({ encode: (text) => [...text] }, contract, "x".repeat(length));
+    if (!expect.refused) return assert.equal(ids().length, expect.tokens);
+    assert.throws(ids, (error) => {
+      assert.equal(error.code, expect.refused);
+      if (error.code === "too_long") assert.deepEqual(error.message.match(/\d+/g).map(Number), expect.numbers);
+      return true;
+    });
+  });
+}
+
 for (const { name, tokens, expect } of read("streams").cases) {
   test(`streams: ${name}`, () => {
     const stream = new Utf8Stream();
@@ -120,6 +133,13 @@ test("memory: a model that is too large is refused with the numbers", () => {
   assert.match(sentence, /needs 1596 MiB of memory \(500 MiB of weights.*there are 1500 MiB/);
   assert.equal(memoryShortage(manifest, 500 * 2 ** 20, 1596 * 2 ** 20), null);
   assert.equal(memoryShortage(manifest, 500 * 2 ** 20, null), null);
+});
+
+test("benchmark: text of exactly so many tokens, or a sentence", () => {
+  const words = { encode: (text) => text.split(" ").filter(Boolean) };
+  for (const count of [1, 7, 300]) assert.equal(words.encode(realText(words, count)).length, count);
+  const pairs = { encode: (text) => Array(2 * text.length) };
+  assert.throws(() => realText(pairs, 7), { name: "Refusal", message: /makes 7 tokens of no text/ });
 });
 
 test("self-test: the first token that differs is named", async () => {

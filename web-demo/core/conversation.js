@@ -79,9 +79,11 @@ export function fittedChat(tokenizer, contract, messages, most) {
   }
 }
 
+/** The ids of a prompt, where the context holds them and an answer. */
 function checkRoom(ids, contract) {
-  if (ids.length <= contract.context_length) return ids;
-  const words = `The prompt has ${ids.length} tokens, the context ${contract.context_length}.`;
+  if (!ids.length) throw new Refusal("empty", "The prompt has no tokens.", "Write something.");
+  if (ids.length < contract.context_length) return ids;
+  const words = `The prompt has ${ids.length} tokens, the context holds ${contract.context_length} with an answer.`;
   throw new Refusal("too_long", words, "Ask in fewer words.");
 }
 

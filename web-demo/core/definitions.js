@@ -1,5 +1,6 @@
 /** The terms of a benchmark, as edgekd's benchmarks/definitions.py has them: expressions over one request's readings. */
 
+import { Refusal } from "./refusal.js";
 import { Utf8Stream } from "./utf8.js";
 
 /** Tokens that are waited for when a first character is looked for: more have no text at all. */
@@ -66,7 +67,7 @@ export async function serve(decoder, tokenizer, text, decodeTokens, { untilText 
 export const firstText = (decoder, tokenizer, text, room) =>
   serve(decoder, tokenizer, text, Math.min(MOST_SILENT_TOKENS, room), { untilText: true });
 
-/** English text that the tokenizer reads as exactly so many tokens; null: of no stretch of it. */
+/** English text that the tokenizer reads as exactly so many tokens. */
 export function realText(tokenizer, tokens) {
   const count = (text) => tokenizer.encode(text).length;
   for (let start = 0; start < ENGLISH.length; start += 64) {
@@ -79,5 +80,5 @@ export function realText(tokenizer, tokens) {
     }
     for (let end = Math.max(1, low - 4); end <= low + 8; end++) if (count(text.slice(0, end)) === tokens) return text.slice(0, end);
   }
-  return null;
+  throw new Refusal("bad_value", `The tokenizer makes ${tokens} tokens of no text.`, "Export the artifact again.");
 }

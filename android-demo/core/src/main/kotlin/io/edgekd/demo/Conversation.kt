@@ -114,9 +114,11 @@ fun fittedChat(
     }
 }
 
+/** The ids of a prompt, where the context holds them and an answer. */
 private fun checkRoom(ids: List<Int>, contract: Contract): List<Int> {
-    if (ids.size <= contract.contextLength) return ids
-    val words = "The prompt has ${ids.size} tokens, the context ${contract.contextLength}."
+    if (ids.isEmpty()) throw Refusal("empty", "The prompt has no tokens.", "Write something.")
+    if (ids.size < contract.contextLength) return ids
+    val words = "The prompt has ${ids.size} tokens, the context holds ${contract.contextLength} with an answer."
     throw Refusal("too_long", words, "Ask in fewer words.")
 }
 

@@ -23,10 +23,11 @@ private fun int(value: Any?) = (value as Long).toInt()
 private fun <T> typed(value: Any?) = value as T
 
 /** The code of what is refused, or "none". */
-private fun refused(work: () -> Unit): String = try {
+private fun refused(onRefusal: (Refusal) -> Unit = {}, work: () -> Unit): String = try {
     work()
     "none"
 } catch (error: Refusal) {
+    onRefusal(error)
     error.code
 }
 
@@ -126,6 +127,20 @@ class VectorsTest {
             assertEquals("${case["name"]}", expect["text"], String(CharArray(ids.size) { ids[it].toChar() }))
             assertEquals("${case["name"]}", expect["keep"], kept.map { one -> messages.indexOfFirst { it === one }.toLong() })
         }
+    }
+
+    @Test
+    fun room() = cases("room").forEach { case ->
+        val given = case["contract"] as Map<*, *>
+        val contract = Contract(int(given["context_length"]), 300, (given["bos_id"] as Long?)?.toInt(), listOf(1), given["add_bos"] as Boolean, null)
+        val expect = case["expect"] as Map<*, *>
+        val text = "x".repeat(int(case["length"]))
+        var words = ""
+        var tokens: Long? = null
+        val code = refused({ words = it.message!! }) { tokens = textIds({ given, _ -> given.map { 7 } }, contract, text).size.toLong() }
+        assertEquals("${case["name"]}", expect["refused"] ?: "none", code)
+        assertEquals("${case["name"]}", expect["tokens"], tokens)
+        if (code == "too_long") assertEquals("${case["name"]}", expect["numbers"], Regex("\\d+").findAll(words).map { it.value.toLong() }.toList())
     }
 
     @Test
@@ -237,6 +252,7 @@ class CoreTest {
     fun textOfExactlySoManyTokens() {
         val words = TextToIds { text, _ -> text.split(" ").filter { it.isNotEmpty() }.map { it.length } }
         for (count in listOf(1, 7, 300)) assertEquals(count, words.tokenize(realText(words, count), true).size)
+        assertEquals("bad_value", refused { realText({ text, _ -> List(2 * text.length) { 1 } }, 7) })
         assertArrayEquals(intArrayOf(3), BenchSettings(listOf(64, 3), 4, 1).fitted(9).promptTokens.toIntArray())
     }
 }
