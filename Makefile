@@ -8,6 +8,8 @@
 # make teacher      train the shipped teacher again, into build/pycode-16m (an hour on two idle cores)
 # make fuzz         feed damaged files of every kind for FUZZ_HOURS; stopped, it goes on where it was (build/fuzz)
 # make llama-bench  build llama.cpp's own benchmark, the peer of benchmarks/peers/llama_bench.py
+# make vulkan       build llama.cpp's Vulkan backend beside the installed llama.cpp, into build/vulkan
+# make test-vulkan  build it and run its tests, on Mesa's software GPU where there is no other
 #
 # The set-up is done once and again when pyproject.toml or constraints.txt changes. Variables:
 #   PYTHON       the interpreter to make .venv with, 3.11 or newer
@@ -16,6 +18,7 @@
 #   FUZZ_MUTANTS how many mutants of each of the quickstart's artifacts make fuzz opens, where these were made
 #   METHOD       how make real chooses the integers: gptq, or rtn, which is faster and worse
 #   FUZZ_HOURS   how long make fuzz takes at random, all kinds together; guided by coverage it takes as long again
+#   GPU          the GPU that llama.cpp is built for: auto (the toolkit that is installed), none, cuda or vulkan
 #   EXTRAS       the extras of pyproject.toml to install
 #   TORCH_INDEX  an index to take torch from. Empty, pip decides as you configured it; on Linux that may be the CUDA
 #                build, which works but is gigabytes: name the CPU wheel index that PyTorch's own install page gives.
@@ -27,13 +30,18 @@ FUZZ_HOURS ?= 8
 METHOD ?= gptq
 FUZZ_MUTANTS ?= 10000
 TORCH_INDEX ?=
+GPU ?= auto
 LLAMA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd
 GUIDED := spec manifest config index template
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS = $(shell getconf _NPROCESSORS_ONLN)
+LLAMA_FLAGS := $(shell $(PYTHON) -I targets/gguf/build_flags.py $(GPU))
+# pip reuses a wheel that it built, and keeps one that it installed, whatever the flags were: so they name cache and stamp.
+LLAMA_BUILD := $(shell echo "$(LLAMA_FLAGS)" | cksum | cut -d' ' -f1)
+STAMP := .venv/.stamp-$(LLAMA_BUILD)
 
-.PHONY: quickstart real test test-web test-android check metrics fuzz teacher llama-bench setup clean
+.PHONY: quickstart real test test-web test-android test-vulkan check metrics fuzz teacher llama-bench vulkan setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -86,33 +94,45 @@ fuzz: setup
 	        -max_total_time=$$(($(FUZZ_HOURS) * 3600 / $(words $(GUIDED)))) || exit 1; \
 	done
 
-llama-bench: setup
+llama-bench: setup build/llama-source/vendor
+	cmake -S build/llama-source/vendor/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release \
+	    $(LLAMA_FLAGS) -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	cmake --build build/llama.cpp -j $(JOBS) --target llama-bench
+
+build/llama-source/vendor: constraints.txt
 	@command -v cmake >/dev/null || { echo "cmake is needed: apt install cmake, or brew install cmake." >&2; exit 1; }
 	mkdir -p build/llama-source
 	$(PIP) download -c constraints.txt --no-deps --no-binary llama-cpp-python -d build llama-cpp-python
 	tar -xzf build/llama_cpp_python-*.tar.gz -C build/llama-source --strip-components 1
-	cmake -S build/llama-source/vendor/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release \
-	    $$($(PYTHON) -I targets/gguf/build_flags.py) -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
-	    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
-	cmake --build build/llama.cpp -j $(JOBS) --target llama-bench
+	@touch $@
 
-setup: .venv/.stamp
+# A backend of the installed llama.cpp's own version, which GGML_BACKEND_PATH adds to it: 8 minutes of one core, most of
+# them for shaders.
+vulkan: setup build/llama-source/vendor
+	.ci/vulkan.sh build/llama-source/vendor/llama.cpp build/vulkan $(JOBS)
 
-.venv/.stamp: pyproject.toml constraints.txt targets/gguf/build_flags.py .ci/llama_only.cmake
+test-vulkan: vulkan
+	GGML_BACKEND_PATH=$(CURDIR)/build/vulkan/bin/libggml-vulkan.so GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES-0} \
+	    $(BIN)/python -m pytest -rs -m vulkan tests/targets/gguf
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt targets/gguf/build_flags.py .ci/llama_only.cmake
 	@$(PYTHON) -c 'import sys; sys.exit("edgekd needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed to build llama.cpp: apt install g++, or xcode-select --install." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "== 1 of 3: torch"
 	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "== 2 of 3: llama.cpp, built for this CPU (minutes, the first time)"
-	@# pip reuses a wheel it built whatever the flags were: so the flags name its cache.
-	flags="$$($(PYTHON) -I targets/gguf/build_flags.py)" && \
-	CMAKE_ARGS="$$flags '-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/.ci/llama_only.cmake'" \
+	@test -n "$(LLAMA_FLAGS)"
+	CMAKE_ARGS="$(LLAMA_FLAGS) '-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/.ci/llama_only.cmake'" \
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
 	$(PIP) install -c constraints.txt --no-binary llama-cpp-python \
-	    --cache-dir "$(LLAMA_CACHE)/llama-$$(echo "$$flags" | cksum | cut -d' ' -f1)" llama-cpp-python
+	    $$(ls .venv/.stamp-* >/dev/null 2>&1 && ! test -f $@ && echo --force-reinstall --no-deps) \
+	    --cache-dir "$(LLAMA_CACHE)/llama-$(LLAMA_BUILD)" llama-cpp-python
 	@echo "== 3 of 3: edgekd[$(EXTRAS)]"
 	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@rm -f .venv/.stamp*
 	@touch $@
 
 clean:

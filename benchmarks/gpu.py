@@ -36,7 +36,13 @@ def vram_bytes(pid: int | None = None) -> dict[int, int]:
         return {}
     held = {}
     for index in range(module.nvmlDeviceGetCount()):
-        for process in module.nvmlDeviceGetComputeRunningProcesses(module.nvmlDeviceGetHandleByIndex(index)):
-            if process.pid == (pid or os.getpid()) and process.usedGpuMemory:
-                held[index] = int(process.usedGpuMemory)
+        device = module.nvmlDeviceGetHandleByIndex(index)
+        # What computes through Vulkan stands among the processes that draw.
+        processes = [
+            *module.nvmlDeviceGetComputeRunningProcesses(device),
+            *module.nvmlDeviceGetGraphicsRunningProcesses(device),
+        ]
+        own = [p.usedGpuMemory for p in processes if p.pid == (pid or os.getpid()) and p.usedGpuMemory]
+        if own:
+            held[index] = int(max(own))
     return held

@@ -108,6 +108,7 @@ def bench_in_turns(
     *,
     on_run: Callable[[int, int], None] | None = None,
     builds: Sequence[str | None] | None = None,
+    gpus: Sequence[str | None] | None = None,
     limits: Limits | None = None,
 ) -> list[Measured]:
     """Measure load, TTFT cold, first and warm, prefill and decode, their curves, and memory by phase.
@@ -117,6 +118,7 @@ def bench_in_turns(
         spec: prompt lengths, tokens to decode, repetitions, threads.
         on_run: told after each process how many are done, and of how many.
         builds: the runtime's version and flags, for each artifact.
+        gpus: what beside the CPU computes each of them.
         limits: of the device that this machine stands for.
 
     Returns:
@@ -129,7 +131,8 @@ def bench_in_turns(
         _check_context(artifact, spec)
     threads = spec.threads or (limits and limits.threads) or physical_cores()
     plan = _Plan(open_session, spec, threads, limits)
-    machines = [describe_machine(build) for build in builds or [None] * len(artifacts)]
+    none = [None] * len(artifacts)
+    machines = [describe_machine(build, gpu) for build, gpu in zip(builds or none, gpus or none, strict=True)]
     buffer_bytes = bandwidth_buffer_bytes()
     bandwidth = _bandwidth(threads, buffer_bytes)
     gathered: list[_Samples | EdgekdError] = [_Samples(artifact) for artifact in artifacts]
@@ -369,7 +372,7 @@ class _Summary:
 
         return {
             "memory": {
-                name: _phase([run.memory[name] for run in runs], [run.vram for run in runs] if name == "decode" else [])
+                name: _phase([run.memory[name] for run in runs], [run.vram[name] for run in runs])
                 for name in runs[0].memory
             },
             "peak_rss_bytes": _of_runs("peak_rss_bytes", [run.peak_rss for run in runs], "measured:peak-rss"),

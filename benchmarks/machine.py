@@ -27,12 +27,13 @@ _MOST_OTHERS = 0.1  # of one core
 _MOST_MEMORY_PRESSURE = 0.05
 
 
-def describe_machine(runtime_build: str | None = None) -> Host:
+def describe_machine(runtime_build: str | None = None, gpu: str | None = None) -> Host:
     """The machine the figures belong to, and how busy it was."""
     return Host(
         cpu=_cpu_name(),
         cores=psutil.cpu_count(logical=False),
         logical_cores=psutil.cpu_count(),
+        gpu=gpu,
         last_level_cache_bytes=last_level_cache_bytes(),
         ram_bytes=psutil.virtual_memory().total,
         os=platform.platform(),

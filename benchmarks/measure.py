@@ -42,8 +42,8 @@ class Repetition:
     memory: Mapping[str, Phase | None]
     rss_before_load: int
     peak_rss: int
-    vram: int
-    """On all GPUs, at the end of decoding."""
+    vram: Mapping[str, int]
+    """On all GPUs, at the end of each phase."""
     torch_in_process: bool
     shortest_text: str
     """What the first request read."""
@@ -55,29 +55,32 @@ def repetition(
     """Load, serve a first request, warm up, serve one of each length, and decode behind the longest."""
     context = artifact.manifest.contract.context_length
     memory: dict[str, Phase | None] = {}
+    vram: dict[str, int] = {}
     peaks = [peak_rss_bytes()]
+
+    def end(phase: str) -> None:
+        memory[phase] = end_phase()
+        vram[phase] = sum(vram_bytes().values())
+        peaks.append(peak_rss_bytes())
+
     before = psutil.Process().memory_info().rss
     begin_phase()
     start = now()
     session = open_session(artifact, threads=threads)
     load = now() - start
     try:
-        memory["load"] = end_phase()
-        peaks.append(peak_rss_bytes())
+        end("load")
         texts = {length: real_text(session, length) for length in lengths}
         shortest, longest = lengths[0], lengths[-1]
         begin_phase()
         first = first_text(session, texts[shortest], context - shortest)
         serve(session, texts[longest], min(WARM_UP_TOKENS, decode_tokens))
         warm = {length: first_text(session, texts[length], context - length) for length in lengths}
-        memory["prefill"] = end_phase()
-        peaks.append(peak_rss_bytes())
+        end("prefill")
         session.reset()
         begin_phase()
         decode = serve(session, texts[longest], decode_tokens)
-        memory["decode"] = end_phase()
-        vram = sum(vram_bytes().values())
-        peaks.append(peak_rss_bytes())
+        end("decode")
     finally:
         session.close()
     return Repetition(

@@ -6,6 +6,7 @@ A runtime built for another CPU ends its process by a signal; a child process tu
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -105,13 +106,14 @@ def diagnose() -> list[Check]:
 
     checks = [_python(), *(_version(name) for name in ("torch", "transformers"))]
     checks += [check_runtime(test) for test in OWN_TESTS]
+    checks += [check_gpu(OWN_TESTS[0])]
     checks += [check for name in names() for check in _target(name)]
     return [*checks, _compiler(), _ram(), _disk(), _rapl(), _nvml()]
 
 
 def _target(name: str) -> list[Check]:
     """Whether a target works here, and, where it is not its own runtime that runs, what does."""
-    from .targets import stand_in
+    from .targets import load_target, stand_in
 
     try:
         test, instead = self_test_of(name), stand_in(name)
@@ -121,6 +123,8 @@ def _target(name: str) -> list[Check]:
     if instead:
         words = f"its runtime does not run on this machine; in its place: {instead}"
         checks.append(Check(f"{name} runtime", "not_here", words))
+    if checks[0].status == "ok" and hasattr(load_target(name), "describe_gpus"):
+        checks.append(check_gpu(test))
     return checks
 
 
@@ -197,6 +201,8 @@ def explain(test: SelfTest, outcome: Outcome) -> Check:
             return Check(test.name, "ok", detail)
         case {"missing": package}:
             return Check(test.name, "missing", f"not installed: {package}", test.install(False))
+        case {"not_here": reason, "remedy": remedy}:
+            return Check(test.name, "not_here", reason, remedy)
         case {"failed": reason}:
             return Check(test.name, "broken", reason, test.install(True))
     reason = f"the self-test ended with exit code {outcome.exit_code}: {outcome.complaint or 'no message'}"
@@ -211,6 +217,15 @@ def _crash(test: SelfTest, signal_name: str) -> tuple[str, str]:
         return "the self-test was killed (SIGKILL), most often for lack of memory", "Free some RAM."
     words = "an instruction that this CPU lacks" if signal_name == "SIGILL" else "a crash inside the runtime"
     return f"the self-test died of {signal_name}: {words}", test.install(True)
+
+
+def check_gpu(test: SelfTest) -> Check:
+    """Which GPUs training, or a target's runtime, has here; asked in a child process, since drivers may crash."""
+    return check_runtime(dataclasses.replace(test, name=f"gpu {test.name}", explain_crash=_driver))
+
+
+def _driver(signal_name: str) -> tuple[str, str]:
+    return f"looking for GPUs died of {signal_name}, inside a driver", "Update or remove the GPU's driver."
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

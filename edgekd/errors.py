@@ -54,6 +54,10 @@ class Unsupported(EdgekdError):
     """A target cannot hold this model; raised before anything is loaded."""
 
 
+class NoGpu(EdgekdError):
+    """A runtime has no GPU here."""
+
+
 class DoesNotFit(EdgekdError):
     """The work needs more memory or disk than the machine has; raised before the work."""
 

@@ -200,6 +200,10 @@ class GoldenAnswer(_Proof):
     tokens: list[int]
 
 
+SOFTWARE_GPU = "a software GPU: correctness only"
+"""What a stand-in is where the CPU does a GPU's work."""
+
+
 class Parity(Comparison):
     """An artifact, run by its runtime, against the student."""
 

@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .errors import NoGpu
+
 
 def training() -> str:
     """One step of gradient descent on a tiny transformer, in float32 and bfloat16."""
@@ -78,14 +80,32 @@ def quantization() -> str:
     return "a tiny model was quantized by GPTQ, read back bit for bit, and trained for a step on the grid"
 
 
+def gpu_of_training() -> str:
+    """The GPU that torch trains on: the teacher and the student are moved there.
+
+    Raises:
+        NoGpu: there is none; how to get one.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} ({'ROCm' if torch.version.hip else 'CUDA'})"
+    if torch.backends.mps.is_available():
+        return "Apple's GPU (MPS)"
+    raise NoGpu(f"torch {torch.__version__} has no GPU", "Install a torch for it, where there is one.")
+
+
 TESTS = {"training": training, "quantization": quantization}
 """What needs no target. Each target has its own."""
 
 
 def main(name: str) -> None:
-    """Print one JSON line: ``{"ok": detail}``, ``{"missing": module}`` or ``{"failed": reason}``."""
+    """Print one JSON line: ``{"ok": detail}``, ``{"missing": module}``, ``{"failed": reason}``, or of a GPU that is not
+    there ``{"not_here": reason, "remedy": remedy}``."""
     try:
         answer = {"ok": _run(name)}
+    except NoGpu as error:
+        answer = {"not_here": error.cause, "remedy": error.remedy}
     except Exception as error:  # a runtime may raise anything; doctor wants one sentence
         if (module := absent_module(error)) is not None:
             answer = {"missing": module}
@@ -98,8 +118,12 @@ def main(name: str) -> None:
 def _run(name: str) -> str:
     if name in TESTS:
         return TESTS[name]()
-    from .targets import load_target
+    if name == "gpu training":
+        return gpu_of_training()
+    from .targets import describe_gpus, load_target
 
+    if name.startswith("gpu "):
+        return describe_gpus(name.removeprefix("gpu "))
     return load_target(name).self_test()
 
 

@@ -33,7 +33,9 @@ __all__ = [
     "cache_value_bytes",
     "check",
     "code_of",
+    "describe_gpus",
     "export",
+    "gpu",
     "label",
     "load_recipe",
     "load_target",
@@ -156,9 +158,30 @@ def label(target: str, recipe: str) -> str:
     return recipe if recipe.startswith(f"{target}-") else f"{target}-{recipe}"
 
 
-def stand_in(target: str) -> str | None:
-    """What opens a target's artifacts on this machine in place of their own runtime, which cannot run here; or None."""
-    found: str | None = getattr(load_target(target), "stand_in", lambda: None)()
+def stand_in(target: str, asked: Mapping[str, object] | None = None) -> str | None:
+    """What opens a target's artifacts on this machine in place of their own runtime, which cannot run here; or None.
+
+    Args:
+        asked: of the artifact, by the target's section of the spec or the manifest's ``details``.
+    """
+    found: str | None = getattr(load_target(target), "stand_in", lambda _: None)(asked or {})
+    return found
+
+
+def gpu(artifact: Artifact) -> str | None:
+    """What beside the CPU computes an artifact on this machine; or None."""
+    module, details = load_target(artifact.manifest.target), artifact.manifest.details
+    found: str | None = getattr(module, "gpu", lambda _: None)(details or {})
+    return found
+
+
+def describe_gpus(target: str) -> str:
+    """The GPUs that a target's runtime has on this machine.
+
+    Raises:
+        NoGpu: there is none; how to get one.
+    """
+    found: str = load_target(target).describe_gpus()  # type: ignore[attr-defined]
     return found
 
 

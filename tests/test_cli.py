@@ -277,6 +277,18 @@ def test_export_names_the_providers_there_are(project):
     refused(edgekd("export", "teacher", "never", *words, cwd=project), "unknown execution provider 'tpu'", "webgpu")
 
 
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [("-1", ["gpu_layers", "greater than or equal to 0"]), ("2", ["gpu_layers 2", "on the CPU alone"])],
+)
+def test_export_refuses_layers_that_no_gpu_can_take(project, layers, words):
+    from edgekd.targets.gguf.target import gpus
+
+    if gpus():
+        pytest.skip("this llama.cpp has a GPU")
+    refused(edgekd("export", "teacher", "never", "--option", f"gpu_layers={layers}", cwd=project), *words)
+
+
 def test_export_refuses_a_folder_that_exists(project):
     (project / "out").mkdir()
     refused(edgekd("export", "teacher", "out", cwd=project), "out exists")

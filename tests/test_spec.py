@@ -65,7 +65,10 @@ def test_yaml_12_floats_are_numbers(tmp_path):
         (BASE.replace("gguf", "ggfu"), "key 'targets.0.target': unknown target 'ggfu'; did you mean 'gguf'?"),
         (BASE.replace("gguf", "openvino"), "unknown target 'openvino'; there are: gguf, onnx, coreml, executorch"),
         (BASE.replace("target: gguf, ", ""), "key 'targets.0.target' is missing"),
-        (_target("gguf, providers: [cpu]"), "unknown key 'targets.0.providers'; valid keys: target, recipes, context."),
+        (
+            _target("gguf, providers: [cpu]"),
+            "unknown key 'targets.0.providers'; valid keys: target, recipes, context, gpu_layers.",
+        ),
         (_target("onnx, minimum_ios: 18"), "unknown key 'targets.0.minimum_ios'; valid keys: target, recipes, context"),
         (_target("onnx, provider: [cpu]"), "unknown key 'targets.0.provider'; did you mean 'providers'?"),
         (_target("coreml, minimum_io: 18"), "unknown key 'targets.0.minimum_io'; did you mean 'minimum_ios'?"),

@@ -51,7 +51,8 @@ def render(records: Sequence[BenchRecord]) -> str:
 def key_of(record: BenchRecord) -> tuple[str, ...]:
     """What must be the same for figures to be held against each other."""
     b = record.benchmark
-    parts = (record.artifact, record.target, b.machine.device or b.machine.cpu, b.machine.runtime_build)
+    host = b.machine
+    parts = (record.artifact, record.target, host.device or host.cpu, host.gpu, host.runtime_build)
     return (
         *(str(part) for part in parts if part),
         f"{b.settings.threads} threads",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ... import formats as show
 from ...formats import ratio
-from ...proof import Quality
+from ...proof import SOFTWARE_GPU, Quality
 from ...results import MadeArtifact, Results
 from .pareto import Point, beats, is_whole
 from .tables import kept_share
@@ -184,11 +184,17 @@ def _stand_ins(artifacts: Sequence[MadeArtifact]) -> list[str]:
     for artifact in artifacts:
         if (parity := artifact.manifest.parity) and parity.stand_in:
             names.setdefault((artifact.manifest.runtime, parity.stand_in), []).append(artifact.label)
-    return [
-        f"{runtime} does not run on this machine; {_joined(labels)} {'was' if len(labels) == 1 else 'were'} run by "
-        f"{instead}: program and weights are proved, {runtime}'s own compiler, arithmetic and speed are not."
-        for (runtime, instead), labels in names.items()
-    ]
+    return [_stood_in(runtime, instead, labels) for (runtime, instead), labels in names.items()]
+
+
+def _stood_in(runtime: str, instead: str, labels: Sequence[str]) -> str:
+    were = f"{_joined(labels)} {'was' if len(labels) == 1 else 'were'}"
+    if instead.endswith(SOFTWARE_GPU):
+        return f"{were} computed on {instead}: what a GPU computes is proved, its speed is not told."
+    return (
+        f"{runtime} does not run on this machine; {were} run by {instead}: program and weights are proved, {runtime}'s "
+        "own compiler, arithmetic and speed are not."
+    )
 
 
 def _dequantized(artifacts: Sequence[MadeArtifact]) -> list[str]:

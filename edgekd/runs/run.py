@@ -158,12 +158,17 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
         teacher = Model(Checkpoint(resolve_model(spec.teacher.model, base)), spec.teacher.trust_remote_code)
     if spec.student.init == "checkpoint":
         initial = Model(Checkpoint(resolve_model(spec.student.model, base)))
-    instead = {target.target: stand_in(target.target) for target in spec.targets}
     pairs = [(section(target), load_recipe(name, target.target)) for target in spec.targets for name in target.recipes]
     quantizations = _quantizations(spec, [recipe for _, recipe in pairs])
     packed = {quantization.recipe.name: quantization for quantization in quantizations}
     exports = [
-        Export(target, recipe, label(target.target, recipe.name), packed.get(recipe.name), instead[target.target])
+        Export(
+            target,
+            recipe,
+            label(target.target, recipe.name),
+            packed.get(recipe.name),
+            stand_in(target.target, target.own_keys),
+        )
         for target, recipe in pairs
     ]
     if initial:

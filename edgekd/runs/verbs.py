@@ -16,7 +16,7 @@ from ..files import atomic_folder, write_json
 from ..manifest import Artifact
 from ..matmul import fast_float32
 from ..origin import ORIGIN, Origin
-from ..proof import Benchmark, Comparison, Parity, TaskScore
+from ..proof import SOFTWARE_GPU, Benchmark, Comparison, Parity, TaskScore
 from ..session import Arithmetic, Session
 from ..spec import BenchSpec, QadSpec, TargetSpec, VerifySpec
 from ..student import load_model, load_tokenizer, vocabulary_size
@@ -157,7 +157,7 @@ def verify_artifact(
     expected = runtime or (parity if as_it_is else None)
     return parity.model_copy(
         update={
-            "stand_in": stand_in(manifest.target),
+            "stand_in": stand_in(manifest.target, manifest.details),
             "tokens": tokens,
             "golden": golden,
             "runtime": runtime,
@@ -226,7 +226,7 @@ def bench_artifacts(
         EdgekdError: an artifact's own runtime does not run here.
     """
     from ..benchmarks.harness import bench_in_turns
-    from ..targets import open_artifact, runtime_build, try_artifact
+    from ..targets import gpu, open_artifact, runtime_build, try_artifact
 
     for artifact in artifacts:
         refuse_stand_in(artifact)
@@ -237,6 +237,7 @@ def bench_artifacts(
         spec,
         on_run=lambda run, runs: tell(run / runs, f"run {run} of {runs}"),
         builds=[runtime_build(artifact.manifest.target) for artifact in artifacts],
+        gpus=[gpu(artifact) for artifact in artifacts],
         limits=limits,
     )
 
@@ -245,12 +246,18 @@ def refuse_stand_in(artifact: Artifact) -> None:
     """Refuse to time what is not the artifact's own runtime.
 
     Raises:
-        EdgekdError: its runtime does not run here.
+        EdgekdError: its runtime does not run here, or on a software GPU.
     """
     from ..targets import stand_in
 
     manifest = artifact.manifest
-    if instead := stand_in(manifest.target):
+    instead = stand_in(manifest.target, manifest.details)
+    if instead and instead.endswith(SOFTWARE_GPU):
+        raise EdgekdError(
+            f"{artifact.folder}: its layers are computed on {instead}, and no speed is told.",
+            "Benchmark it on a machine with a GPU.",
+        )
+    if instead:
         raise EdgekdError(
             f"{manifest.runtime} does not run on this machine; {instead}, does, and its speed says nothing.",
             "Benchmark the artifact on a machine that has its runtime.",

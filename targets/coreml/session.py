@@ -86,7 +86,7 @@ class Native:
         return self._model.predict(dict(inputs), state=self._state)["logits"]
 
 
-def stand_in() -> str | None:
+def stand_in(asked: Mapping[str, object] | None = None) -> str | None:
     """What runs artifacts on this machine in place of Core ML, if it is not Core ML itself."""
     return None if sys.platform == "darwin" else "edgekd.targets.coreml.mil, an interpreter of the package's program"
 

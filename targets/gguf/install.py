@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 
-from .build_flags import cmake_args, host_features
+from .build_flags import cmake_args, host_features, host_gpu_args
 
 VERSION = "0.3.36"
 """Of llama-cpp-python."""
@@ -27,6 +27,16 @@ def rebuild(features: frozenset[str] | None = None) -> str:
     )
 
 
+def how_to_get_a_gpu() -> str:
+    """What to do where llama.cpp has no GPU's backend: build it, once the toolkit of one is installed."""
+    if host_gpu_args():
+        return f"Build llama.cpp for the GPU: {rebuild()}"
+    return (
+        "Install CUDA's nvcc, or glslc with the headers of Vulkan (1.3.283 or newer) and SPIR-V, and build llama.cpp "
+        "again, by make setup or the command that edgekd doctor then names; or export with gpu_layers 0."
+    )
+
+
 def explain_crash(signal: str, features: frozenset[str] | None = None) -> tuple[str, str] | None:
     """Why llama.cpp died of a signal, and the remedy; None for a signal that does not come of the build."""
     if signal not in ("SIGILL", "SIGSEGV", "SIGBUS"):
@@ -46,4 +56,5 @@ def explain_crash(signal: str, features: frozenset[str] | None = None) -> tuple[
 
 def _build(features: frozenset[str] | None) -> str:
     has = host_features() if features is None else features
-    return f'CMAKE_ARGS="{" ".join(cmake_args(set(has), platform.system(), platform.machine()))}"'
+    flags = [*cmake_args(set(has), platform.system(), platform.machine()), *host_gpu_args()]
+    return f'CMAKE_ARGS="{" ".join(flags)}"'

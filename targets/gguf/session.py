@@ -20,6 +20,7 @@ from ...errors import BadArtifact, EdgekdError, MissingExtra
 from ...manifest import Contract
 from ..shared.artifact import check_contract
 from ..shared.session import BATCH_TOKENS
+from .gpu import BACKEND_PATH, Gpu, load_backend
 
 _log: deque[str] = deque(maxlen=40)
 _keep_alive: list[Any] = []
@@ -49,6 +50,11 @@ def runtime() -> Any:
     _keep_alive.append(remember)
     llama_cpp.llama_log_set(remember, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
+    if not load_backend():
+        raise EdgekdError(
+            f"{BACKEND_PATH}: llama.cpp does not load the backend {os.environ[BACKEND_PATH]}: {said()}.",
+            "Build it with: make vulkan",
+        )
     return llama_cpp
 
 
@@ -58,12 +64,20 @@ def said() -> str:
     return " | ".join(lines[-3:]) or "it gave no reason"
 
 
-def load_model(path: Path, *, vocab_only: bool = False, pre_tokenizer: str | None = None) -> Any:
+def load_model(
+    path: Path,
+    *,
+    vocab_only: bool = False,
+    pre_tokenizer: str | None = None,
+    gpus: Sequence[Gpu] = (),
+    gpu_layers: int = 0,
+) -> Any:
     """A ``llama_model`` pointer; free it with ``llama_model_free``.
 
     Args:
         vocab_only: read the tokenizer alone.
         pre_tokenizer: overrides the file's ``tokenizer.ggml.pre``.
+        gpus: what ``gpu_layers``, the last ones, are computed on; none: all is computed on the CPU.
 
     Raises:
         BadArtifact: llama.cpp refuses the file.
@@ -71,6 +85,9 @@ def load_model(path: Path, *, vocab_only: bool = False, pre_tokenizer: str | Non
     lib = runtime()
     params = lib.llama_model_default_params()
     params.vocab_only = vocab_only
+    # Without a list llama.cpp takes every GPU that it finds, for products of long prompts even at no layers.
+    devices = (ctypes.c_void_p * (len(gpus) + 1))(*(gpu.handle for gpu in gpus))  # the last, empty one ends the list
+    params.devices, params.n_gpu_layers = ctypes.addressof(devices), gpu_layers
     overrides = (lib.llama_model_kv_override * 2)()  # the second, empty one ends the list
     if pre_tokenizer is not None:
         overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
@@ -83,7 +100,8 @@ def load_model(path: Path, *, vocab_only: bool = False, pre_tokenizer: str | Non
     model = lib.llama_model_load_from_file(str(path).encode(), params) if magic == b"GGUF" else None
     if not model:
         reason = said() if magic == b"GGUF" else "it does not begin with GGUF"
-        raise BadArtifact(f"{path}: llama.cpp does not load it: {reason}.", "Export the artifact again.")
+        remedy = "Free the GPU's memory, or export with fewer gpu_layers." if gpus else "Export the artifact again."
+        raise BadArtifact(f"{path}: llama.cpp does not load it: {reason}.", remedy)
     return model
 
 
@@ -113,12 +131,14 @@ def as_llama_cpp_reads(text: str, contract: Contract, *, start: bool = True) -> 
 
 class GgufEngine:
     """A GGUF file in llama.cpp: the ``Engine`` and the ``Tokenizer`` protocol. KV cache in fp16, flash attention where
-    llama.cpp has it."""
+    llama.cpp has it; the last ``gpu_layers`` layers on ``gpus``."""
 
-    def __init__(self, path: Path, contract: Contract, threads: int) -> None:
+    def __init__(
+        self, path: Path, contract: Contract, threads: int, gpus: Sequence[Gpu] = (), gpu_layers: int = 0
+    ) -> None:
         self._lib = runtime()
         self._contract = contract
-        self._model = load_model(path)
+        self._model = load_model(path, gpus=gpus, gpu_layers=gpu_layers)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self._special = set((contract.special_ids or {}).values())

@@ -7,15 +7,28 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from ...architecture import Architecture
 from ...checkpoint import Checkpoint
 from ...errors import EdgekdError, Unsupported
 from ...manifest import Artifact
+from ...proof import SOFTWARE_GPU
 from ...session import Arithmetic, Session
 from ...student import load_tokenizer
-from ..shared.artifact import Details, Job, TokenizerProof, Written, build_artifact, check_installed, cores, main_file
+from ..shared.artifact import (
+    Details,
+    Job,
+    TokenizerProof,
+    Written,
+    build_artifact,
+    check_installed,
+    cores,
+    details_of,
+    main_file,
+)
 from ..shared.decoder import asked_for
 from ..shared.session import DecoderSession
 from ..shared.source import plain_form
@@ -23,6 +36,8 @@ from ..shared.target import TargetOptions
 from ..shared.tokenizer import compare_ids
 from . import names as arch_
 from . import vocab as vocab_
+from .gpu import Gpu, check_room, names, need_gpus
+from .gpu import gpus as found_gpus
 from .install import explain_crash, install
 from .selftest import self_test
 from .session import GgufEngine, as_llama_cpp_reads, load_model, runtime, said, tokenize
@@ -41,20 +56,32 @@ __all__ = [
     "Options",
     "build_flags",
     "check",
+    "describe_gpus",
     "explain_crash",
     "export",
+    "gpu",
     "install",
     "open",
     "self_test",
+    "stand_in",
 ]
 
 TITLE, EXTRA = "GGUF", "gguf"
 PACKAGES = ("llama-cpp-python", "gguf")
-Options = TargetOptions
 FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.h: llama_ftype
 MAIN_FILE = "model.gguf"
 FEATURES = arch_.FEATURES
 _CACHE_BYTES = 2  # llama.cpp's cache is float16 unless told otherwise
+
+
+class Options(TargetOptions):
+    """A GGUF target."""
+
+    gpu_layers: Annotated[int, Field(ge=0, le=2**12)] = Field(
+        0,
+        description="Layers that llama.cpp computes on a GPU when the artifact is opened, counted from the last, the "
+        "output among them; more than there are: all. 0: the CPU alone.",
+    )
 
 
 def arithmetic(recipe: Recipe) -> Arithmetic:
@@ -67,6 +94,10 @@ class GgufDetails(Details):
 
     tokenizer: TokenizerProof
     """How llama.cpp reads whole texts by itself, special tokens parsed; sessions place these themselves."""
+    gpu_layers: int = Field(0, ge=0)
+    """The last ones, which sessions compute on a GPU."""
+    layers: int = Field(0, ge=0)
+    """Those that could be, the output among them; 0: an artifact of an earlier version."""
 
 
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -> None:
@@ -76,11 +107,14 @@ def check(config: Mapping[str, object], tokenizer_folder: Path, spec: Options) -
         SpecError: an unknown recipe, or a context longer than the student's.
         Unsupported: an architecture, setting or tokenizer that the exporter does not write.
         MissingExtra: gguf or llama-cpp-python is not installed.
+        NoGpu: layers for a GPU that llama.cpp does not have here.
     """
     arch, context_length = asked_for(config, spec)
     arch_.check(arch, context_length)
     vocab_.check_tokenizer(tokenizer_folder)
     check_installed("gguf", "gguf")
+    if spec.gpu_layers:
+        need_gpus(gpus(), f"targets: gpu_layers {spec.gpu_layers}")
     runtime()
     if not (tokenizer_folder / "tokenizer.json").is_file():
         _try_tokenizer(arch, tokenizer_folder)
@@ -126,15 +160,59 @@ def export(
 
 
 def open(artifact: Artifact, *, threads: int | None = None) -> Session:
-    """The artifact in llama.cpp.
+    """The artifact in llama.cpp, with as many layers on a GPU as it was exported for.
 
     Raises:
         BadArtifact: llama.cpp refuses the file.
+        NoGpu: there is none for its layers.
+        EdgekdError: there is too little memory on it.
         MissingExtra: llama-cpp-python is not installed.
     """
-    contract = artifact.manifest.contract
-    engine = GgufEngine(main_file(artifact, MAIN_FILE), contract, cores(threads))
+    contract, traffic = artifact.manifest.contract, artifact.manifest.traffic
+    path, layers, found = main_file(artifact, MAIN_FILE), 0, []
+    if _gpu_layers(artifact.manifest.details or {}):
+        details, found = details_of(artifact, GgufDetails), gpus()
+        layers, what = details.gpu_layers, f"{artifact.folder}: gpu_layers {details.gpu_layers}"
+        need_gpus(found, what)
+        if traffic and details.layers:
+            check_room(found, layers, details.layers, round(traffic.bytes_per_token(contract.context_length)), what)
+    engine = GgufEngine(path, contract, cores(threads), found, layers)
     return DecoderSession(engine, engine, contract)
+
+
+def _gpu_layers(asked: Mapping[str, object]) -> bool:
+    """Whether a section of the spec, or what a manifest says of it, wants layers on a GPU."""
+    return asked.get("gpu_layers", 0) != 0
+
+
+def gpus() -> list[Gpu]:
+    """Those of this llama.cpp."""
+    runtime()
+    return found_gpus()
+
+
+def gpu(asked: Mapping[str, object]) -> str | None:
+    """What computes the layers that are not the CPU's."""
+    if not _gpu_layers(asked) or not (found := gpus()):
+        return None
+    return f"{asked['gpu_layers']} layers on {names(found)}"
+
+
+def stand_in(asked: Mapping[str, object]) -> str | None:
+    """The software that does a GPU's work here, where layers are to be on one."""
+    slow = [found.name for found in gpus() if found.software] if _gpu_layers(asked) else []
+    return f"{slow[0].partition(' (')[0]}, {SOFTWARE_GPU}" if slow else None
+
+
+def describe_gpus() -> str:
+    """The GPUs of this llama.cpp.
+
+    Raises:
+        NoGpu: there is none; how to get one.
+    """
+    found = gpus()
+    need_gpus(found, "llama.cpp")
+    return names(found) + f": {SOFTWARE_GPU}" * any(gpu.software for gpu in found)
 
 
 def build_flags() -> str:
@@ -181,7 +259,7 @@ def _write(job: Job, spec: Options, moments: Path | None) -> Written:
         weight_bytes=sum(sizes.values()),
         table_bytes=0 if arch.tied else sizes["token_embd.weight"],
         cache_value_bytes=_CACHE_BYTES,
-        details=GgufDetails(tokenizer=habits),
+        details=GgufDetails(tokenizer=habits, gpu_layers=min(spec.gpu_layers, arch.layers + 1), layers=arch.layers + 1),
     )
 
 

@@ -28,6 +28,7 @@ PROVIDERS = {
     "dml": "DmlExecutionProvider",
     "webgpu": "WebGpuExecutionProvider",
 }
+_BROUGHT_BY = {"cuda": "onnxruntime-gpu", "dml": "onnxruntime-directml"}
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -60,8 +61,19 @@ def choose_provider(wanted: Sequence[str]) -> str:
             return name
     raise EdgekdError(
         f"the artifact is for {', '.join(wanted)}; this onnxruntime has {', '.join(installed)}.",
-        "Install an onnxruntime with that execution provider, or export with cpu among providers.",
+        f"Install {' or '.join(map(_package, wanted))} in place of onnxruntime, or export with cpu among providers.",
     )
+
+
+def _package(provider: str) -> str:
+    """The distribution that brings an execution provider."""
+    return _BROUGHT_BY.get(provider, f"a build of onnxruntime with {PROVIDERS.get(provider, provider)}")
+
+
+def gpu_providers() -> list[str]:
+    """The execution providers of GPUs that this onnxruntime has."""
+    installed = runtime().get_available_providers()
+    return [name for name, provider in PROVIDERS.items() if name != "cpu" and provider in installed]
 
 
 def load(path: Path, provider: str, threads: int, *, light: bool = False) -> Any:
@@ -72,6 +84,7 @@ def load(path: Path, provider: str, threads: int, *, light: bool = False) -> Any
 
     Raises:
         BadArtifact: onnxruntime refuses the file.
+        EdgekdError: the execution provider does not start.
     """
     lib = runtime()
     options = lib.SessionOptions()
@@ -83,13 +96,19 @@ def load(path: Path, provider: str, threads: int, *, light: bool = False) -> Any
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.strict_shape_type_inference", "1")
     try:
-        return lib.InferenceSession(
+        session = lib.InferenceSession(
             str(path), options, providers=list(dict.fromkeys([PROVIDERS[provider], "CPUExecutionProvider"]))
         )
     except Exception as error:  # its exceptions have no common parent but this
         raise BadArtifact(
             f"{path}: onnxruntime does not load it: {_first_words(error)}.", "Export the artifact again."
         ) from error
+    if PROVIDERS[provider] not in session.get_providers():  # it goes on with the CPU, and warns where nobody looks
+        raise EdgekdError(
+            f"{path}: onnxruntime does not start {PROVIDERS[provider]}: a driver or a library of it is missing.",
+            "Install what it needs, or export with cpu alone among providers.",
+        )
+    return session
 
 
 def _first_words(error: Exception) -> str:

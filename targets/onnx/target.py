@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ...architecture import Architecture
 from ...checkpoint import Checkpoint
-from ...errors import BadArtifact, SpecError, Unsupported
+from ...errors import BadArtifact, NoGpu, SpecError, Unsupported
 from ...files import write_json
 from ...manifest import Artifact, Contract
 from ...session import Arithmetic, Session
@@ -47,7 +47,17 @@ from ..shared.tokenizer import (
 )
 from . import graph as graph_
 from .selftest import self_test
-from .session import GENAI, PROVIDERS, OnnxEngine, check_graph, choose_provider, genai_tokenizer, load, runtime
+from .session import (
+    GENAI,
+    PROVIDERS,
+    OnnxEngine,
+    check_graph,
+    choose_provider,
+    genai_tokenizer,
+    gpu_providers,
+    load,
+    runtime,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -55,7 +65,20 @@ if TYPE_CHECKING:
 
     from ...quant.recipe import Recipe
 
-__all__ = ["EXTRA", "FEATURES", "PACKAGES", "TITLE", "Options", "check", "export", "inspect", "open", "self_test"]
+__all__ = [
+    "EXTRA",
+    "FEATURES",
+    "PACKAGES",
+    "TITLE",
+    "Options",
+    "check",
+    "describe_gpus",
+    "export",
+    "gpu",
+    "inspect",
+    "open",
+    "self_test",
+]
 
 TITLE, EXTRA = "ONNX", "onnx"
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "onnx")
@@ -202,6 +225,28 @@ def inspect(artifact: Artifact) -> None:
     context_length = artifact.manifest.contract.context_length
     check_graph(main_file(artifact, MAIN_FILE), artifact, context_length)
     check_graph(artifact.path(graph_.HEAD_FILE), artifact)
+
+
+def gpu(asked: Mapping[str, object]) -> str | None:
+    """The execution provider that computes an artifact here, where it is not the CPU's."""
+    wanted = asked.get("providers")
+    here = ["cpu", *gpu_providers()]
+    chosen = next((name for name in wanted if name in here), "cpu") if isinstance(wanted, Mapping) else "cpu"
+    return None if chosen == "cpu" else PROVIDERS[chosen]
+
+
+def describe_gpus() -> str:
+    """The execution providers of GPUs that this onnxruntime has.
+
+    Raises:
+        NoGpu: it has none; how to get one.
+    """
+    if found := gpu_providers():
+        return f"onnxruntime has {', '.join(PROVIDERS[name] for name in found)}; edgekd has not been run on them"
+    raise NoGpu(
+        "this onnxruntime computes on the CPU alone.",
+        "NVIDIA: pip uninstall onnxruntime, pip install onnxruntime-gpu. Windows: onnxruntime-directml.",
+    )
 
 
 def cache_value_bytes(spec: Options) -> int:

@@ -22,12 +22,15 @@ class TargetOptions(TargetSpec):
 class Target(Protocol):
     """A target's module. It imports its runtime in the functions that need it, and nothing else that is heavy.
 
-    Seven more functions are optional:
+    More functions are optional; ``asked`` is a section of the spec, or a manifest's ``details``:
 
     - ``inspect(artifact)``: what an artifact is refused for before its runtime sees it; raises ``BadArtifact``.
-    - ``stand_in() -> str | None``: what opens artifacts on this machine in place of their own runtime, which is bound
-      to another system. What such a session computes is the artifact's; how long it takes says nothing of the runtime,
-      so it is never timed.
+    - ``stand_in(asked: Mapping[str, object]) -> str | None``: what opens artifacts on this machine in place of their
+      own runtime, which is bound to another system, or of a GPU. What such a session computes is the artifact's; how
+      long it takes says nothing of the runtime, so it is never timed.
+    - ``gpu(asked: Mapping[str, object]) -> str | None``: what beside the CPU computes an artifact here, a part of every
+      benchmark's key.
+    - ``describe_gpus() -> str``: the GPUs that its runtime has here; raises ``NoGpu``, with how to get one.
     - ``install(again: bool) -> str``: the command that installs its packages here, or replaces them, where
       ``pip install`` alone does not do.
     - ``arithmetic(recipe: Recipe) -> Arithmetic``: in what precision its runtime multiplies, from which verification

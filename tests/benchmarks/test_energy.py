@@ -213,10 +213,13 @@ class Nvml:
     def nvmlDeviceGetComputeRunningProcesses(self, handle):
         return [SimpleNamespace(pid=self.pid, usedGpuMemory=3 * 2**30), SimpleNamespace(pid=1, usedGpuMemory=None)]
 
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle):
+        return [SimpleNamespace(pid=3, usedGpuMemory=2**20)]
+
 
 def test_a_gpu_by_nvml(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pynvml", Nvml(os.getpid()))
-    assert vram_bytes() == {0: 3 * 2**30} and vram_bytes(2) == {}
+    assert vram_bytes() == {0: 3 * 2**30} and vram_bytes(2) == {} and vram_bytes(3) == {0: 2**20}
     (gpu,) = counters(tmp_path, [0])
     assert gpu.name == "gpu-0" and gpu.joules_since_last() == 1
     assert no_counter(tmp_path) is None

@@ -205,3 +205,27 @@ def test_a_real_gguf(tmp_path, export_gguf):
     weights = artifact.manifest.parameters * artifact.manifest.bits_per_weight / 8
     cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (20 + 12 / 2)
     assert result.bytes_per_token.value == pytest.approx(weights + cache, abs=1)
+
+
+def test_a_gpus_memory_and_energy_reach_the_figures(runtime, artifact, tmp_path, monkeypatch):
+    """By a library that says what NVML would, in the processes that are measured: 1 GiB held, 100 W drawn."""
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "pynvml.py").write_text(
+        "import os, time\nfrom types import SimpleNamespace\n"
+        "def nvmlInit(): pass\n"
+        "def nvmlDeviceGetCount(): return 1\n"
+        "def nvmlDeviceGetHandleByIndex(index): return index\n"
+        "def nvmlDeviceGetTotalEnergyConsumption(handle): return int(time.monotonic() * 100_000)\n"
+        "def nvmlDeviceGetComputeRunningProcesses(handle): return []\n"
+        "def nvmlDeviceGetGraphicsRunningProcesses(handle):\n"
+        "    return [SimpleNamespace(pid=os.getpid(), usedGpuMemory=2**30)]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "library"))
+    spec = SPEC.model_copy(update={"energy_seconds": 0.3, "runs": 1})
+    (result,) = bench_in_turns(runtime.open_slow, [artifact], spec, gpus=["3 layers on a GPU"])
+    assert result.machine.gpu == "3 layers on a GPU"
+    for phase in ("load", "prefill", "decode"):
+        assert result.memory[phase].vram_bytes.value == 2**30
+    energy = result.decode_energy_j_per_token
+    assert "gpu-0" in energy.counters
+    assert energy.gross == pytest.approx(100 / result.decode_tokens_per_s.value, rel=0.5)

@@ -158,7 +158,7 @@ def test_benchmarks_come_last(folder, tiny_teacher):
 
 
 def test_nothing_is_timed_where_another_runtime_stands_in(folder, tiny_teacher, monkeypatch):
-    monkeypatch.setattr("edgekd.runs.run.stand_in", lambda target: "an interpreter" if target == "coreml" else None)
+    monkeypatch.setattr("edgekd.runs.run.stand_in", lambda target, _: "an interpreter" if target == "coreml" else None)
     timed = {name for name, stage in chain(folder, tiny_teacher).items() if stage.phase == "bench"}
     assert timed and not any("coreml" in name for name in timed)
 

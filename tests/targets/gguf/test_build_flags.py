@@ -66,7 +66,64 @@ def test_elsewhere_llama_cpp_decides(system: str, machine: str) -> None:
     assert cmake_args(cpu_features(RASPBERRY_PI), system, machine) == ["-DLLAVA_BUILD=OFF"]
 
 
+def headers(folder: Path, **texts: str) -> Path:
+    """A folder of headers: cublas, vulkan, spirv."""
+    names = {"cublas": "cublas_v2.h", "vulkan": "vulkan/vulkan_structs.hpp", "spirv": "spirv/unified1/spirv.hpp"}
+    for name, text in texts.items():
+        (folder / names[name]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / names[name]).write_text(text)
+    return folder
+
+
+NEW = {"vulkan": "  struct LayerSettingEXT\n", "spirv": ""}
+OLD = {"vulkan": "  struct LayerProperties\n", "spirv": ""}
+ALL = {"cublas": "", **NEW}
+CUDA = ["-DGGML_CUDA=ON", "-DCMAKE_CUDA_COMPILER=/bin/nvcc"]
+
+
+@pytest.mark.parametrize(
+    ("programs", "found", "wanted", "expected"),
+    [
+        ("", ALL, "auto", []),
+        ("glslc", NEW, "auto", ["-DGGML_VULKAN=ON"]),
+        ("glslc", OLD, "auto", []),
+        ("glslc", {"vulkan": NEW["vulkan"]}, "auto", []),
+        ("nvcc nvidia-smi glslc", ALL, "auto", [*CUDA, "-DCMAKE_CUDA_ARCHITECTURES=native"]),
+        ("nvcc nvidia-smi glslc", NEW, "auto", ["-DGGML_VULKAN=ON"]),  # a compiler without its libraries
+        ("nvcc glslc", ALL, "auto", ["-DGGML_VULKAN=ON"]),  # no driver: what is built would not load
+        ("nvcc glslc", ALL, "cuda", CUDA),
+        ("nvcc nvidia-smi glslc", ALL, "vulkan", ["-DGGML_VULKAN=ON"]),
+        ("nvcc nvidia-smi glslc", ALL, "none", []),
+    ],
+)
+def test_a_gpus_backend_is_built_where_its_toolkit_is_whole(
+    programs: str, found: dict[str, str], wanted: str, expected: list[str], tmp_path: Path
+) -> None:
+    def which(name: str) -> str | None:
+        return f"/bin/{name}" if name in programs.split() else None
+
+    include = [tmp_path / "empty", headers(tmp_path / "include", **found)]
+    assert llama_flags.gpu_args("Linux", "x86_64", which, include, wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "wanted", "expected"),
+    [("arm64", "auto", ["-DGGML_METAL=ON"]), ("arm64", "none", []), ("x86_64", "auto", [])],
+)
+def test_metal_on_apples_own_processors(machine: str, wanted: str, expected: list[str]) -> None:
+    assert llama_flags.gpu_args("Darwin", machine, lambda name: None, [], wanted) == expected
+
+
+@pytest.mark.parametrize(("gpu", "words"), [("opencl", "give auto, none, cuda or vulkan"), ("cuda", "takes nvcc")])
+def test_a_gpu_that_cannot_be_built_for_is_a_sentence(gpu: str, words: str) -> None:
+    command = [sys.executable, "-I", "-S", Path(llama_flags.__file__), gpu]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/nowhere"})
+    if not done.returncode:
+        pytest.skip("CUDA's toolkit is installed")
+    assert words in done.stderr and not done.stdout
+
+
 def test_it_runs_alone_with_the_standard_library() -> None:
     script = Path(llama_flags.__file__)
     done = subprocess.run([sys.executable, "-I", "-S", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == llama_flags.host_cmake_args()
+    assert done.stdout.split() == [*llama_flags.host_cmake_args(), *llama_flags.host_gpu_args()]

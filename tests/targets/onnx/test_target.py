@@ -35,7 +35,7 @@ from cases import (  # noqa: E402
     spec_of,
 )
 from edgekd import targets  # noqa: E402
-from edgekd.errors import BadArtifact, EdgekdError, SpecError, Unsupported  # noqa: E402
+from edgekd.errors import BadArtifact, EdgekdError, NoGpu, SpecError, Unsupported  # noqa: E402
 from edgekd.manifest import Artifact, load_artifact  # noqa: E402
 from edgekd.quant.grid import quantize_int4, quantize_int8_rows  # noqa: E402
 from edgekd.quant.store.reader import open_quantized  # noqa: E402
@@ -43,6 +43,7 @@ from edgekd.quant.store.writer import new_quantized  # noqa: E402
 from edgekd.spec import TargetSpec  # noqa: E402
 from edgekd.student import Checkpoint  # noqa: E402
 from edgekd.targets import load_recipe  # noqa: E402
+from edgekd.targets.onnx.session import load  # noqa: E402
 
 ARCHITECTURES = cases.ARCHITECTURES | UNTIED
 
@@ -365,6 +366,23 @@ def test_a_provider_that_is_not_installed_is_named(tmp_path: Path, tiny_student:
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(EdgekdError, match=r"the artifact is for cuda; this onnxruntime has .*CPUExecutionProvider"):
         targets.open_artifact(artifact, threads=1)
+    with pytest.raises(EdgekdError, match="Install onnxruntime-gpu in place of onnxruntime"):
+        targets.open_artifact(artifact, threads=1)
+    assert targets.gpu(artifact) is None
+    with pytest.raises(NoGpu, match=r"this onnxruntime computes on the CPU alone.*onnxruntime-gpu"):
+        targets.describe_gpus("onnx")
+
+
+def test_a_provider_that_does_not_start_is_not_the_cpus_work(tmp_path: Path, tiny_student: Path) -> None:
+    """onnxruntime goes on with the CPU there, and what is measured would bear the GPU's name."""
+    artifact = export(tiny_student, "fp16", tmp_path / "out", providers=["cuda"])
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    refused = pytest.raises(EdgekdError, match="does not start CUDAExecutionProvider")
+    with pytest.warns(UserWarning, match="CUDA"), refused:
+        load(artifact.main_file, "cuda", 1)
 
 
 def test_providers_that_there_are_not(tiny_student: Path) -> None:
