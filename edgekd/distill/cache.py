@@ -29,6 +29,7 @@ from ..files import atomic_file, digest, file_sha256, read_sealed, remove, write
 from . import versions
 from .losses import Sparse, log_probs
 from .pack import Windows
+from .ranks import ALONE
 from .signals import TeacherSignal
 
 TOP, DRAWS = 8, 24
@@ -90,6 +91,8 @@ def encode(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
         uniform: float64 ``(n,)`` in [0, 1), one for each position.
     """
     logs = log_probs(logits, temperature)
+    if logs.device.type == "mps":  # Apple's GPUs have no float64
+        logs = logs.cpu()
     top = logs.topk(TOP, -1)
     tail = logs.double().exp().scatter_(1, top.indices, 0.0).cumsum(-1)
     mass = tail[:, -1:]
@@ -230,14 +233,14 @@ def _write(cache: Cache, shard: int, teacher: TeacherSignal) -> None:
 def _of_window(cache: Cache, window: int, teacher: TeacherSignal) -> Tensor:
     """uint8 ``(R, bytes)`` of one window; the draws hang on the cache's key and the window alone."""
     index = torch.tensor([window])
-    ids, _, mask, positions = cache.windows.batch(index)
+    ids, _, mask, positions = cache.windows.batch(index, ALONE.device)
     said = teacher.teach(ids, index, positions)
     seed = int(digest([cache.key["data"], window])[:15], 16)
     uniform = torch.rand(ids.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     temperature = cache.key["temperature"]
     assert isinstance(temperature, float)
     chosen = mask.flatten().nonzero().squeeze(-1)
-    rows = [encode(said.rows(part), temperature, uniform[part]) for part in chosen.split(_CHUNK)]
+    rows = [encode(said.rows(part), temperature, uniform[part.cpu()]) for part in chosen.split(_CHUNK)]
     return torch.cat(rows) if len(chosen) else torch.zeros(0, bytes_per_token(cache.vocab_size), dtype=torch.uint8)
 
 

@@ -96,7 +96,7 @@ def _judged(student: Outputs, teacher: Teaching | None, vocab_size: int | None, 
         if teacher is not None:
             theirs = log_probs(teacher.rows(index))
             found += [forward_kl(ours, theirs).nats.sum(), (top == theirs.argmax(-1)).sum()]
-        sums[: len(found)] += torch.stack([value.double().cpu() for value in found])
+        sums[: len(found)] += torch.stack([value.cpu().double() for value in found])  # Apple's GPUs have no float64
     return sums
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from edgekd.distill import train as module
@@ -180,6 +181,28 @@ def test_evaluate_against_plain_float64(tmp_path):
     assert figures["top1_agreement_with_teacher"] == pytest.approx(agreement)
     assert figures["tokens"] == keep.sum() == 5 * 31 - 6
     assert "kl_to_teacher" not in evaluate(model, windows)
+
+
+class _NoFloat64(TorchFunctionMode):
+    """A device that refuses float64, as Apple's GPUs do; a tensor that was brought to the CPU may become one."""
+
+    def __init__(self):
+        self.brought = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is torch.Tensor.double and not any(arguments[0] is tensor for tensor in self.brought):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        result = function(*arguments, **(options or {}))
+        if function is torch.Tensor.cpu:
+            self.brought.append(result)
+        return result
+
+
+def test_a_gpu_without_float64_can_be_evaluated_on():
+    windows, teacher = _windows(3), OnlineTeacher(_model(9).eval(), VOCAB)
+    expected = evaluate(_model(0), windows, teacher=teacher)
+    with _NoFloat64():
+        assert evaluate(_model(0), windows, teacher=teacher) == expected
 
 
 def test_a_padded_student_learns_only_the_shared_ids(tmp_path):
