@@ -483,6 +483,8 @@ class ModelQuality(Evaluation):
     """An evaluation, and the model's size."""
 
     parameters: int
+    by_source: dict[str, Evaluation] = {}
+    """On the text of each source of a mixture alone, by its name."""
 
 
 class Quality(_Proof):

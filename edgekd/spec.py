@@ -56,18 +56,42 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class TeacherSpec(_Strict):
-    """The model that is imitated."""
+SourceName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Weight = Annotated[float, Field(ge=1e-3, le=1e3)]
+
+
+class OneTeacher(_Strict):
+    """A model that is imitated, alone or beside others."""
 
     model: Name = Field(
         description='A folder, "builtin:pycode-16m", or "hub:organisation/name" (downloads; "@revision" pins).'
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Read it first.")
+    weight: Weight = Field(1.0, description="Of its distribution in the mean of all who teach the same text.")
+    sources: list[SourceName] = Field([], description="Of data.sources, those that it teaches. Default: all.")
+
+
+class TeacherSpec(OneTeacher):
+    """The model that is imitated."""
+
+    more: Annotated[list[OneTeacher], Field(max_length=100)] = Field(
+        [], description="Further teachers with the same tokenizer, each with the keys above."
+    )
     signal: Literal["online", "cached"] = Field(
         "online",
         description="online: it runs beside the student. cached: it reads the windows of the training first, and what "
         "it says of them stays on disk, at most 112 bytes a token; for forward_kl, skewed_kl and cross_entropy.",
     )
+
+    @property
+    def each(self) -> Sequence[OneTeacher]:
+        """Every teacher, the one whose tokenizer the student has first."""
+        return [self, *self.more]
+
+    def shares(self, source: str) -> list[float]:
+        """What each teacher counts for in text of a source; together one, or nothing where nobody teaches it."""
+        weights = [one.weight if not one.sources or source in one.sources else 0.0 for one in self.each]
+        return [weight / (sum(weights) or 1.0) for weight in weights]
 
 
 class CutStudent(_Strict):
@@ -109,10 +133,10 @@ class CheckpointStudent(_Strict):
 StudentSpec = Annotated[CutStudent | ConfigStudent | CheckpointStudent, Field(discriminator="init")]
 
 
-class DataSpec(_Strict):
-    """The text that teacher and student read."""
+class TextSource(_Strict):
+    """Where text comes from."""
 
-    source: Literal["stdlib", "jsonl", "parquet", "text", "hub"]
+    source: Literal["stdlib", "jsonl", "parquet", "text", "hub"] | None = None
     paths: list[Name] = Field([], description="Files, for jsonl, parquet and text. Globs are allowed.")
     name: Name | None = Field(None, description="Data set on the hub, for source hub (downloads).")
     column: Name = Field("text", description="The column that holds the text, or the chat (a list of role/content).")
@@ -121,27 +145,14 @@ class DataSpec(_Strict):
         description="The column is a chat: only the assistant's tokens are trained on. A column tools reaches the "
         "chat template too, for which it is 26 July 2024.",
     )
-    allow_skipped: bool = Field(
-        False, description="Go on when more than 5 % of the rows are unusable; option --allow-skipped sets it."
-    )
     include_tests: bool = Field(False, description="For stdlib: read the test suites too.")
-    context: Length = Field(512, description="Tokens of a training window.")
-    isolate: bool = Field(True, description="Documents that share a window do not see each other.")
-    processes: Few | None = Field(
-        None, description="That tokenize; they change nothing but the time. Default: one for each core of much text."
-    )
-    validation_share: Share = Field(0.05, description="Share of documents held out for validation (not for stdlib).")
-    test_share: Share = Field(0.05, description="Share of documents held out for the test (not for stdlib).")
-    max_test_tokens: Count = Field(2**16, description="Most held-out tokens that quality is measured on.")
 
     @model_validator(mode="after")
-    def _has_input(self) -> DataSpec:
+    def _has_input(self) -> Self:
         if self.source in ("jsonl", "parquet", "text") and not self.paths:
             raise ValueError(f"source {self.source} needs paths")
         if self.source == "hub" and not self.name:
             raise ValueError("source hub needs name")
-        if self.validation_share + self.test_share >= 1:
-            raise ValueError("validation_share and test_share leave nothing to train on")
         return self
 
     def files(self, base: Path) -> list[Path]:
@@ -163,6 +174,59 @@ class DataSpec(_Strict):
                 raise SpecError(f"data.paths: {base / pattern}: no such file.", "Paths start from the spec's folder.")
             files |= dict.fromkeys(found)
         return list(files)
+
+
+class MixedSource(TextSource):
+    """One of several sources."""
+
+    weight: Weight = Field(
+        1.0, description="How much of the training is read from it, beside the others' weights; small sources repeat."
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if self.source is None:
+            raise ValueError("source is missing")
+        return self
+
+
+class DataSpec(TextSource):
+    """The text that teacher and student read."""
+
+    sources: Annotated[dict[SourceName, MixedSource], Field(max_length=255)] = Field(
+        {}, description="Instead of source: several, by names of yours, each with the keys above and a weight."
+    )
+    allow_skipped: bool = Field(
+        False, description="Go on when more than 5 % of the rows are unusable; option --allow-skipped sets it."
+    )
+    context: Length = Field(512, description="Tokens of a training window.")
+    isolate: bool = Field(True, description="Documents that share a window do not see each other.")
+    processes: Few | None = Field(
+        None, description="That tokenize; they change nothing but the time. Default: one for each core of much text."
+    )
+    validation_share: Share = Field(0.05, description="Share of documents held out for validation (not for stdlib).")
+    test_share: Share = Field(0.05, description="Share of documents held out for the test (not for stdlib).")
+    max_test_tokens: Count = Field(2**16, description="Most held-out tokens that quality is measured on.")
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        if (self.source is None) == (not self.sources):
+            raise ValueError("give source, or several under sources")
+        if self.sources and (of_one := self.model_fields_set & set(TextSource.model_fields)):
+            raise ValueError(f"{min(of_one)} stands beside sources; write it into the source that it is of")
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share and test_share leave nothing to train on")
+        return self
+
+    @property
+    def each(self) -> Mapping[str, TextSource]:
+        """Every source by its name; one alone is named by its kind."""
+        return self.sources or {str(self.source): self}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each source in a mixture; empty for one alone."""
+        return {name: source.weight for name, source in self.sources.items()}
 
 
 class TrainingSpec(_Strict):
@@ -344,6 +408,8 @@ class Spec(_Strict):
             raise ValueError("data: what is the student to read? Name a source")
         if not self.teacher and self.student.init != "checkpoint":
             raise ValueError(f"teacher: student.init {self.student.init} needs one; without, init is checkpoint")
+        if self.teacher:
+            self._check_routes(self.teacher)
         beyond = self.distill.loss.keys() - OF_PART
         if self.teacher and self.teacher.signal == "cached" and beyond:
             names = ", ".join(sorted(beyond))
@@ -353,6 +419,14 @@ class Spec(_Strict):
         if not self.teacher and self.quantize.qad.teacher == "teacher":
             raise ValueError("quantize.qad.teacher: the spec has no teacher")
         return self
+
+    def _check_routes(self, teacher: TeacherSpec) -> None:
+        """Refuse teachers of no source, and sources of no teacher."""
+        named = [name for one in teacher.each for name in one.sources]
+        if unknown := next((name for name in named if name not in self.data.sources), None):
+            raise ValueError(f"teacher.sources: {unknown:.100} is none of data.sources")
+        if untaught := next((name for name in self.data.each if not sum(teacher.shares(name))), None):
+            raise ValueError(f"teacher.sources: nobody teaches {untaught:.100}; leave one teacher's sources out")
 
 
 def spec_of(targets: Mapping[str, type[TargetSpec]]) -> type[Spec]:

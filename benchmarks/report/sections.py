@@ -49,6 +49,7 @@ class Page:
     failed: Sequence[tuple[str, str]]
     """Artifact and sentence."""
     models: tables.Table
+    retention: tables.Table
     seeds: str
     ledger: tables.Table
     pareto: words.ParetoWords
@@ -78,6 +79,7 @@ def page(results: Results) -> Page:
         cards=cards(quality, artifacts),
         failed=[(a.label, text) for a in artifacts for text in a.failures],
         models=tables.model_table(quality, results.seeds),
+        retention=tables.retention_table(quality),
         seeds=words.seed_words(results.seeds),
         ledger=tables.ledger_table(results.ledger),
         pareto=words.pareto_words(marked),

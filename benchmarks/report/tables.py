@@ -80,6 +80,21 @@ def model_table(quality: Quality, seeds: Sequence[Quality]) -> Table:
     return Table([MODELS[name] for name in models], rows)
 
 
+def retention_table(quality: Quality) -> Table:
+    """A line for each source of a mixture: what of the teacher's accuracy is kept there; empty for one source."""
+    student, rows = quality.student, []
+    for source, of_student in (student.by_source if student else {}).items():
+        others = [model.by_source.get(source) if model else None for model in (quality.teacher, quality.baseline)]
+        teacher, baseline = others
+        accuracies = [e and e.next_token_accuracy for e in (teacher, of_student)]
+        kept = [show.ratio(e and e.next_token_accuracy, accuracies[0]) for e in (of_student, baseline)]
+        texts = [*map(METRICS["next_token_accuracy"].text, accuracies), *map(show.percent, kept)]
+        texts += [METRICS[key].text(getattr(of_student, key)) for key in ("perplexity", "kl_to_teacher", "tokens")]
+        rows.append(Row(source, [Cell(text) for text in texts]))
+    measures = [METRICS[key].label() for key in ("perplexity", "kl_to_teacher", "tokens")]
+    return Table(["Teacher's accuracy", "Student's", "Kept", "Kept by labels alone", *measures], rows)
+
+
 def _model_row(key: str, models: dict[str, ModelQuality], seeds: Sequence[Quality]) -> Row:
     metric = METRICS[key]
     cells = []

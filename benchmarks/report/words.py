@@ -12,10 +12,22 @@ from ...results import MadeArtifact, Results
 from .pareto import Point, beats, is_whole
 from .tables import kept_share
 
+HELD = 0.95
+"""Share of the teacher's accuracy that counts as held."""
+
 
 def summary(quality: Quality, artifacts: Sequence[MadeArtifact]) -> list[str]:
     """The run in a few sentences: the student, what distilling gave, the artifacts."""
-    return [text for text in (_student_words(quality), _distilling_words(quality), *_artifact_words(artifacts)) if text]
+    return [
+        text
+        for text in (
+            _student_words(quality),
+            _retention_words(quality),
+            _distilling_words(quality),
+            *_artifact_words(artifacts),
+        )
+        if text
+    ]
 
 
 def _student_words(quality: Quality) -> str:
@@ -33,6 +45,25 @@ def _student_words(quality: Quality) -> str:
         f"{show.parameters(teacher.parameters)} parameters"
     )
     return f"{size}." if kept is None else f"{size} and keeps {show.percent(kept)} of its next-token accuracy."
+
+
+def _retention_words(quality: Quality) -> str:
+    """Where a mixture's student holds what its teacher knows, and where it does not."""
+    teacher, student = quality.teacher, quality.student
+    if not teacher or not student or not student.by_source:
+        return ""
+    kept = {
+        source: ratio(of_student.next_token_accuracy, of_teacher.next_token_accuracy)
+        for source, of_student in student.by_source.items()
+        if (of_teacher := teacher.by_source.get(source))
+    }
+    held = [source for source, share in kept.items() if share is not None and share >= HELD]
+    dropped = [
+        f"{source} ({show.percent(share)})" for source, share in kept.items() if share is not None and share < HELD
+    ]
+    found = [f"it holds {show.percent(HELD, 0)} or more of the teacher's accuracy on {_joined(held)}"] if held else []
+    found += [f"it dropped below on {_joined(dropped)}"] if dropped else []
+    return f"By source, {' and '.join(found)}." if found else ""
 
 
 def _distilling_words(quality: Quality) -> str:

@@ -21,14 +21,14 @@ from ..student import vocabulary_size
 from .chat import Chat, Unusable
 from .corpus import stdlib_corpus
 from .encode import Document, Labelled, encode_all
-from .pack import Packer, Windows, load_windows
+from .pack import Packer, Windows, load_windows, save_windows
 
 __all__ = ["SPLITS", "Windows", "load_windows", "prepare"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from ..spec import DataSpec
+    from ..spec import DataSpec, TextSource
 
 SPLITS = ("train", "validation", "test")
 MOST_SKIPPED_SHARE = 0.05
@@ -57,7 +57,7 @@ def prepare(
     fills no window, and windows without a token to learn, are dropped. A chat is rendered by the tokenizer's template
     and cut between an answer and the next question, unless the two are longer than a window; only what the assistant
     gave, tool calls too, is learned, with its end token. Chats that the template refuses, and rows that are none, are
-    counted by reason.
+    counted by reason. Windows of a mixture hold text of one source each.
 
     Args:
         seed: with a document's own text, decides its split (the standard library is split by module).
@@ -65,8 +65,8 @@ def prepare(
         on_progress: called with the number of documents read so far.
 
     Returns:
-        Figures: documents, tokens, windows and bytes per split; duplicates and skipped documents; under ``warnings``,
-        sentences that the user must see.
+        Figures: documents, tokens, windows and bytes per split; duplicates and skipped documents; under ``sources``
+        the same of each source of a mixture; under ``warnings``, sentences that the user must see.
 
     Raises:
         SpecError: a file is missing, there is no such column or it is of another type, a split fills no window, or
@@ -74,32 +74,87 @@ def prepare(
     """
     if tokenizer.eos_token_id is None:
         raise SpecError("teacher.model: its tokenizer has no end-of-text token to join documents with.")
-    if spec.chat and not tokenizer.chat_template:
+    if any(source.chat for source in spec.each.values()) and not tokenizer.chat_template:
         raise SpecError("data.chat: the teacher's tokenizer has no chat template.", "Add chat_template.jinja to it.")
-    skips: Counter[str] = Counter()
-    dropped = Counter(not_utf8_skipped=0, duplicates_dropped=0)
-    figures: dict[str, object] = {}
-    if spec.source == "stdlib":
-        corpus = stdlib_corpus(spec.include_tests)
-        figures |= corpus.stats
-        documents: Iterable[Labelled] = ((s, text) for s in SPLITS for text in getattr(corpus, s))
-    else:
-        documents = _split(_documents(spec, base, dropped, skips), spec, seed, dropped)
+    reading = _Reading(spec, tokenizer, seed, base, on_progress)
     with ExitStack() as opened:
-        packers = {split: _packer(spec, tokenizer, out_dir.parent) for split in SPLITS}
-        for packer in packers.values():
-            opened.callback(packer.close)
-        _pack(documents, packers, spec, tokenizer, base, skips, on_progress)
-        read = sum(packer.documents for packer in packers.values())
-        warnings = _warnings(skips, read, spec)
+        of_sources = {name: {s: _packer(spec, tokenizer, out_dir.parent) for s in SPLITS} for name in spec.each}
+        for packers in of_sources.values():
+            for packer in packers.values():
+                opened.callback(packer.close)
+        figures = {name: reading.read(source, of_sources[name]) for name, source in spec.each.items()}
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            packed = [packers[split] for packers in of_sources.values()]
+            save_windows(out_dir / f"{split}.safetensors", packed, spec.weights)
+    if not spec.sources:
+        return next(iter(figures.values()))
+    return _summed(figures.values()) | {"sources": figures}
+
+
+class _Reading:
+    """What reads one source after another, of which none gets a document that another gave."""
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        tokenizer: PreTrainedTokenizerFast,
+        seed: int,
+        base: Path,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self._spec, self._tokenizer, self._seed, self._base = spec, tokenizer, seed, base
+        self._on_progress = on_progress
+        self._seen: set[bytes] = set()
+        self._before = 0
+
+    def read(self, source: TextSource, packers: Mapping[str, Packer]) -> dict[str, object]:
+        """Pack a source; its figures."""
+        spec, skips = self._spec, Counter[str]()
+        dropped = Counter(not_utf8_skipped=0, duplicates_dropped=0)
+        figures: dict[str, object] = {}
+        if source.source == "stdlib":
+            corpus = stdlib_corpus(source.include_tests)
+            figures |= corpus.stats
+            documents: Iterable[Labelled] = ((s, text) for s in SPLITS for text in getattr(corpus, s))
+        else:
+            read = _documents(source, self._base, dropped, skips)
+            documents = _split(read, spec, self._seed, self._seen, dropped)
+        self._pack(documents, source, packers, skips)
+        count = sum(packer.documents for packer in packers.values())
+        self._before += count
+        warnings = _warnings(skips, count, source, spec.allow_skipped)
         figures = {**dropped, **figures, "unusable_chats_skipped": skips.total()}
         figures["skipped_by_reason"] = dict(skips.most_common())
         for split, packer in packers.items():
-            figures |= _of_split(split, packer, spec)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for split, packer in packers.items():
-            packer.save(out_dir / f"{split}.safetensors")
-    return figures | {"warnings": warnings}
+            figures |= _of_split(split, packer, source, spec.context)
+        return figures | {"warnings": warnings}
+
+    def _pack(
+        self, documents: Iterable[Labelled], source: TextSource, packers: Mapping[str, Packer], skips: Counter[str]
+    ) -> None:
+        """Tokenize the documents, each into the packer of its split."""
+        processes = self._spec.processes or _processes(source, self._base)
+        for batch in encode_all(documents, self._tokenizer, chat=source.chat, processes=processes):
+            for split, document in batch.documents:
+                packers[split].add(document)
+            skips.update(batch.skips)
+            if self._on_progress:
+                self._on_progress(self._before + sum(packer.documents for packer in packers.values()))
+        for packer in packers.values():
+            packer.finish()
+
+
+def _summed(figures: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of all sources: counts added, warnings one after another."""
+    sums: dict[str, Any] = {}
+    for of_source in figures:
+        for name, value in of_source.items():
+            if name == "skipped_by_reason":
+                sums[name] = dict(Counter(sums.get(name, {})) + Counter(value))
+            elif not isinstance(value, float):  # a share of one source says nothing of all
+                sums[name] = sums[name] + value if name in sums else value
+    return sums
 
 
 def _packer(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, beside: Path) -> Packer:
@@ -109,35 +164,14 @@ def _packer(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, beside: Path) ->
     return Packer(spec.context, below, isolate=spec.isolate, pad=eos, beside=beside)
 
 
-def _pack(
-    documents: Iterable[Labelled],
-    packers: Mapping[str, Packer],
-    spec: DataSpec,
-    tokenizer: PreTrainedTokenizerFast,
-    base: Path,
-    skips: Counter[str],
-    on_progress: Callable[[int], None] | None,
-) -> None:
-    """Tokenize the documents, each into the packer of its split."""
-    processes = spec.processes or _processes(spec, base)
-    for batch in encode_all(documents, tokenizer, chat=spec.chat, processes=processes):
-        for split, document in batch.documents:
-            packers[split].add(document)
-        skips.update(batch.skips)
-        if on_progress:
-            on_progress(sum(packer.documents for packer in packers.values()))
-    for packer in packers.values():
-        packer.finish()
-
-
-def _processes(spec: DataSpec, base: Path) -> int:
+def _processes(spec: TextSource, base: Path) -> int:
     """One for each core where there is much to read, else one."""
     files = spec.files(base) if spec.paths else []
     much = spec.source == "hub" or sum(path.stat().st_size for path in files) > _BYTES_WORTH_PROCESSES
     return (psutil.cpu_count(logical=False) or 1) if much else 1
 
 
-def _of_split(split: str, packer: Packer, spec: DataSpec) -> dict[str, object]:
+def _of_split(split: str, packer: Packer, spec: TextSource, context: int) -> dict[str, object]:
     """Figures of a split.
 
     Raises:
@@ -146,7 +180,7 @@ def _of_split(split: str, packer: Packer, spec: DataSpec) -> dict[str, object]:
     if not packer.windows:
         raise SpecError(
             f"data: the {split} split of {_named(spec)} has {packer.documents} documents with {packer.tokens} "
-            f"tokens, less than one window of data.context {spec.context} to learn from.",
+            f"tokens, less than one window of data.context {context} to learn from.",
             "Give more text, a smaller data.context, or larger data.validation_share and data.test_share.",
         )
     names = ("documents", "tokens", "bytes", "windows", *(("padding", "cut_exchanges") if spec.chat else ()))
@@ -154,7 +188,7 @@ def _of_split(split: str, packer: Packer, spec: DataSpec) -> dict[str, object]:
     return {f"{split}_{name}": value for name, value in figures.items()}
 
 
-def _warnings(skips: Counter[str], documents: int, spec: DataSpec) -> list[str]:
+def _warnings(skips: Counter[str], documents: int, spec: TextSource, allow_skipped: bool) -> list[str]:
     """What the user must know of the rows that nothing is learned from.
 
     Raises:
@@ -163,7 +197,7 @@ def _warnings(skips: Counter[str], documents: int, spec: DataSpec) -> list[str]:
     count = skips.total()
     reasons = "; ".join(f"{reason} ({number})" for reason, number in skips.most_common(_SHOWN_REASONS))
     words = f"{count} of {count + documents} rows of {_named(spec)} are unusable and were skipped: {reasons}."
-    if count > MOST_SKIPPED_SHARE * (count + documents) and not spec.allow_skipped:
+    if count > MOST_SKIPPED_SHARE * (count + documents) and not allow_skipped:
         raise SpecError(f"data: {words}", "Mend them, or go on with the rest: --allow-skipped.")
     if not documents:
         said = f" {words}" if count else ""
@@ -172,10 +206,9 @@ def _warnings(skips: Counter[str], documents: int, spec: DataSpec) -> list[str]:
 
 
 def _split(
-    documents: Iterable[Document], spec: DataSpec, seed: int, dropped: Counter[str]
+    documents: Iterable[Document], spec: DataSpec, seed: int, seen: set[bytes], dropped: Counter[str]
 ) -> Iterator[tuple[str, Document]]:
     """The split of each document, by the hash of seed and text; exact duplicates are dropped and counted."""
-    seen: set[bytes] = set()
     for document in documents:
         text = document if isinstance(document, str) else document.text
         digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
@@ -192,7 +225,7 @@ def _split(
             yield "train", document
 
 
-def _documents(spec: DataSpec, base: Path, dropped: Counter[str], skips: Counter[str]) -> Iterator[Document]:
+def _documents(spec: TextSource, base: Path, dropped: Counter[str], skips: Counter[str]) -> Iterator[Document]:
     """The documents of every source but the standard library; empty texts are left out, empty chats counted."""
     if spec.source == "text":
         yield from _text_documents(spec.files(base), dropped)
@@ -212,7 +245,7 @@ def _documents(spec: DataSpec, base: Path, dropped: Counter[str], skips: Counter
             yield _text(value, spec, number)
 
 
-def _rows(spec: DataSpec, base: Path) -> Iterator[dict[str, object]]:
+def _rows(spec: TextSource, base: Path) -> Iterator[dict[str, object]]:
     """The rows of every source, each with the keys that it really has."""
     files = spec.files(base) if spec.source != "hub" else []
     if spec.source == "jsonl":
@@ -252,7 +285,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _hub_rows(spec: DataSpec) -> Iterator[dict[str, object]]:
+def _hub_rows(spec: TextSource) -> Iterator[dict[str, object]]:
     try:
         import datasets
     except ImportError as error:
@@ -266,7 +299,7 @@ def _hub_rows(spec: DataSpec) -> Iterator[dict[str, object]]:
         raise _unreadable(spec, _named(spec), error) from error
 
 
-def _parquet_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, object]]:
+def _parquet_rows(spec: TextSource, files: Sequence[Path]) -> Iterator[dict[str, object]]:
     """The rows of each file by its own schema, and of its columns only those that are asked for: a column that is empty
     in one file and text in the next is nobody's business."""
     try:
@@ -291,7 +324,7 @@ def _parquet_rows(spec: DataSpec, files: Sequence[Path]) -> Iterator[dict[str, o
             raise _unreadable(spec, str(path), error) from error
 
 
-def _unreadable(spec: DataSpec, what: str, error: Exception) -> SpecError:
+def _unreadable(spec: TextSource, what: str, error: Exception) -> SpecError:
     cause = error.__cause__ or error
     reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     return SpecError(f"data: {what} cannot be read as {spec.source}: {reason}", "Mend the file.")
@@ -327,7 +360,7 @@ def _pieces(text: str, most: int) -> Iterator[str]:
         start = after
 
 
-def _text(value: Any, spec: DataSpec, number: int) -> str:
+def _text(value: Any, spec: TextSource, number: int) -> str:
     if isinstance(value, str):
         return value
     hint = "Set data.chat: true for a chat." if isinstance(value, list) else "Name a column of text."
@@ -336,7 +369,7 @@ def _text(value: Any, spec: DataSpec, number: int) -> str:
     )
 
 
-def _messages(value: Any, spec: DataSpec) -> list[dict[str, object]]:
+def _messages(value: Any, spec: TextSource) -> list[dict[str, object]]:
     """The messages of a chat, without their empty keys, as transformers hands them to a template."""
     wanted = f"{spec.column!r} is not a chat, which is a list of mappings with role and content"
     if value is None or value == "" or value == []:
@@ -370,5 +403,5 @@ def _tools(value: Any) -> list[dict[str, object]] | None:
     return tools or None
 
 
-def _named(spec: DataSpec) -> str:
-    return {"stdlib": "the standard library", "hub": str(spec.name)}.get(spec.source) or ", ".join(spec.paths)
+def _named(spec: TextSource) -> str:
+    return {"stdlib": "the standard library", "hub": str(spec.name)}.get(spec.source or "") or ", ".join(spec.paths)

@@ -6,7 +6,7 @@ Shapes: ``B`` windows, ``T`` tokens, ``V`` vocabulary, ``n`` tokens of a chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .data import Windows
 from .head import Outputs, with_head
-from .losses import Teaching, chunk_rows, cross_entropy, forward_kl, log_probs
+from .losses import CHUNK_TOKENS, Teaching, chunk_rows, cross_entropy, forward_kl, log_probs
 from .ranks import ALONE, Ranks
 from .signals import TeacherSignal
 
@@ -85,12 +85,16 @@ def _shared(windows: int, batch_size: int, ranks: Ranks) -> list[tuple[Tensor, i
 
 
 def _judged(student: Outputs, teacher: Teaching | None, vocab_size: int | None, labels: Tensor, mask: Tensor) -> Tensor:
+    student = replace(student, vocab_size=vocab_size)
+    return _summed(student, teacher, labels, mask, chunk_rows(student))
+
+
+def _summed(model: Teaching, teacher: Teaching | None, labels: Tensor, mask: Tensor, at_a_time: int) -> Tensor:
     """Sums over the tokens that ``mask`` keeps: their number, loss, correct ones, KL to the teacher, agreement with
     it; float64 ``(5,)`` on the CPU."""
-    student = replace(student, vocab_size=vocab_size)
     sums = torch.zeros(5, dtype=torch.float64)
-    for index in mask.nonzero().squeeze(-1).split(chunk_rows(student)):
-        ours, label = log_probs(student.rows(index)), labels[index]
+    for index in mask.nonzero().squeeze(-1).split(at_a_time):
+        ours, label = log_probs(model.rows(index)), labels[index]
         top = ours.argmax(-1)
         found = [torch.tensor(len(index)), cross_entropy(ours, label).nats.sum(), (top == label).sum()]
         if teacher is not None:
@@ -112,7 +116,31 @@ def _figures(sums: Tensor, taught: bool) -> dict[str, float]:
     return figures | ({"kl_to_teacher": kl, "top1_agreement_with_teacher": agreement} if taught else {})
 
 
+@torch.no_grad()
+def evaluate_signal(signal: TeacherSignal, windows: Windows, *, batch_size: int = 8) -> dict[str, float]:
+    """``evaluate`` of what a teacher says of text that it was not asked of in training."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    for index in torch.arange(len(windows)).split(batch_size):
+        ids, labels, mask, positions = windows.batch(index)
+        told = signal.teach(ids, None, positions)
+        sums += _summed(told, None, labels.flatten(), mask.flatten(), CHUNK_TOKENS)
+    return _figures(sums, False)
+
+
+def pooled(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of all texts, from those of each: means over all their tokens."""
+    tokens = sum(part["tokens"] for part in parts)
+    means = {name: sum(part[name] * part["tokens"] for part in parts) / max(1, tokens) for name in parts[0]}
+    return means | {"perplexity": math.exp(min(means["loss"], 700.0)), "tokens": tokens}
+
+
 def evenly_spaced(windows: Windows, count: int) -> Windows:
-    """At most ``count`` windows of a split, the same every time."""
+    """At most ``count`` windows of a split, the same every time; of a mixture as many of each source, or one."""
+    if windows.sources is not None:
+        members = [(windows.sources == i).nonzero().squeeze(-1) for i in range(len(windows.mixture))]
+        each = max(1, count // len(members))
+        return windows.at(
+            torch.cat([of[torch.arange(min(each, len(of))) * len(of) // min(each, len(of))] for of in members])
+        )
     index = torch.arange(min(count, len(windows))) * len(windows) // min(count, len(windows))
     return windows.at(index)

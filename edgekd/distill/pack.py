@@ -12,11 +12,11 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -53,6 +53,10 @@ class Windows:
     """uint8 ``(N, T)``, 1 where the token is one to learn: position t is trained on where ``loss_mask[t + 1]`` is 1."""
     begins: Tensor | None = None
     """uint8 ``(N, T)``, 1 where a document begins; None: documents of a window see each other."""
+    sources: Tensor | None = None
+    """uint8 ``(N,)``: the source of each, by its place in ``mixture``; None: there is but one."""
+    mixture: Mapping[str, float] = field(default_factory=dict)
+    """The weight of each source in training, by its name."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -60,11 +64,19 @@ class Windows:
     @property
     def tensors(self) -> list[Tensor]:
         """All that there is of them."""
-        return [self.ids, self.loss_mask, *([] if self.begins is None else [self.begins])]
+        return [tensor for tensor in (self.ids, self.loss_mask, self.begins, self.sources) if tensor is not None]
 
     def at(self, index: Tensor) -> Self:
         """Some of them, in this order."""
-        return type(self)(*(tensor[index] for tensor in self.tensors))
+        optional = {"begins": self.begins, "sources": self.sources}
+        chosen = {name: tensor if tensor is None else tensor[index] for name, tensor in optional.items()}
+        return replace(self, ids=self.ids[index], loss_mask=self.loss_mask[index], **chosen)
+
+    def by_source(self) -> dict[str, Self]:
+        """Those of each source, by its name; empty where there is but one."""
+        if self.sources is None:
+            return {}
+        return {name: self.at((self.sources == i).nonzero().squeeze(-1)) for i, name in enumerate(self.mixture)}
 
     def batch(self, index: Tensor | slice, device: torch.device | None = None) -> Batch:
         """Some of them to read."""
@@ -190,23 +202,41 @@ class Packer:
             self._pad_and_write(window)
         self._open = []
 
-    def save(self, path: Path) -> None:
-        """Write the file that ``load_windows`` reads: safetensors, its tensors copied from disk to disk."""
-        header: dict[str, object] = {}
-        shape, at = [self.windows, self._context], 0
-        for name, kind in self._types.items():
-            size = math.prod(shape) * kind.itemsize
-            header[name] = {"dtype": _SAFETENSORS_TYPES[kind], "shape": shape, "data_offsets": [at, at + size]}
-            at += size
-        head = json.dumps(header).encode()
-        head += b" " * (-len(head) % 8)
-        with atomic_file(path) as temporary, temporary.open("wb") as out:
-            out.write(len(head).to_bytes(8, "little") + head)
-            for file in self._files:
+    def _header(self, windows: int) -> dict[str, tuple[np.dtype[Any], list[int]]]:
+        """Type and shape of each tensor of so many windows."""
+        return {name: (kind, [windows, self._context]) for name, kind in self._types.items()}
+
+
+def save_windows(path: Path, packers: Sequence[Packer], mixture: Mapping[str, float]) -> None:
+    """Write the file that ``load_windows`` reads: safetensors, its tensors copied from disk to disk.
+
+    Args:
+        packers: of one split, one for each source.
+        mixture: weight of each source by its name; empty where there is but one.
+    """
+    counts = [packer.windows for packer in packers]
+    tensors = packers[0]._header(sum(counts))
+    if mixture:
+        tensors["sources"] = np.dtype("u1"), [sum(counts)]
+    header: dict[str, object] = {"__metadata__": {_MIXTURE: json.dumps(mixture)}} if mixture else {}
+    at = 0
+    for name, (kind, shape) in tensors.items():
+        size = math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": _SAFETENSORS_TYPES[kind], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_file(path) as temporary, temporary.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for files in zip(*(packer._files for packer in packers), strict=True):
+            for file in files:
                 file.seek(0)
                 shutil.copyfileobj(file, out, 2**20)
+        if mixture:
+            out.write(np.repeat(np.arange(len(counts), dtype=np.uint8), counts).tobytes())
 
 
+_MIXTURE = "mixture"
 _SAFETENSORS_TYPES = {np.dtype("<u2"): "U16", np.dtype("<i4"): "I32", np.dtype("u1"): "U8"}
 
 
@@ -221,7 +251,7 @@ def load_windows(folder: Path, split: str) -> Windows:
     path = folder / f"{split}.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            return Windows(*(file.get_tensor(name) for name in ("ids", "loss_mask", "begins") if name in names))
-    except (OSError, SafetensorError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return Windows(**tensors, mixture=json.loads((file.metadata() or {}).get(_MIXTURE, "{}")))
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise EdgekdError(f"{path}: not readable ({error}).", "Prepare the data again.") from error

@@ -6,10 +6,11 @@ Shapes: ``B`` windows, ``T`` tokens, ``V`` the ids that teacher and student shar
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from ..checkpoint import Checkpoint
 from ..errors import EdgekdError
@@ -35,7 +36,8 @@ class TeacherSignal(Protocol):
         """What it says of int64 ids ``(B, T)``, without gradient: ``head.Outputs``, or ``losses.Sparse``.
 
         Args:
-            index: the numbers ``(B,)`` of the windows in the training split; None for text of another kind.
+            index: the numbers ``(B,)`` of the windows in the training split that these are, or go on from; None for
+                text of another kind.
             positions: as ``pack.Batch`` has them.
         """
         ...
@@ -75,8 +77,95 @@ class OnlineTeacher:
         return self.teach(ids).rows(torch.arange(ids.numel(), device=ids.device)).unflatten(0, ids.shape)
 
 
+class _Part(NamedTuple):
+    """What one teacher says of some windows of a batch."""
+
+    said: Teaching
+    place: Tensor
+    """int64 ``(B,)``: where it has each window; -1: it was not asked."""
+    share: Tensor
+    """``(B,)``: what it counts for."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The mean of what several teachers say of a batch."""
+
+    parts: Sequence[_Part]
+    length: int
+    """``T``."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Logarithms of the mean distribution of some tokens, ``(len(index), V)``."""
+        import torch
+
+        from .losses import FLOOR, log_probs
+
+        windows, tokens = index // self.length, index % self.length
+        mean: Tensor | None = None
+        for part in self.parts:
+            mine = (part.place[windows] >= 0).nonzero().squeeze(-1)
+            if not len(mine):
+                continue
+            of = windows[mine]
+            found = log_probs(part.said.rows(part.place[of] * self.length + tokens[mine]))
+            found += part.share[of].log().unsqueeze(-1)
+            if mean is None:
+                mean = torch.full((len(index), found.shape[1]), FLOOR, dtype=found.dtype, device=found.device)
+            mean[mine] = torch.logaddexp(mean[mine], found)
+        assert mean is not None  # every source has a teacher
+        return mean
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Several teachers: of a window the mean of those who teach its source.
+
+    Args:
+        teachers: of one vocabulary.
+        shares: of each source, what each teacher counts for; together one.
+        sources: int ``(N,)``, that of each window of the training split; None: all are the first.
+    """
+
+    teachers: Sequence[OnlineTeacher]
+    shares: Sequence[Sequence[float]]
+    sources: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """``V``; see ``TeacherSignal``."""
+        return self.teachers[0].vocab_size
+
+    def of(self, source: int) -> Self:
+        """Them on text of one source."""
+        return replace(self, shares=[self.shares[source]], sources=None)
+
+    def teach(self, ids: Tensor, index: Tensor | None, positions: Tensor | None = None) -> Averaged:
+        """See ``TeacherSignal``."""
+        import torch
+
+        sources = torch.zeros(len(ids), dtype=torch.int64)
+        if self.sources is not None:
+            if index is None:
+                raise ValueError("which teacher teaches hangs on the source: ask those of one")
+            sources = self.sources[index.cpu()].long()
+        shares = torch.tensor(self.shares)[sources].to(ids.device)
+        return Averaged([*self._parts(ids, positions, shares)], ids.shape[1])
+
+    def _parts(self, ids: Tensor, positions: Tensor | None, shares: Tensor) -> Iterator[_Part]:
+        import torch
+
+        for teacher, share in zip(self.teachers, shares.T, strict=True):
+            mine = share.nonzero().squeeze(-1)
+            if len(mine):
+                place = torch.full_like(share, -1, dtype=torch.int64)
+                place[mine] = torch.arange(len(mine), device=ids.device)
+                said = teacher.teach(ids[mine], None, None if positions is None else positions[mine])
+                yield _Part(said, place, share)
+
+
 def check_same_tokenizer(teacher_folder: Path, student_folder: Path, *, trust_remote_code: bool = False) -> int:
-    """Prove that both models read text as the same ids.
+    """Prove that both models read text as the same ids: a student's, or another teacher's.
 
     Compared are the id of every token string, the merges, the normalizer and the pre-tokenizer. Embedding rows
     beyond the ids (padding) may differ.
@@ -92,7 +181,7 @@ def check_same_tokenizer(teacher_folder: Path, student_folder: Path, *, trust_re
     """
     teacher = load_tokenizer(teacher_folder, trust_remote_code=trust_remote_code)
     student = load_tokenizer(student_folder)
-    remedy = "Distilling on logits needs one vocabulary: use a student with the teacher's tokenizer."
+    remedy = "Distilling on logits needs one vocabulary: use models with one tokenizer."
     ours, theirs = teacher.get_vocab(), student.get_vocab()
     for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, theirs.get(t)), t)):
         if ours.get(token) != theirs.get(token):

@@ -31,6 +31,7 @@ from .evaluate import evaluate, evenly_spaced
 from .head import Outputs, WithHead
 from .learner import adamw, clip, learning
 from .losses import Settings, needs_teacher, summed_losses
+from .mixture import mixed_indices
 from .precision import Precision, choose_precision
 from .ranks import ALONE, Ranks
 from .signals import TeacherSignal
@@ -180,6 +181,13 @@ def batch_indices(seed: int, step: int, windows: int, size: int) -> Tensor:
     return torch.tensor([int(_permutation(seed, place // windows, windows)[place % windows]) for place in places])
 
 
+def windows_of_step(seed: int, step: int, windows: Windows, size: int) -> Tensor:
+    """``batch_indices`` of a split, or of its mixture."""
+    if windows.sources is None:
+        return batch_indices(seed, step, len(windows), size)
+    return mixed_indices(seed, step, windows, size)
+
+
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, windows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(windows)
@@ -244,7 +252,7 @@ def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool
     rate = run.rate(step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    index = batch_indices(run.seed, step, len(run.windows), spec.windows_a_step)
+    index = windows_of_step(run.seed, step, run.windows, spec.windows_a_step)
     # One mean over all tokens of the step, so that neither accumulation nor the number of processes changes it.
     learned = max(1, int(run.windows.loss_mask[index, 1:].sum()))
     sums = torch.zeros(len(run.weights) + 1, dtype=torch.float64)
@@ -276,7 +284,7 @@ def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool
 def _pass(run: _Run, precision: Precision) -> None:
     """A forward and a backward pass over a few windows, of which nothing stays."""
     count = min(_TIMED_WINDOWS, run.spec.batch_size, len(run.windows))
-    total, _ = replace(run, precision=precision).losses(batch_indices(run.seed, 0, len(run.windows), count))
+    total, _ = replace(run, precision=precision).losses(windows_of_step(run.seed, 0, run.windows, count))
     total.backward()
     run.optimizer.zero_grad()
     if run.ranks.device.type == "cuda":
@@ -310,6 +318,7 @@ def _run_key(
     settings = spec.outcome("loss", *of_teacher)
     sums = [int(windows.ids.sum()), int(windows.loss_mask.sum())]
     facts = [versions.TRAINING, settings, weights, vocab_size, seed, len(windows), sums]
+    facts += [list(windows.mixture.items())] if windows.mixture else []
     digest = hashlib.sha256(json.dumps(facts).encode())
     for tensor in (*sample.tensors, *(p.detach().cpu() for p in model.parameters())):
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from shutil import which
@@ -135,8 +135,8 @@ def _data(run: Run) -> Stage:
         [],
         algorithms.TEXT,
         spec.model_dump(exclude={"allow_skipped", "processes"}),
-        [file_sha256(path) for path in spec.files(run.base)],
-        platform.python_version() if spec.source == "stdlib" else None,
+        [file_sha256(path) for source in spec.each.values() for path in source.files(run.base)],
+        platform.python_version() if any(source.source == "stdlib" for source in spec.each.values()) else None,
         run.spec.seed,
         run.reader.checkpoint.digest,
     )
@@ -181,9 +181,14 @@ def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Mac
     algorithm = [algorithms.STUDENT, algorithms.TRAINING]
     if distilled and spec.teacher and spec.teacher.signal == "cached":
         algorithm.append(algorithms.CACHE)
-    key = _key(read, [], algorithm, spec.student.model_dump(), initial, seed, run.reader.checkpoint.digest, settings)
+    taught_by = work.taught_by(run) if distilled else []
+    reader = run.reader.checkpoint.digest
+    key = _key(read, [], algorithm, spec.student.model_dump(), initial, seed, reader, settings, *taught_by)
     taught = run.reader.config if distilled else None
     cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
+    more = run.teachers[1:] if distilled else []
+    further = sum(4 * read_architecture(teacher.config).parameters() for teacher in more)
+    cost = replace(cost, ram_bytes=cost.ram_bytes + further)
     state = run.state / f"{name}-{key[:12]}"
     cost = _with_measured_time(cost, spec.distill, run, state)
     job = partial(work.train_student, run, seed, distilled, state)

@@ -30,12 +30,13 @@ def open_run(
     words = words or ["edgekd", "run", spec.name]
     run = resolve(spec, base=base, folder=folder, words=words, more_seeds=more_seeds)
     run.reader.check()
-    _check_student(run)
+    _check_tokenizers(run)
     if more_seeds and not run.teacher:
         raise SpecError("--seeds: the spec has no teacher, nothing is trained.", "Leave it out.")
     _check_lengths(run)
     _check_thresholds(run)
-    spec.data.files(base)
+    for source in spec.data.each.values():
+        source.files(base)
     for target in spec.targets:
         check(run.student_config, run.reader.folder, target)
     return run
@@ -48,13 +49,15 @@ def _check_folder(folder: Path) -> None:
         raise EdgekdError(f"{folder} exists and is not a run of edgekd.", "Choose another with --out.")
 
 
-def _check_student(run: Run) -> None:
-    """Refuse a student checkpoint whose tokenizer is not the teacher's."""
-    if run.initial and run.teacher:
-        from ..distill.signals import check_same_tokenizer
+def _check_tokenizers(run: Run) -> None:
+    """Refuse a student checkpoint, or a further teacher, whose tokenizer is not the teacher's."""
+    if not run.teacher:
+        return
+    from ..distill.signals import check_same_tokenizer
 
-        check_model(run.initial.folder)
-        check_same_tokenizer(run.teacher.folder, run.initial.folder, trust_remote_code=run.teacher.trust_remote_code)
+    for other in [*run.teachers[1:], *([run.initial] if run.initial else [])]:
+        check_model(other.folder, trust_remote_code=other.trust_remote_code)
+        check_same_tokenizer(run.teacher.folder, other.folder, trust_remote_code=run.teacher.trust_remote_code)
 
 
 def _check_lengths(run: Run) -> None:
@@ -68,6 +71,9 @@ def _check_lengths(run: Run) -> None:
         "verify.greedy_tokens": (spec.verify.greedy_tokens + 1, shortest),
         "bench.prompt_tokens": (max(spec.bench.prompt_tokens) + spec.bench.decode_tokens, shortest),
     }
+    for teacher in run.teachers:
+        if (most := teacher.checkpoint.decoder.max_position_embeddings) and spec.data.context > most:
+            wanted["data.context"] = (spec.data.context, most)
     for key, (tokens, most) in wanted.items():
         if most and tokens > most:
             raise SpecError(f"key '{key}': {tokens} tokens are more than the context of {most}.", "Lower it.")

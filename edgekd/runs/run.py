@@ -101,8 +101,8 @@ class Run:
     """The command that began it, but for the folder."""
     seeds: Sequence[int]
     """The spec's own first: its student is quantized and exported, the others' tell how much the seed moves."""
-    teacher: Model | None
-    """None: the initial checkpoint is the student, and nothing is trained."""
+    teachers: Sequence[Model]
+    """The one whose tokenizer the student has first."""
     initial: Model | None
     """The checkpoint that the student starts from, if there is one."""
     student_config: Mapping[str, object]
@@ -110,6 +110,12 @@ class Run:
     quantizations: Sequence[Quantization]
     """Of a recipe, the exported one comes last."""
     exports: Sequence[Export]
+
+    @property
+    def teacher(self) -> Model | None:
+        """The teacher whose tokenizer the student has; None: the initial checkpoint is the student, and nothing is
+        trained."""
+        return self.teachers[0] if self.teachers else None
 
     def path(self, stage_folder: str) -> Path:
         """Where a stage's result lies."""
@@ -153,9 +159,9 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
     Raises:
         EdgekdError: a model, target or recipe is missing, or the student cannot be built.
     """
-    teacher = initial = None
-    if spec.teacher:
-        teacher = Model(Checkpoint(resolve_model(spec.teacher.model, base)), spec.teacher.trust_remote_code)
+    named = spec.teacher.each if spec.teacher else []
+    teachers = [Model(Checkpoint(resolve_model(one.model, base)), one.trust_remote_code) for one in named]
+    initial = None
     if spec.student.init == "checkpoint":
         initial = Model(Checkpoint(resolve_model(spec.student.model, base)))
     pairs = [(section(target), load_recipe(name, target.target)) for target in spec.targets for name in target.recipes]
@@ -174,9 +180,9 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
     if initial:
         student = initial.config
     else:
-        assert teacher is not None and spec.student.init != "checkpoint"
-        student = student_config(spec.student, teacher.config, base)
-    return Run(spec, folder, base, words, [spec.seed, *more_seeds], teacher, initial, student, quantizations, exports)
+        assert teachers and spec.student.init != "checkpoint"
+        student = student_config(spec.student, teachers[0].config, base)
+    return Run(spec, folder, base, words, [spec.seed, *more_seeds], teachers, initial, student, quantizations, exports)
 
 
 def _quantizations(spec: Spec, recipes: Sequence[Recipe]) -> list[Quantization]:

@@ -20,9 +20,8 @@ from .run import Export, Quantization, Run
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import PreTrainedModel
 
-    from ..distill.signals import TeacherSignal
+    from ..distill.signals import OnlineTeacher, Teachers, TeacherSignal
 
 CUT = "cut"
 MOMENTS = "moments.safetensors"
@@ -89,19 +88,21 @@ def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
     """The teacher as the training hears it; a cached one is captured first, or what of it is missing."""
     from ..distill.cache import Cache, CachedTeacher, capture, key_of
     from ..distill.data import load_windows
-    from ..distill.signals import OnlineTeacher
-    from ..distill.train import batch_indices
+    from ..distill.train import windows_of_step
 
     teacher, spec = run.reader, run.spec.distill
     tokenizer = teacher.tokenizer()
     vocab_size = vocabulary_size(tokenizer)
     assert run.spec.teacher is not None
-    if run.spec.teacher.signal == "online":
-        return OnlineTeacher(teacher.model(), vocab_size)
     windows = load_windows(run.path("data"), "train")
-    read = min(spec.steps * spec.windows_a_step, len(windows))  # no window is read again before all have been
-    order = batch_indices(seed, 0, len(windows), read).tolist()
-    key = key_of(teacher.checkpoint.digest, digest(tokenizer.get_vocab()), windows, order, spec.temperature, vocab_size)
+    if run.spec.teacher.signal == "online":
+        return _teachers(run, vocab_size, windows.sources)
+    read = spec.steps * spec.windows_a_step
+    if windows.sources is None:
+        read = min(read, len(windows))  # no window is read again before all have been
+    order = [*dict.fromkeys(windows_of_step(seed, 0, windows, read).tolist())]
+    named = digest([teacher.checkpoint.digest, *taught_by(run)]) if run.teachers[1:] else teacher.checkpoint.digest
+    key = key_of(named, digest(tokenizer.get_vocab()), windows, order, spec.temperature, vocab_size)
     cache = Cache(run.state / f"teacher-{digest(key)[:12]}", key, windows, order)
     missing = sum(cache.damage(shard) is not None for shard in range(cache.shards))
     if missing:
@@ -112,8 +113,33 @@ def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
                 "Free some, lower distill.steps, or set teacher.signal to online.",
             )
         tell(0, f"teacher: {size_bytes / 2**20:,.0f} MiB to capture")
-        capture(cache, OnlineTeacher(teacher.model(), vocab_size), tell)
+        capture(cache, _teachers(run, vocab_size, windows.sources), tell)
     return CachedTeacher(cache)
+
+
+def taught_by(run: Run) -> list[object]:
+    """What the student's training hangs on beside the first teacher: the others, and who teaches what."""
+    spec = run.spec.teacher
+    if spec is None or not spec.more:
+        return []
+    shares = [spec.shares(source) for source in run.spec.data.each]
+    return [[[teacher.checkpoint.digest for teacher in run.teachers[1:]], shares]]
+
+
+def _teachers(run: Run, vocab_size: int, sources: torch.Tensor | None) -> OnlineTeacher | Teachers:
+    """The teacher, or all of them, in memory.
+
+    Args:
+        sources: of the windows that they are to be asked of; None: of the first alone, or ``Teachers.of`` one.
+    """
+    from ..distill.signals import OnlineTeacher, Teachers
+
+    spec = run.spec.teacher
+    assert spec is not None
+    models = [OnlineTeacher(teacher.model(), vocab_size) for teacher in run.teachers]
+    if len(models) == 1:
+        return models[0]
+    return Teachers(models, [spec.shares(source) for source in run.spec.data.each], sources)
 
 
 def take_student(run: Run, out: Path, tell: Tell) -> Figures:
@@ -126,29 +152,41 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
     """Perplexity, accuracy and distance from the teacher, on the test split, of what was trained with a seed; with the
     spec's own seed, of the teacher too."""
     from ..distill.data import load_windows
-    from ..distill.evaluate import evaluate, evaluate_all, evenly_spaced
-    from ..distill.signals import OnlineTeacher
+    from ..distill.evaluate import evaluate_all, evaluate_signal, evenly_spaced
+    from ..distill.signals import Teachers
 
     spec = run.spec.data
     windows = evenly_spaced(load_windows(run.path("data"), "test"), max(1, spec.max_test_tokens // spec.context))
-    teacher = run.reader.model()
-    signal = OnlineTeacher(teacher, vocabulary_size(run.reader.tokenizer()))
+    signal = _teachers(run, vocabulary_size(run.reader.tokenizer()), None)
+    parts = windows.by_source() or {"": windows}
+    heard = [signal.of(place) if isinstance(signal, Teachers) else signal for place in range(len(parts))]
     measured: dict[str, ModelQuality] = {}
     if seed == run.spec.seed:
         tell(0, "teacher")
-        measured["teacher"] = _quality(teacher, evaluate(teacher, windows))
+        said = [evaluate_signal(of_part, part) for of_part, part in zip(heard, parts.values(), strict=True)]
+        teachers = signal.teachers if isinstance(signal, Teachers) else [signal]
+        measured["teacher"] = _quality(
+            sum(t.model.num_parameters() for t in teachers), dict(zip(parts, said, strict=True))
+        )
     trained = run.trained(seed)
     tell(1 / 3, ", ".join(trained))
     models = {name: load_model(run.path(folder)) for name, folder in trained.items()}
-    for name, figures in evaluate_all(models, windows, teacher=signal).items():
-        measured[name] = _quality(models[name], figures)
+    found = [evaluate_all(models, part, teacher=s) for part, s in zip(parts.values(), heard, strict=True)]
+    for name, model in models.items():
+        measured[name] = _quality(model.num_parameters(), {s: f[name] for s, f in zip(parts, found, strict=True)})
     quality = Quality.model_validate(measured).model_dump()
     write_json(out / "quality.json", quality)
     return quality
 
 
-def _quality(model: PreTrainedModel, evaluation: Mapping[str, float]) -> ModelQuality:
-    return ModelQuality.model_validate({"parameters": model.num_parameters(), **evaluation})
+def _quality(parameters: int, by_source: Mapping[str, Mapping[str, float]]) -> ModelQuality:
+    """Of a model on all sources, and on each where there are several."""
+    from ..distill.evaluate import pooled
+
+    each = by_source if len(by_source) > 1 else {}
+    return ModelQuality.model_validate(
+        {"parameters": parameters, **pooled(list(by_source.values())), "by_source": each}
+    )
 
 
 def _calibration_ids(run: Run) -> torch.Tensor:

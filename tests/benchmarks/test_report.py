@@ -410,6 +410,18 @@ def test_a_baseline_that_is_better_is_said_to_be() -> None:
 HOSTILE = "</script><script>alert('x')</script><!-- & \" \u2028"
 
 
+def test_it_says_where_the_student_holds_and_where_it_dropped() -> None:
+    found = results()
+    for name, accuracies in {"teacher": (0.8, 0.6), "student": (0.78, 0.45), "baseline": (0.7, 0.4)}.items():
+        sources = {f"<{s}>": _model(5.0, a) for s, a in zip(("code", "law"), accuracies, strict=True)}
+        found["quality"][name]["by_source"] = sources
+    words = _words(found)
+    assert "By source, it holds 95 % or more of the teacher's accuracy on <code>" in words.replace("\xa0", " ")
+    assert "it dropped below on <law> (75.0 %)" in words.replace("\xa0", " ")
+    assert "Kept by labels alone" in words and "66.7" in words
+    assert "By source" not in _words(results())
+
+
 def test_text_from_outside_stays_text() -> None:
     found = results()
     found["name"] = HOSTILE

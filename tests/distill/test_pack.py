@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from edgekd.distill.data import SPLITS, load_windows, prepare
 from edgekd.distill.head import with_head
-from edgekd.distill.pack import Encoded, Packer, Windows
+from edgekd.distill.pack import Encoded, Packer, Windows, save_windows
 from edgekd.spec import DataSpec
 from edgekd.student import load_tokenizer
 
@@ -21,7 +21,7 @@ def packed(tmp_path, documents, context=8, isolate=True, ids_below=100):
     for document in documents:
         packer.add(document)
     packer.finish()
-    packer.save(tmp_path / "train.safetensors")
+    save_windows(tmp_path / "train.safetensors", [packer], {})
     packer.close()
     return load_windows(tmp_path, "train"), packer
 
@@ -153,7 +153,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import numpy as np, psutil
-from edgekd.distill.pack import Encoded, Packer, load_windows
+from edgekd.distill.pack import Encoded, Packer, load_windows, save_windows
 import torch
 def anonymous():  # what is no file's page
     memory = psutil.Process().memory_full_info()
@@ -166,7 +166,7 @@ def main(folder, tokens):
     for _ in range(tokens // 1000):
         packer.add(document)
     packer.finish()
-    packer.save(folder / "train.safetensors")
+    save_windows(folder / "train.safetensors", [packer], {})
     windows = load_windows(folder, "train")
     total = sum(int(windows.batch(slice(i, i + 64)).ids.sum()) for i in range(0, len(windows), 64))
     print(anonymous() - before)

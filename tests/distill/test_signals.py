@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from edgekd.distill.signals import OnlineTeacher, check_same_tokenizer
+from edgekd.distill.signals import OnlineTeacher, Teachers, check_same_tokenizer
 from edgekd.errors import EdgekdError
 from edgekd.student import load_model
 
@@ -77,3 +77,45 @@ def test_online_teacher_gives_the_models_logits_without_gradient_and_without_pad
     logits = OnlineTeacher(model, 300).logits(ids)
     assert logits.shape == (2, 9, 300) and not logits.requires_grad
     torch.testing.assert_close(logits, model(input_ids=ids).logits.detach()[..., :300], rtol=0, atol=0)
+
+
+def teachers(tiny_teacher, count):
+    """Models that differ."""
+    models = [load_model(tiny_teacher) for _ in range(count)]
+    for scale, model in enumerate(models, 1):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(10.0 * scale)
+    models[-1].resize_token_embeddings(384)  # padded otherwise
+    return [OnlineTeacher(model, 300) for model in models]
+
+
+def test_several_teachers_are_the_mean_of_those_who_teach_the_source(tiny_teacher):
+    each = teachers(tiny_teacher, 3)
+    sources = torch.tensor([0, 1, 2, 1], dtype=torch.uint8)
+    shares = [[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.2, 0.3, 0.5]]
+    signal = Teachers(each, shares, sources)
+    ids, index = torch.randint(0, 300, (3, 7)), torch.tensor([2, 0, 3])
+    positions = torch.arange(7).expand(3, 7).clone()
+    positions[1, 4:] -= 4
+    rows = torch.tensor([20, 3, 8, 0, 13])
+    found = signal.teach(ids, index, positions).rows(rows)
+    p = torch.stack([t.teach(ids, None, positions).rows(torch.arange(21)).softmax(-1) for t in each])
+    weights = torch.tensor(shares)[sources[index].long()].T.repeat_interleave(7, 1)
+    torch.testing.assert_close(found.exp(), (weights[:, :, None] * p).sum(0)[rows], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(5))
+    of_one = signal.of(1).teach(ids, None, None).rows(rows)
+    p = torch.stack([t.teach(ids).rows(rows).softmax(-1) for t in each])
+    torch.testing.assert_close(of_one.exp(), 0.25 * p[0] + 0.75 * p[1], rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="hangs on the source"):
+        signal.teach(ids, None)
+
+
+def test_a_teacher_is_not_run_where_it_teaches_nothing(tiny_teacher, monkeypatch):
+    each, asked = teachers(tiny_teacher, 2), []
+    original = OnlineTeacher.teach
+    monkeypatch.setattr(
+        OnlineTeacher, "teach", lambda self, ids, *a: asked.append((self, len(ids))) or original(self, ids, *a)
+    )
+    signal = Teachers(each, [[1.0, 0.0], [0.0, 1.0]], torch.tensor([0, 1, 1]))
+    signal.teach(torch.zeros(3, 4, dtype=torch.int64), torch.tensor([1, 2, 1]))
+    assert asked == [(each[1], 3)]
