@@ -47,6 +47,10 @@ M = TypeVar("M", bound=BaseModel)
 LossName = Literal[
     "forward_kl", "reverse_kl", "skewed_kl", "skewed_reverse_kl", "jsd", "total_variation", "cross_entropy"
 ]
+MatchName = Literal["hidden", "attention"]
+LayerNumber = Annotated[int, Field(ge=0, lt=2**12)]
+OF_TEACHER = ("loss", "temperature", "jsd_beta", "skew", "on_policy", "match")
+"""Keys of a training that say nothing where there is no teacher."""
 OF_PART: frozenset[LossName] = frozenset({"cross_entropy", "forward_kl", "skewed_kl"})
 """Losses that are a mean over the teacher's distribution, or need none: what a cached teacher tells is enough."""
 Method = Literal["rtn", "search", "gptq", "qad"]
@@ -269,8 +273,59 @@ class TrainingSpec(_Strict):
         return self
 
 
+class OnPolicySpec(_Strict):
+    """Text that the student writes, and the teacher judges."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="Share of the steps that read such text.")
+    loss: dict[LossName, LossWeight] = Field(
+        {"reverse_kl": 1.0}, description="Weight of each loss there, over what the student wrote."
+    )
+    prompt_tokens: Length | None = Field(
+        None,
+        description="Tokens of a window before what the student writes; in a chat it begins where the next answer "
+        "does. Default: half of data.context.",
+    )
+    max_new_tokens: Length = Field(64, description="Most tokens that it writes.")
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = Field(1.0, description="That it draws with.")
+    drop: list[Literal["empty", "repeated", "unended"]] = Field(
+        ["empty", "repeated"],
+        description="Texts that nothing is learned from: those without a token, those of whose runs of four tokens "
+        "less than half differ, those without an end.",
+    )
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        if not self.loss or "cross_entropy" in self.loss:
+            raise ValueError("loss needs a divergence, and no cross_entropy: the labels are the student's own words")
+        return self
+
+
+class MatchSpec(_Strict):
+    """Layers of the student that are to give what the teacher's do."""
+
+    weights: dict[MatchName, LossWeight] = Field(
+        {"hidden": 1.0},
+        description="Weight of each comparison. hidden: what a layer gives; attention: what its attention adds.",
+    )
+    layers: Annotated[list[Annotated[list[LayerNumber], Field(min_length=2, max_length=2)]], Field(max_length=4096)] = (
+        Field(
+            [],
+            description="Pairs of a layer of the student and one of the teacher, from 0. Default: evenly spaced ones.",
+        )
+    )
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        if not self.weights:
+            raise ValueError(f"weights needs at least one of {', '.join(get_args(MatchName))}")
+        return self
+
+
 class DistillSpec(TrainingSpec):
     """How the student learns."""
+
+    on_policy: OnPolicySpec | None = Field(None, description="Also learn from text that the student writes itself.")
+    match: MatchSpec | None = Field(None, description="Also compare what layers give, by a learned projection.")
 
     baseline: bool = Field(True, description="Also train the same student on labels alone, same tokens and steps.")
 
@@ -414,11 +469,28 @@ class Spec(_Strict):
         if self.teacher and self.teacher.signal == "cached" and beyond:
             names = ", ".join(sorted(beyond))
             raise ValueError(f"distill.loss: {names} cannot be had of a cached teacher (teacher.signal)")
+        if self.teacher:
+            self._check_inside(self.teacher)
         if not self.teacher and "distill" in given:
             raise ValueError("distill: without a teacher nothing is distilled")
         if not self.teacher and self.quantize.qad.teacher == "teacher":
             raise ValueError("quantize.qad.teacher: the spec has no teacher")
         return self
+
+    def _check_inside(self, teacher: TeacherSpec) -> None:
+        """Refuse what needs the teacher itself where something else speaks for it, and texts that nobody can write."""
+        spec = self.distill
+        if spec.on_policy and teacher.signal == "cached":
+            raise ValueError(
+                "distill.on_policy: a cached teacher cannot judge what the student writes (teacher.signal)"
+            )
+        if spec.match and (teacher.signal != "online" or teacher.more):
+            raise ValueError("distill.match: it reads the inside of one teacher that runs beside the student")
+        if spec.on_policy:
+            prompt = spec.on_policy.prompt_tokens or self.data.context // 2
+            if prompt + spec.on_policy.max_new_tokens > self.data.context:
+                words = f"{prompt} prompt_tokens and {spec.on_policy.max_new_tokens} max_new_tokens"
+                raise ValueError(f"distill.on_policy: {words} are more than data.context {self.data.context}")
 
     def _check_routes(self, teacher: TeacherSpec) -> None:
         """Refuse teachers of no source, and sources of no teacher."""

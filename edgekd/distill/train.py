@@ -12,18 +12,19 @@ import os
 import signal as signals
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import EdgekdError, SpecError
+from ..spec import OF_TEACHER, MatchSpec
 from . import versions
 from .checkpoint import Event, Progress, RunLog, copy_of_weights, load_checkpoint, save_checkpoint, set_weights
 from .data import Windows
@@ -31,10 +32,13 @@ from .evaluate import evaluate, evenly_spaced
 from .head import Outputs, WithHead
 from .learner import adamw, clip, learning
 from .losses import Settings, needs_teacher, summed_losses
+from .matching import Matching
 from .mixture import mixed_indices
+from .on_policy import Writing
+from .pack import Batch
 from .precision import Precision, choose_precision
 from .ranks import ALONE, Ranks
-from .signals import TeacherSignal
+from .signals import OnlineTeacher, TeacherSignal
 
 if TYPE_CHECKING:
     from ..spec import TrainingSpec
@@ -85,6 +89,8 @@ def train(
     on_event: Callable[[Event], None],
     method: Descent | None = None,
     precision_file: Path | None = None,
+    writing: Writing | None = None,
+    match: MatchSpec | None = None,
     ranks: Ranks = ALONE,
 ) -> Trained:
     """Train ``model`` in place, going on from the newest checkpoint in ``work_dir``.
@@ -101,6 +107,8 @@ def train(
             the cross-entropy.
         method: default: AdamW, linear warm-up and cosine to zero.
         precision_file: of ``choose_precision``, for trainings that are to take the same; default: one in ``work_dir``.
+        writing: how the student writes text that it learns from too.
+        match: what its layers are compared with, of a teacher that is an ``OnlineTeacher``.
         ranks: the processes that train it together, each of which calls this with the same arguments. The first one
             alone writes and tells. Their number changes rounding and nothing else, and may change between two goes.
 
@@ -116,13 +124,22 @@ def train(
     if context > longest:
         raise SpecError(f"data.context: {context} is longer than the student's {longest} positions.", "Lower it.")
     ranks.share(spec.windows_a_step)
+    if ranks.count > 1 and (writing or match):
+        raise SpecError("distill.on_policy and distill.match: they train in one process.", "Leave torchrun out.")
     work_dir.mkdir(parents=True, exist_ok=True)
-    key = _run_key(model, windows, spec, weights, signal.vocab_size if signal else None, seed)
+    taught = needs_teacher(weights) or bool(writing or match)
+    key = _run_key(model, windows, spec, weights, signal.vocab_size if signal else None, taught, seed)
     ranks.check_alike(key)
     validation = evenly_spaced(validation, max(1, VALIDATION_TOKENS // context))
     with learning(model, ranks) as student, _deterministic(ranks.device):
+        if match:
+            assert isinstance(signal, OnlineTeacher)
+            signal.model.to(ranks.device)  # type: ignore[arg-type]
+            student.add_module("matching", Matching(student.model, signal.model, match, seed))
         method = method or Descent(adamw(student, spec), partial(learning_rate, spec))
-        run = _Run(ranks, student, method.optimizer, method.rate, windows, spec, weights, signal, seed, "float32")
+        run = _Run(
+            ranks, student, method.optimizer, method.rate, windows, spec, weights, signal, seed, "float32", writing
+        )
         precision = choose_precision(spec, partial(_pass, run), precision_file or work_dir / PRECISION, ranks)
         progress = _go_on(replace(run, precision=precision), validation, work_dir, key, on_event)
     model.eval()
@@ -201,6 +218,21 @@ def learning_rate(spec: TrainingSpec, step: int) -> float:
     return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+class _Texts(NamedTuple):
+    """What a step learns from."""
+
+    batches: Iterable[tuple[Tensor, Batch]]
+    """Of this process, each with the windows that it lies or begins in."""
+    weights: dict[str, float]
+    """Of each loss there."""
+    learned: int
+    """Tokens that all processes learn."""
+    tokens: int
+    """That they read."""
+    told: dict[str, float]
+    """Figures for the log."""
+
+
 @dataclass(frozen=True)
 class _Run:
     """What stays the same from step to step."""
@@ -215,23 +247,62 @@ class _Run:
     signal: TeacherSignal | None
     seed: int
     precision: Precision
+    writing: Writing | None = None
 
-    def losses(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """``summed_losses`` of some windows."""
-        device, spec = self.ranks.device, self.spec
+    @property
+    def vocab_size(self) -> int | None:
+        """Ids that count; None: all."""
+        return self.signal.vocab_size if self.signal else None
+
+    @property
+    def matching(self) -> Matching | None:
+        """The comparison of layers, where there is one."""
+        return getattr(self.model, "matching", None)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the products."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def losses(self, batch: Batch, index: Tensor, weights: dict[str, float]) -> tuple[Tensor, Tensor]:
+        """``summed_losses`` of some text, which lies or begins in the windows ``index``, and those of its layers."""
+        spec, matching = self.spec, self.matching
         settings = Settings(spec.temperature, spec.jsd_beta, spec.skew)
-        ids, labels, mask, positions = self.windows.batch(index, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        ids, labels, mask, positions = batch
+        with self.autocast(), matching.listening() if matching else nullcontext():
             taught = None
-            if self.signal and needs_teacher(self.weights):
+            if self.signal and (needs_teacher(weights) or matching):
                 taught = self.signal.teach(ids, index, positions)
 
             def judge(student: Outputs) -> tuple[Tensor, Tensor]:
-                student = replace(student, vocab_size=self.signal.vocab_size if self.signal else None)
-                return summed_losses(student, taught, labels, mask, self.weights, settings)
+                student = replace(student, vocab_size=self.vocab_size)
+                total, parts = summed_losses(student, taught, labels, mask, weights, settings)
+                if matching is None:
+                    return total, parts
+                of_layers, sums = matching.loss(mask)
+                return total + of_layers, torch.cat([parts, sums])
 
             found: tuple[Tensor, Tensor] = self.model(ids, judge, positions)
             return found
+
+    def texts(self, step: int) -> _Texts:
+        """What this process learns from in a step: windows, or what the student writes behind their beginnings."""
+        index = windows_of_step(self.seed, step, self.windows, self.spec.windows_a_step)
+        micros = index[self.ranks.rank :: self.ranks.count].split(self.spec.batch_size)
+        if self.writing and self.writing.turn(self.seed, step):
+            return self._written(self.writing, step, micros)
+        batches = ((micro, self.windows.batch(micro, self.ranks.device)) for micro in micros)
+        learned = int(self.windows.loss_mask[index, 1:].sum())
+        return _Texts(batches, self.weights, learned, len(index) * self.windows.ids.shape[1], {})
+
+    def _written(self, writing: Writing, step: int, micros: Sequence[Tensor]) -> _Texts:
+        given = (self.vocab_size, self.seed, step)
+        with self.autocast():
+            texts = [writing.write(self.model.model, self.windows, micro, *given) for micro in micros]
+        learned = sum(int(text.batch.mask.sum()) for text in texts)
+        told = {"written_tokens": learned, "texts_dropped": sum(text.dropped for text in texts)}
+        weights = {str(name): weight for name, weight in writing.spec.loss.items()}
+        batches = zip(micros, (text.batch for text in texts), strict=True)
+        return _Texts(batches, weights, learned, sum(text.batch.ids.numel() for text in texts), told)
 
 
 def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool]:
@@ -252,28 +323,30 @@ def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool
     rate = run.rate(step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    index = windows_of_step(run.seed, step, run.windows, spec.windows_a_step)
+    texts = run.texts(step)
+    weights = texts.weights | (run.matching.weights if run.matching else {})
     # One mean over all tokens of the step, so that neither accumulation nor the number of processes changes it.
-    learned = max(1, int(run.windows.loss_mask[index, 1:].sum()))
-    sums = torch.zeros(len(run.weights) + 1, dtype=torch.float64)
+    learned = max(1, texts.learned)
+    sums = torch.zeros(len(weights) + 1, dtype=torch.float64)
     sums[-1] = interrupted
-    for micro in index[ranks.rank :: ranks.count].split(spec.batch_size):
-        total, parts = run.losses(micro)
+    for micro, batch in texts.batches:
+        total, parts = run.losses(batch, micro, texts.weights)
         (total * (ranks.count / learned)).backward()  # the processes' gradients are averaged
         sums[:-1] += parts.cpu()
     norm = clip(run.model, spec.max_grad_norm)
-    *means, stopping = (ranks.sum(sums) / torch.tensor([learned] * len(run.weights) + [1])).tolist()
-    loss = sum(weight * mean for weight, mean in zip(run.weights.values(), means, strict=True))
+    *means, stopping = (ranks.sum(sums) / torch.tensor([learned] * len(weights) + [1])).tolist()
+    loss = sum(weight * mean for weight, mean in zip(weights.values(), means, strict=True))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise EdgekdError(f"Step {step + 1}: the loss or its gradient is not finite.", "Lower distill.learning_rate.")
     run.optimizer.step()
     run.optimizer.zero_grad()
     seconds = time.perf_counter() - began
-    tokens = len(index) * run.windows.ids.shape[1]
+    tokens = texts.tokens
     progress.step, progress.tokens, progress.seconds = step + 1, progress.tokens + tokens, progress.seconds + seconds
     figures = {
         "loss": loss,
-        **(dict(zip(run.weights, means, strict=True)) if len(means) > 1 else {}),
+        **(dict(zip(weights, means, strict=True)) if len(means) > 1 else {}),
+        **texts.told,
         "learning_rate": rate,
         "gradient_norm": norm,
         "tokens_per_s": tokens / seconds,
@@ -284,7 +357,9 @@ def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool
 def _pass(run: _Run, precision: Precision) -> None:
     """A forward and a backward pass over a few windows, of which nothing stays."""
     count = min(_TIMED_WINDOWS, run.spec.batch_size, len(run.windows))
-    total, _ = replace(run, precision=precision).losses(windows_of_step(run.seed, 0, run.windows, count))
+    index = windows_of_step(run.seed, 0, run.windows, count)
+    batch = run.windows.batch(index, run.ranks.device)
+    total, _ = replace(run, precision=precision).losses(batch, index, run.weights)
     total.backward()
     run.optimizer.zero_grad()
     if run.ranks.device.type == "cuda":
@@ -310,12 +385,12 @@ def _run_key(
     spec: TrainingSpec,
     weights: dict[str, float],
     vocab_size: int | None,
+    taught: bool,
     seed: int,
 ) -> str:
     """A digest of what the outcome depends on: spec, seed, first weights and data."""
     sample = evenly_spaced(windows, 256)
-    of_teacher = () if needs_teacher(weights) else ("temperature", "jsd_beta", "skew")
-    settings = spec.outcome("loss", *of_teacher)
+    settings = spec.outcome("loss") if taught else spec.outcome(*OF_TEACHER)
     sums = [int(windows.ids.sum()), int(windows.loss_mask.sum())]
     facts = [versions.TRAINING, settings, weights, vocab_size, seed, len(windows), sums]
     facts += [list(windows.mixture.items())] if windows.mixture else []

@@ -21,7 +21,7 @@ from ..architecture import read_architecture
 from ..distill import versions as algorithms
 from ..files import digest, file_sha256
 from ..plan import Cost, Machine, PlannedCache
-from ..spec import CUT_TOKENS, Method, TrainingSpec
+from ..spec import CUT_TOKENS, OF_TEACHER, Method, TrainingSpec
 from ..targets import cache_value_bytes, code_of, versions
 from . import work
 from .records import Figures
@@ -29,7 +29,6 @@ from .run import Export, Quantization, Run
 
 _SOURCE = Path(__file__).parent.parent
 _BENCHMARKS = Path(benchmarks.__path__[0])
-_OF_TEACHER = ("loss", "temperature", "jsd_beta", "skew")
 _HARNESS = [
     f"benchmarks/{name}.py"
     for name in (
@@ -176,7 +175,7 @@ def _of_seed(run: Run, seed: int, read: Sequence[Stage], machine: Machine) -> li
 def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Machine) -> Stage:
     """The student, or the baseline, whose outcome no setting of the teacher's losses touches."""
     spec, distilled = run.spec, name == "student"
-    settings = spec.distill.outcome(*() if distilled else _OF_TEACHER)
+    settings = spec.distill.outcome(*() if distilled else OF_TEACHER)
     initial = run.initial and run.initial.checkpoint.digest
     algorithm = [algorithms.STUDENT, algorithms.TRAINING]
     if distilled and spec.teacher and spec.teacher.signal == "cached":

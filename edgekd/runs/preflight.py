@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..architecture import read_decoder
+from ..architecture import read_architecture, read_decoder
 from ..errors import EdgekdError, SpecError
 from ..spec import Spec
 from ..student import check_model
@@ -34,6 +34,7 @@ def open_run(
     if more_seeds and not run.teacher:
         raise SpecError("--seeds: the spec has no teacher, nothing is trained.", "Leave it out.")
     _check_lengths(run)
+    _check_matched_layers(run)
     _check_thresholds(run)
     for source in spec.data.each.values():
         source.files(base)
@@ -77,6 +78,19 @@ def _check_lengths(run: Run) -> None:
     for key, (tokens, most) in wanted.items():
         if most and tokens > most:
             raise SpecError(f"key '{key}': {tokens} tokens are more than the context of {most}.", "Lower it.")
+
+
+def _check_matched_layers(run: Run) -> None:
+    """Refuse layers that student or teacher do not have."""
+    match = run.spec.distill.match
+    if match is None or run.teacher is None:
+        return
+    there = [read_architecture(config).layers for config in (run.student_config, run.teacher.config)]
+    for pair in match.layers:
+        for layer, layers, whose in zip(pair, there, ("student", "teacher"), strict=True):
+            if layer >= layers:
+                said = f"the {whose} has no layer {layer}, its last is {layers - 1}"
+                raise SpecError(f"key 'distill.match.layers': {said}.", "Layers are counted from 0.")
 
 
 def _check_thresholds(run: Run) -> None:

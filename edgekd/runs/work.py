@@ -8,7 +8,7 @@ from shutil import disk_usage
 from typing import TYPE_CHECKING
 
 from ..errors import DoesNotFit
-from ..files import digest, write_json
+from ..files import digest, read_json, write_json
 from ..manifest import load_artifact
 from ..matmul import fast_float32
 from ..proof import ModelQuality, Quality, QuantizedComparison
@@ -20,7 +20,9 @@ from .run import Export, Quantization, Run
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from transformers import PreTrainedTokenizerFast
 
+    from ..distill.on_policy import Writing
     from ..distill.signals import OnlineTeacher, Teachers, TeacherSignal
 
 CUT = "cut"
@@ -79,9 +81,23 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
         work_dir=state,
         on_event=verbs.telling(tell),
         precision_file=run.state / PRECISION,
+        writing=_writing(run, tokenizer, generation) if distilled else None,
+        match=spec.distill.match if distilled else None,
     )
     save_model(model, tokenizer, out, generation)
     return {**figures, "curve": validation_curve(state / "log.jsonl")}
+
+
+def _writing(run: Run, tokenizer: PreTrainedTokenizerFast, generation: Path | None) -> Writing | None:
+    """How the student writes text that it learns from too."""
+    from ..distill.on_policy import Writing
+
+    spec = run.spec.distill.on_policy
+    if spec is None:
+        return None
+    told = read_json(generation).get("eos_token_id") if generation else None
+    ends = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])} - {None}
+    return Writing(spec, ends, run.spec.data.context)
 
 
 def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
