@@ -38,7 +38,7 @@ def test_a_real_model_reaches_every_target_and_answers(smollm2):
     """Whatever its weights' outliers make of rounding, no gate calls it a fault."""
     model, _ = smollm2
     # What edgekd deploy does, but for the times a thing is measured.
-    spec = deployment(str(model), method="rtn", context=512).model_dump(mode="json", exclude_defaults=True)
+    spec = deployment(str(model), method="rtn", context=512).model_dump(mode="json", exclude_unset=True)
     spec["verify"] |= {"windows": 8}
     spec["bench"] |= {"runs": 1, "cold_runs": 1, "curve_seconds": 0}
     (model.parent / "spec.yaml").write_text(yaml.safe_dump(spec))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 
@@ -9,7 +10,7 @@ from edgekd.checkpoint import Checkpoint
 from edgekd.cli import main
 from edgekd.errors import EdgekdError, SpecError
 from edgekd.runs.deploy import deployment
-from edgekd.spec import DEFAULT_CONTEXT, Spec, checked
+from edgekd.spec import DEFAULT_CONTEXT, BenchSpec, Spec, checked
 
 GIVEN = {
     "name": "ready",
@@ -40,6 +41,8 @@ def folder(tmp_path, tiny_teacher, monkeypatch):
 
 def test_a_model_is_deployed_where_it_lies(folder, monkeypatch, capfd):
     pytest.importorskip("llama_cpp")
+    quick = partial(BenchSpec, runs=1, cold_runs=0, curve_seconds=0)
+    monkeypatch.setattr("edgekd.runs.deploy.BenchSpec", quick)
     before = {path.name: path.read_bytes() for path in (folder / "my model").iterdir()}
     words = ["deploy", "my model", "--targets", "gguf", "--recipe", "fp16", "--recipe", "portable-int4"]
     words += ["--method", "rtn", "--text", "text.txt", "--json"]
