@@ -1,5 +1,5 @@
-"""What an app ships: an artifact's files, its manifest, its licence, a model card and golden tokens, under checksums
-that can be signed. ``docs/bundles.md`` is the format that apps read.
+"""What an app ships: an artifact's files, its manifest with golden answers, its licence and a model card, under
+checksums that can be signed. ``docs/bundles.md`` is the format that apps read.
 """
 
 from __future__ import annotations
@@ -12,30 +12,19 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from .conversation import chat_ids, render_chat, text_ids
 from .errors import BadArtifact, EdgekdError, MissingExtra
-from .files import Json, atomic_file, atomic_folder, file_sha256, write_bytes, write_json, write_text
-from .manifest import MANIFEST, Artifact, Contract
-from .session import Session, greedy
+from .files import Json, atomic_file, atomic_folder, file_sha256, write_bytes, write_text
+from .manifest import Artifact, Manifest, add_proof
+from .proof import GoldenAnswer, Parity
 
 Platform = Literal["android", "ios", "web"]
-SUMS, SIGNATURE, GOLDEN, CARD, LICENSE = "bundle.json", "bundle.sig", "golden.json", "MODEL_CARD.md", "LICENSE"
+SUMS, SIGNATURE, CARD, LICENSE = "bundle.json", "bundle.sig", "MODEL_CARD.md", "LICENSE"
 SCHEMA_VERSION = 1
-_OWN = (SUMS, SIGNATURE, GOLDEN, CARD, LICENSE)
+_OWN = (SUMS, SIGNATURE, CARD, LICENSE)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in a zip, so that the same bundle is the same bytes
-_GREEDY_TOKENS = 16
-_TEXTS = (
-    "Hello, world!",
-    "  def f(x):\n\treturn x + 1\n",
-    "Grüße, 世界 👨\u200d👩\u200d👧\u200d👦 e\u0301",
-    "3.14 <|im_end|> </s>",
-    "\n\n  ",
-)
-_CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @dataclass(frozen=True)
@@ -103,49 +92,32 @@ def exceeded(platform: Platform, sizes: Sequence[int]) -> list[str]:
     return told
 
 
-def golden(session: Session, contract: Contract) -> Json:
-    """Ids of texts and of a chat, and the tokens that follow, by which an app proves its runtime at the first start.
-
-    A greedy token has the margin of its logit over the next one's: where it is small, another processor may rightly
-    choose the other, and whoever compares stops there.
-    """
-    texts = [{"text": text, "ids": text_ids(session, contract, text)} for text in _TEXTS]
-    ids, chat = text_ids(session, contract, _TEXTS[1]), None
-    if contract.chat_template is not None and contract.special_ids is not None:
-        rendered = render_chat(contract.chat_template, _CHAT, contract.special_tokens)
-        ids = chat_ids(session, contract, rendered)
-        chat = {"messages": _CHAT, "text": rendered, "ids": ids}
-    most = min(_GREEDY_TOKENS, session.context_length - len(ids))
-    told = list(islice(greedy(session, contract.eos_ids, ids), most))
-    tokens, margins = [token for token, _ in told], [round(lead, 4) for _, lead in told]
-    return {"texts": texts, "chat": chat, "greedy": {"prompt_ids": ids, "tokens": tokens, "margins": margins}}
-
-
 def write_bundle(
     artifact: Artifact,
     out: Path,
     platform: Platform,
     *,
     license_file: Path,
-    proof: Json,
+    golden: Sequence[GoldenAnswer],
     key: bytes | None = None,
 ) -> Json:
     """Write the bundle, a folder, or a zip where ``out`` is named so; what stands in its ``bundle.json``.
 
     Args:
         out: must not exist; appears only when whole.
-        proof: what ``golden`` gave.
+        golden: what ``verify.golden.golden_texts`` gave; they come behind those that verification recorded.
         key: an Ed25519 private key, PEM; the signature is of ``bundle.json``, which has the sums of all files.
 
     Raises:
         EdgekdError: the key is none.
     """
     signer = None if key is None else _signer(key)
+    proved = Artifact(artifact.folder, _with_golden(artifact.manifest, golden))
     if out.suffix != ".zip":
         with atomic_folder(out) as folder:
-            return _fill(artifact, folder, platform, license_file, proof, signer)
+            return _fill(proved, folder, platform, license_file, signer)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unpacked, atomic_file(out) as temporary:
-        sums = _fill(artifact, Path(unpacked), platform, license_file, proof, signer)
+        sums = _fill(proved, Path(unpacked), platform, license_file, signer)
         _pack(Path(unpacked), temporary)
     return sums
 
@@ -159,16 +131,22 @@ def _pack(folder: Path, out: Path) -> None:
                 shutil.copyfileobj(source, into)
 
 
-def _fill(artifact: Artifact, folder: Path, platform: Platform, license_file: Path, proof: Json, signer: Any) -> Json:
+def _with_golden(manifest: Manifest, golden: Sequence[GoldenAnswer]) -> Manifest:
+    """A manifest with the answers of texts, in place of those that it had."""
+    parity = manifest.parity or Parity(windows=0, window_tokens=0, unusable_positions=0)
+    recorded = [answer for answer in parity.golden if answer.text is None]
+    return manifest.model_copy(update={"parity": parity.model_copy(update={"golden": [*recorded, *golden]})})
+
+
+def _fill(artifact: Artifact, folder: Path, platform: Platform, license_file: Path, signer: Any) -> Json:
     manifest = artifact.manifest
     for name in manifest.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path(name), folder / name)
-    shutil.copyfile(artifact.folder / MANIFEST, folder / MANIFEST)
+    add_proof(Artifact(folder, manifest))
     if LICENSE not in manifest.files:
         shutil.copyfile(license_file, folder / LICENSE)
     write_text(folder / CARD, card(artifact))
-    write_json(folder / GOLDEN, proof)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
@@ -246,10 +224,13 @@ def check_folder(folder: Path, public: str | None = None) -> Json:
     if public is not None:
         _check_signature(data, _read(folder / SIGNATURE), public, folder)
     try:
-        files: dict[str, Json] = json.loads(data)["files"]
+        sums: Json = json.loads(data)
+        newer, files = sums["schema_version"] > SCHEMA_VERSION, sums["files"]
         listed = {name: (told["sha256"], told["bytes"]) for name, told in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadArtifact(f"{folder / SUMS}: not readable.", "Make the bundle again.") from error
+    if newer:
+        raise BadArtifact(f"{folder / SUMS} is of a newer version of edgekd.", "Update edgekd.")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SUMS, SIGNATURE}
     if wrong := sorted(there ^ set(listed)):
         raise BadArtifact(f"{folder}: {wrong[0]!r:.200} is missing, or not listed.", "Make the bundle again.")

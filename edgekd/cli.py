@@ -609,11 +609,12 @@ def bundle(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Put together what an app ships: the artifact, licence, model card, golden tokens, checksums and a signature."""
-    from .bundle import check_bundle, exceeded, golden, public_key, write_bundle
+    """Put together what an app ships: the artifact, licence, model card, golden answers, checksums and a signature."""
+    from .bundle import check_bundle, exceeded, public_key, write_bundle
     from .files import check_writable
     from .manifest import load_artifact
     from .targets import open_artifact
+    from .verify.golden import golden_texts
 
     if os.path.lexists(out):
         raise EdgekdError(f"{out} exists.", "Remove it, or name another.")
@@ -624,11 +625,11 @@ def bundle(
     public = None if pem is None else public_key(pem)
     session = open_artifact(loaded, threads=threads)
     try:
-        proof = golden(session, loaded.manifest.contract)
+        golden = golden_texts(session, loaded.manifest.contract)
     finally:
         session.close()
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    sums = write_bundle(loaded, out, platform, license_file=text, proof=proof, key=pem)
+    sums = write_bundle(loaded, out, platform, license_file=text, golden=golden, key=pem)
     sizes = [told["bytes"] for told in sums["files"].values()]
     told = exceeded(platform, sizes)
     if as_json:

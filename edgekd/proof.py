@@ -198,6 +198,11 @@ class GoldenAnswer(_Proof):
 
     prompt_ids: list[int]
     tokens: list[int]
+    """None where the ids alone are compared."""
+    text: str | None = None
+    """What the ids are of; null: of no text."""
+    messages: list[dict[str, str]] | None = None
+    """The chat that the contract's template renders as the text; null: the text is gone on with."""
 
 
 SOFTWARE_GPU = "a software GPU: correctness only"

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from edgekd import targets
+from edgekd.bundle import Platform, public_key, write_bundle
 from edgekd.manifest import Artifact, add_proof
 from edgekd.proof import Parity
 from edgekd.spec import TargetSpec
 from edgekd.student import load_tokenizer, resolve_model
-from edgekd.verify.golden import golden_answers
+from edgekd.verify.golden import golden_answers, golden_texts
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 512
@@ -44,3 +45,16 @@ def make_artifact(target: str, out: Path) -> Artifact:
     golden = golden_answers(session, artifact.manifest.contract.eos_ids, np.array(ids[:1280]).reshape(16, 80))
     session.close()
     return add_proof(artifact, parity=Parity(windows=0, window_tokens=0, unusable_positions=0, golden=golden))
+
+
+def make_bundle(artifact: Artifact, out: Path, platform: Platform) -> str:
+    """An artifact's signed bundle; the public key."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    key = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    session = targets.open_artifact(artifact, threads=1)
+    golden = golden_texts(session, artifact.manifest.contract)
+    session.close()
+    write_bundle(artifact, out, platform, license_file=ROOT / "LICENSE", golden=golden, key=key)
+    return public_key(key)

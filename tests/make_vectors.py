@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import unicodedata
@@ -113,6 +114,17 @@ def manifests() -> Iterator[dict[str, Any]]:
     yield case("of a newer schema", manifest(schema_version=2), "newer_schema")
     yield case("of a newer schema with other keys", {"schema_version": 7, "files": []}, "newer_schema")
     yield case("of another runtime", manifest(), "other_target", target="executorch")
+    parity = {"windows": 0, "window_tokens": 0, "unusable_positions": 0}
+    answer = {"prompt_ids": [1, 2], "tokens": [3]}
+    named = [
+        answer,
+        answer | {"text": "hi", "messages": None},
+        answer | {"text": "hi", "messages": CHATS["one"]},
+    ]
+    yield case("golden answers", manifest(parity=parity | {"golden": named}), OK)
+    for golden in (3, [3], [{"tokens": [1]}], [answer | {"tokens": ["a"]}], [answer | {"text": 3}]):
+        name = f"parity.golden is {json.dumps(golden)}"
+        yield case(name, manifest(parity=parity | {"golden": golden}), "bad_value")
     for key in ("main_file", "files", "contract", "target"):
         yield case(f"without {key}", manifest(**{key: ...}), "bad_value")
     for key, value in (("schema_version", 0), ("schema_version", "1"), ("files", []), ("name", 3)):
@@ -140,6 +152,70 @@ def manifests() -> Iterator[dict[str, Any]]:
     yield case("a changed file", manifest(), "file_changed", FILES | {"sub/ä b.txt": "Grüsse"})
     wrong = manifest()["files"] | {"model.gguf": "0" * 64}
     yield case("a wrong sum", manifest(files=wrong), "file_changed")
+
+
+# --- bundles ----------------------------------------------------------------------------------------------------------
+
+KEY = bytes(range(32))
+"""The private key that the vectors are signed with: known to everybody."""
+
+
+def bundles() -> Iterator[dict[str, Any]]:
+    """Folders under signed sums, and what becomes of one that is not what was signed."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    private = Ed25519PrivateKey.from_private_bytes(KEY)
+    public = base64.b64encode(private.public_key().public_bytes_raw()).decode()
+    files = FILES | {"manifest.json": json.dumps(manifest(), ensure_ascii=False), "LICENSE": "Do as you like.\n"}
+    data = {name: text.encode() for name, text in files.items()}
+    listed = {name: {"sha256": hashlib.sha256(one).hexdigest(), "bytes": len(one)} for name, one in data.items()}
+    sums = {"schema_version": 1, "name": "tiny", "platform": "android", "files": listed}
+
+    def sign(text: str) -> str:
+        return base64.b64encode(private.sign(text.encode())).decode()
+
+    def case(name: str, expect: str | None, **changes: Any) -> dict[str, Any]:
+        given = changes.pop("sums", sums)
+        text = json.dumps(given, indent=2, ensure_ascii=False) if isinstance(given, dict) else given
+        signature = sign(text) + "\n" if isinstance(text, str) else None
+        plain = {"name": name, "bundle": text, "signature": signature, "public_key": public, "files": files}
+        return plain | changes | {"expect": {"ok": True} if expect is None else {"refused": expect}}
+
+    whole = json.dumps(sums, indent=2, ensure_ascii=False)
+    flipped = bytearray(private.sign(whole.encode()))
+    flipped[40] ^= 1
+    yield case("whole", None)
+    yield case("keys in another order", None, sums=dict(reversed(sums.items())))
+    yield case("no sums", "not_signed", sums=None)
+    yield case("no signature", "not_signed", signature=None)
+    yield case("a flipped bit in the sums", "bad_signature", sums=whole.replace("tiny", "tinx"), signature=sign(whole))
+    yield case("a flipped bit in the signature", "bad_signature", signature=base64.b64encode(flipped).decode())
+    yield case(
+        "the sums on one line", "bad_signature", sums=json.dumps(sums, ensure_ascii=False), signature=sign(whole)
+    )
+    yield case("a signature that ends early", "bad_signature", signature=sign(whole)[:40])
+    yield case("a signature that is not base64", "bad_signature", signature="Grüße")
+    yield case("an empty signature", "bad_signature", signature="")
+    other = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw()
+    for name, key in (("another", other), ("a short", other[:31]), ("no", b""), ("an all-zero", bytes(32))):
+        yield case(f"{name} key", "bad_signature", public_key=base64.b64encode(key).decode())
+    yield case("a key that is not base64", "bad_signature", public_key="key")
+    yield case("signed, of a newer schema", "newer_schema", sums=sums | {"schema_version": 2})
+    yield case("signed, but no JSON", "not_json", sums="{")
+    yield case("signed, but without files", "bad_value", sums={"schema_version": 1})
+    yield case("signed, but a size is missing", "bad_value", sums=sums | {"files": {"LICENSE": {"sha256": "0" * 64}}})
+    for name, (old, new) in {
+        "model.gguf": ("weights", "Weights"),
+        "manifest.json": ('"tiny"', '"Tiny"'),
+        "LICENSE": ("like", "love"),
+    }.items():
+        yield case(f"{name} is changed", "file_changed", files=files | {name: files[name].replace(old, new)})
+        yield case(f"{name} is longer", "file_changed", files=files | {name: f"{files[name]} "})
+    for name in ("model.gguf", "LICENSE"):
+        yield case(f"{name} is missing", "file_missing", files={n: t for n, t in files.items() if n != name})
+    yield case("a file that is not listed", "not_listed", files=files | {"sub/more.txt": "x"})
+    outside = {"schema_version": 1, "files": listed | {"../x": listed["LICENSE"]}}
+    yield case("signed, but a path leaves the folder", "leaves_folder", sums=outside)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -410,6 +486,7 @@ def vectors() -> dict[str, dict[str, Any]]:
     }
     return {
         "manifests.json": {"about": "folders, and what is read from them", "cases": list(manifests())},
+        "bundles.json": {"about": "folders under signed sums", "cases": list(bundles())},
         "prompts.json": {"about": "chats as their templates render them", **shared, "cases": list(prompts())},
         "texts.json": {"about": "texts to be gone on with", "cases": list(texts())},
         "history.json": {"about": "chats too long", "template": HISTORY_TEMPLATE, "cases": list(history())},

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from demos import IDS, QUESTION, ROOT, make_artifact, tool
+from demos import IDS, QUESTION, ROOT, make_artifact, make_bundle, tool
 from edgekd import targets
+from edgekd.bundle import SUMS
 from edgekd.conversation import chat_ids, render_chat
 from edgekd.files import digest
 from edgekd.manifest import MANIFEST
@@ -49,9 +50,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def drive(classes: Path, library: Path, folder: Path) -> dict[str, Any]:
-    """What the app's own classes made of an artifact."""
-    job = {"ids": IDS, "count": 24, "chat": QUESTION, "texts": TEXTS}
+def drive(classes: Path, library: Path, folder: Path, key: str | None = None) -> dict[str, Any]:
+    """What the app's own classes made of an artifact; with a public key, of a bundle."""
+    job = {"ids": IDS, "count": 24, "chat": QUESTION, "texts": TEXTS, "public_key": key}
     path = f"{classes}:{DEMO}/build/tools/kotlin/kotlin-stdlib.jar"
     command = ["java", "-cp", path, "io.edgekd.demo.DriveKt", str(library), str(folder), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -89,6 +90,18 @@ def test_damage_and_a_wrong_answer_are_told(classes: Path, library: Path, tmp_pa
     manifest["parity"]["golden"][0]["tokens"][0] ^= 1
     (artifact.folder / MANIFEST).write_text(json.dumps(manifest), "utf-8")
     assert drive(classes, library, artifact.folder)["failure"].startswith("Golden answer 1: token 1 is ")
+
+
+def test_with_a_key_only_what_it_signed_is_opened(classes: Path, library: Path, tmp_path: Path) -> None:
+    artifact, bundle = make_artifact("gguf", tmp_path / "gguf"), tmp_path / "bundle"
+    key = make_bundle(artifact, bundle, "android")
+    found = drive(classes, library, bundle, key)
+    assert found["failure"] is None and found["answers"] == 4 + 6, "the texts' ids and the chat are the Session's too"
+    assert drive(classes, library, artifact.folder, key)["refused"] == "not_signed"
+    data = bytearray((bundle / SUMS).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / SUMS).write_bytes(data)
+    assert drive(classes, library, bundle, key)["refused"] == "bad_signature"
 
 
 def test_the_apk_is_signed_aligned_and_asks_for_nothing() -> None:

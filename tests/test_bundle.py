@@ -16,11 +16,12 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekd import targets
-from edgekd.bundle import GOLDEN, LIMITS, SIGNATURE, SUMS, check_bundle, check_folder, exceeded
+from edgekd.bundle import LIMITS, SIGNATURE, SUMS, check_bundle, check_folder, exceeded, write_bundle
 from edgekd.cli import app
 from edgekd.conversation import chat_ids, render_chat, text_ids
 from edgekd.errors import BadArtifact, EdgekdError
 from edgekd.manifest import Artifact, load_artifact
+from edgekd.proof import GoldenAnswer, Parity
 
 pytest.importorskip("cryptography")
 
@@ -53,26 +54,38 @@ def made(tiny_gguf: Artifact, key: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_it_is_an_artifact_with_what_an_app_needs(made: tuple[Path, dict[str, Any]], tiny_gguf: Artifact) -> None:
     folder, told = made
-    assert load_artifact(folder).manifest == tiny_gguf.manifest  # its own sums hold too
+    manifest = load_artifact(folder).manifest  # its own sums hold too
+    assert manifest.model_copy(update={"parity": None}) == tiny_gguf.manifest
     assert (folder / "LICENSE").read_text() == "Do as you like.\n"
     assert "# tiny" in (folder / "MODEL_CARD.md").read_text()
-    assert set(told["files"]) == {*tiny_gguf.manifest.files, "manifest.json", "LICENSE", "MODEL_CARD.md", GOLDEN}
+    assert set(told["files"]) == {*tiny_gguf.manifest.files, "manifest.json", "LICENSE", "MODEL_CARD.md"}
     assert check_folder(folder, told["public_key"])["files"] == told["files"] and told["exceeded"] == []
 
 
-def test_golden_tokens_are_the_sessions(made: tuple[Path, dict[str, Any]], tiny_gguf: Artifact) -> None:
-    proof = json.loads((made[0] / GOLDEN).read_text())
+def test_golden_answers_are_the_sessions(made: tuple[Path, dict[str, Any]], tiny_gguf: Artifact) -> None:
+    parity = load_artifact(made[0]).manifest.parity
+    assert parity is not None and parity.kl_mean is None
     session, contract = targets.open_artifact(tiny_gguf, threads=1), tiny_gguf.manifest.contract
-    for case in proof["texts"]:
-        assert case["ids"] == text_ids(session, contract, case["text"])
-    rendered = render_chat(contract.chat_template or "", proof["chat"]["messages"], contract.special_tokens)
-    assert proof["chat"]["text"] == rendered and proof["chat"]["ids"] == chat_ids(session, contract, rendered)
-    greedy = proof["greedy"]
-    assert greedy["tokens"] == list(session.generate(greedy["prompt_ids"], 16)) and len(greedy["tokens"]) > 3
-    session.reset()
-    logits = sorted(session.prefill(greedy["prompt_ids"]).tolist())
-    assert greedy["margins"][0] == pytest.approx(logits[-1] - logits[-2], abs=1e-3)
+    *texts, chat = parity.golden
+    for answer in texts:
+        assert answer.text and answer.prompt_ids == text_ids(session, contract, answer.text)
+        assert answer.messages is None and answer.tokens == []
+    rendered = render_chat(contract.chat_template or "", chat.messages or [], contract.special_tokens)
+    assert chat.text == rendered and chat.prompt_ids == chat_ids(session, contract, rendered)
+    assert chat.tokens == list(session.generate(chat.prompt_ids, 16))[: len(chat.tokens)]
+    assert len(texts) == 5
     session.close()
+
+
+def test_answers_of_verification_stay_and_those_of_texts_come_once(tiny_gguf: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "L").write_text("x")
+    recorded, old = GoldenAnswer(prompt_ids=[1], tokens=[2]), GoldenAnswer(prompt_ids=[3], tokens=[], text="old")
+    parity = Parity(windows=3, window_tokens=8, unusable_positions=0, kl_mean=0.25, golden=[recorded, old])
+    verified = Artifact(tiny_gguf.folder, tiny_gguf.manifest.model_copy(update={"parity": parity}))
+    new = GoldenAnswer(prompt_ids=[4], tokens=[5], text="new")
+    write_bundle(verified, tmp_path / "out", "web", license_file=tmp_path / "L", golden=[new])
+    kept = load_artifact(tmp_path / "out").manifest.parity
+    assert kept == parity.model_copy(update={"golden": [recorded, new]})
 
 
 def test_a_signature_is_one_that_openssl_verifies(made: tuple[Path, dict[str, Any]], key: Path, tmp_path: Path) -> None:
@@ -84,7 +97,7 @@ def test_a_signature_is_one_that_openssl_verifies(made: tuple[Path, dict[str, An
     assert "Verified Successfully" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "manifest.json", GOLDEN, "LICENSE", SUMS, SIGNATURE, "more.txt"])
+@pytest.mark.parametrize("name", ["model.gguf", "manifest.json", "LICENSE", SUMS, SIGNATURE, "more.txt"])
 @pytest.mark.parametrize("how", ["changed", "removed"])
 def test_every_change_is_seen(made: tuple[Path, dict[str, Any]], tmp_path: Path, name: str, how: str) -> None:
     folder = tmp_path / "bundle"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from edgekd.bundle import SIGNATURE, SUMS, check_folder
 from edgekd.conversation import ChatTemplate, Stops, TooLong, check_prompt, fitted_chat, text_ids
 from edgekd.errors import BadArtifact
 from edgekd.manifest import Contract, load_artifact
@@ -28,6 +29,17 @@ SAID = {
     "leaves_folder": "leaves the folder|no usable file name",
     "file_missing": "is missing",
     "file_changed": "is not the file its manifest names",
+}
+SAID_OF_BUNDLES = {
+    "not_signed": "No such file",
+    "bad_signature": "no signature of that key",
+    "newer_schema": "newer version of edgekd",
+    "not_json": "not readable",
+    "bad_value": "not readable",
+    "leaves_folder": "is missing, or not listed",
+    "file_missing": "is missing, or not listed",
+    "not_listed": "is missing, or not listed",
+    "file_changed": "is not the file that the bundle lists",
 }
 
 
@@ -68,6 +80,20 @@ def test_a_folder_is_read_or_refused(case: dict[str, Any], tmp_path: Path) -> No
     cache = manifest.traffic and manifest.traffic.kv_bytes_per_position * contract.context_length
     told = {**manifest.model_dump(), **contract.model_dump(), "size_bytes": artifact.size_bytes, "cache_bytes": cache}
     assert {key: told[key] for key in case["expect"]["ok"]} == case["expect"]["ok"]
+
+
+@cases("bundles.json")
+def test_a_bundle_is_what_was_signed(case: dict[str, Any], tmp_path: Path) -> None:
+    given = case["files"] | {SUMS: case["bundle"], SIGNATURE: case["signature"]}
+    for name, text in given.items():
+        if text is not None:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text, "utf-8", newline="")
+    if refused := case["expect"].get("refused"):
+        with pytest.raises(BadArtifact, match=SAID_OF_BUNDLES[refused]):
+            check_folder(tmp_path, case["public_key"])
+    else:
+        assert set(check_folder(tmp_path, case["public_key"])["files"]) == set(case["files"])
 
 
 def test_prompts_are_what_transformers_renders() -> None:

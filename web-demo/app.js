@@ -1,5 +1,6 @@
 /** The page: a folder is chosen, checked, loaded and proved; then it chats, or is timed. All work is done in core/. */
 
+import { checkBundle, readBundle } from "./core/bundle.js";
 import { SETTINGS, measure, recordOf } from "./core/bench.js";
 import { fittedChat, textIds } from "./core/conversation.js";
 import { Decoder } from "./core/decoder.js";
@@ -27,13 +28,18 @@ function availableBytes() {
   return navigator.deviceMemory ? Math.min(WASM_BYTES, (navigator.deviceMemory * 2 ** 30) / 2) : null;
 }
 
+/** Of the bundles that this page opens; empty: it opens every artifact. */
+const publicKeyHere = () => document.querySelector("meta[name=edgekd-public-key]").content;
+
 /** Check, load and prove an artifact; `files` are Blobs by their names inside its folder. */
-export async function load(files, { folder, say = () => {}, most = availableBytes(), threads = threadsHere() } = {}) {
+export async function load(files, { folder, say = () => {}, most = availableBytes(), threads = threadsHere(), publicKey = publicKeyHere() } = {}) {
+  const list = publicKey ? await readBundle(files, publicKey) : null;
   const manifest = parseManifest(await files.get("manifest.json")?.text(), Object.keys(ENGINES));
   const sizeBytes = Object.keys(manifest.files).reduce((sum, name) => sum + (files.get(name)?.size ?? 0), 0);
   const short = memoryShortage(manifest, sizeBytes, most);
   if (short) throw new Refusal("memory", short, "Choose a smaller model.");
   await checkFiles(manifest, files, (share) => say(`Checking the files: ${Math.round(100 * share)} %`));
+  if (list) await checkBundle(list, manifest, files);
   if (!files.has("tokenizer.json")) throw new Refusal("file_missing", "The artifact has no tokenizer.json.", "Export the artifact again.");
   const tokenizer = new TokenizerFile(await files.get("tokenizer.json").text());
   const runtime = await import(ENGINES[manifest.target]);
@@ -41,7 +47,7 @@ export async function load(files, { folder, say = () => {}, most = availableByte
   say("Loading the model");
   const engine = await open();
   say("Comparing its golden answers");
-  const test = await selfTest(engine, manifest);
+  const test = await selfTest(engine, manifest, tokenizer);
   if (test.failure) {
     await engine.close();
     const words = `This device does not compute what the artifact should: ${test.failure}`;

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from edgekd.verify.golden import ANSWER_TOKENS, ANSWERS, LEAD, PROMPT_TOKENS, golden_answers
+from edgekd.manifest import Contract
+from edgekd.verify.golden import ANSWER_TOKENS, ANSWERS, CHAT, LEAD, PROMPT_TOKENS, TEXTS, golden_answers, golden_texts
 
 
 class Scripted:
@@ -43,6 +44,46 @@ def test_the_longest_answers_are_kept():
     assert [len(answer.tokens) for answer in answers] == [10, 9, 8, 7] and len(answers) == ANSWERS
     assert {len(answer.prompt_ids) for answer in answers} == {PROMPT_TOKENS}
     assert len(golden_answers(Scripted([5.0] * 12), set(), windows)[0].tokens) == ANSWER_TOKENS
+
+
+class Lengths(Scripted):
+    """Reads a text as its length."""
+
+    def tokenize(self, text, *, start=True):
+        return [len(text) % 8]
+
+
+TEMPLATE = "{{ messages[0].content }}<e>"
+CONTRACT = Contract(
+    context_length=64,
+    vocab_size=12,
+    bos_id=9,
+    eos_ids=[11],
+    add_bos=True,
+    chat_template=TEMPLATE,
+    special_ids={"<e>": 7},
+)
+
+
+def test_texts_and_a_chat_have_their_ids_and_the_last_is_followed():
+    *texts, chat = golden_texts(Lengths([5.0] * 12), CONTRACT)
+    assert [(answer.text, answer.prompt_ids, answer.tokens) for answer in texts] == [
+        (text, [9, len(text) % 8], []) for text in TEXTS
+    ]
+    question = CHAT[0]["content"]
+    assert (chat.text, chat.messages) == (f"{question}<e>", CHAT)
+    assert chat.prompt_ids == [len(question) % 8, 7] and chat.tokens == [8, 9, 10]
+    for template in (None, "{{ strftime_now('%d') }}" + TEMPLATE):  # the second renders another text tomorrow
+        last = golden_texts(Lengths([5.0] * 12), CONTRACT.model_copy(update={"chat_template": template}))[-1]
+        begin = len(TEXTS[-1]) % 8
+        assert last.text == TEXTS[-1] and last.messages is None and last.tokens == list(range(begin + 1, 11))
+
+
+def test_a_text_that_fills_the_context_is_left_out():
+    short = Lengths([5.0] * 12)
+    short.context_length = 2
+    (only,) = golden_texts(short, CONTRACT.model_copy(update={"special_ids": {}}))
+    assert only.messages == CHAT and len(only.prompt_ids) == 1 and len(only.tokens) == 1
 
 
 def test_logits_that_are_no_numbers_are_no_answer():

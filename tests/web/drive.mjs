@@ -2,7 +2,7 @@
 import { createRequire } from "node:module";
 
 const [chromium, playwright, url, job] = process.argv.slice(2);
-const { folder, ids, count, chat, settings, options } = JSON.parse(job);
+const { folder, key, ids, count, chat, settings, options } = JSON.parse(job);
 const browser = await createRequire(import.meta.url)(playwright).chromium.launch({
   executablePath: chromium,
   args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"],
@@ -21,6 +21,7 @@ const settled = async () => {
 };
 await page.waitForFunction(() => document.getElementById("status").textContent);
 const found = { isolated: await page.evaluate(() => globalThis.crossOriginIsolated) };
+if (key) await page.locator("meta[name=edgekd-public-key]").evaluate((meta, key) => (meta.content = key), key);
 await page.locator("#folder").setInputFiles(folder);
 await page.waitForTimeout(50);
 found.loaded = await settled();

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from demos import IDS, QUESTION, ROOT, make_artifact, tool
+from demos import IDS, QUESTION, ROOT, make_artifact, make_bundle, tool
 from edgekd import targets
+from edgekd.bundle import SUMS
 from edgekd.conversation import chat_ids, render_chat
 from edgekd.files import digest
 from edgekd.manifest import MANIFEST, Artifact, load_artifact
@@ -160,6 +161,21 @@ def test_what_is_wrong_is_told_in_a_sentence(
         assert found["used"]["refused"] == found["loaded"], "the page says what the code refuses"
     found = drive(node, chromium, url, folder=str(artifact.folder), options={"most": 2**20})
     assert found["used"]["code"] == "memory" and "there are 1 MiB" in found["used"]["refused"]
+
+
+def test_with_a_key_only_what_it_signed_is_opened(
+    node: str, chromium: str, serve: Any, artifact: Artifact, tmp_path: Path
+) -> None:
+    url, bundle = serve(partial(demo_handler(), directory=str(DEMO))), tmp_path / "bundle"
+    key = make_bundle(artifact, bundle, "web")
+    found = drive(node, chromium, url, folder=str(bundle), key=key)
+    assert found["used"]["test"]["failure"] is None and found["used"]["test"]["answers"] == 4 + 6, found["loaded"]
+    assert drive(node, chromium, url, folder=str(artifact.folder), key=key)["used"]["code"] == "not_signed"
+    data = bytearray((bundle / SUMS).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / SUMS).write_bytes(data)
+    found = drive(node, chromium, url, folder=str(bundle), key=key)
+    assert found["used"]["code"] == "bad_signature" and found["loaded"] == found["used"]["refused"]
 
 
 def test_transformers_js_loads_the_onnx_folder_as_it_is(node: str, chromium: str, serve: Any, tmp_path: Path) -> None:

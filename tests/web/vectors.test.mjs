@@ -1,8 +1,10 @@
 // The golden vectors through web-demo/core: node --test vectors.test.mjs
 import assert from "node:assert/strict";
+import { webcrypto } from "node:crypto";
 import { readFileSync } from "node:fs";
 import test from "node:test";
 
+import { SIGNATURE, SUMS, checkBundle, readBundle } from "../../web-demo/core/bundle.js";
 import { textIds, promptParts, renderChat, fittedChat } from "../../web-demo/core/conversation.js";
 import { realText } from "../../web-demo/core/definitions.js";
 import { cacheBytes, checkFiles, parseManifest } from "../../web-demo/core/manifest.js";
@@ -11,6 +13,8 @@ import { selfTest } from "../../web-demo/core/selftest.js";
 import { Sha256, sha256OfBlob } from "../../web-demo/core/sha256.js";
 import { median, percentile, tokensPerSecond } from "../../web-demo/core/statistics.js";
 import { Utf8Stream } from "../../web-demo/core/utf8.js";
+
+globalThis.crypto ??= webcrypto; // which node 18 has by this name alone
 
 const read = (name) => JSON.parse(readFileSync(new URL(`../vectors/${name}.json`, import.meta.url), "utf8"));
 const bytes = (hex) => Uint8Array.from(hex.match(/../g) ?? [], (pair) => parseInt(pair, 16));
@@ -50,6 +54,20 @@ for (const { name, manifest, files, target, expect } of read("manifests").cases)
     const { main_file } = parsed;
     const found = { name: parsed.name, target: parsed.target, main_file, context_length, vocab_size, bos_id, eos_ids, add_bos };
     assert.deepEqual({ ...found, size_bytes, cache_bytes: cacheBytes(parsed) }, expect.ok);
+  });
+}
+
+for (const { name, bundle, signature, public_key, files, expect } of read("bundles").cases) {
+  test(`bundles: ${name}`, async () => {
+    const texts = Object.entries({ ...files, [SUMS]: bundle, [SIGNATURE]: signature }).filter(([, text]) => text !== null);
+    const blobs = new Map(texts.map(([path, text]) => [path, new Blob([text])]));
+    const open = async () => {
+      const list = await readBundle(blobs, public_key);
+      const parsed = parseManifest(files["manifest.json"], ["gguf"]);
+      await checkFiles(parsed, blobs);
+      await checkBundle(list, parsed, blobs);
+    };
+    assert.equal(await refused(open), expect.refused ?? "none");
   });
 }
 
@@ -151,4 +169,17 @@ test("self-test: the first token that differs is named", async () => {
   answers[4] = [5, 6];
   assert.deepEqual(await selfTest(engine, manifest), { answers: 2, tokens: 4, failure: null });
   assert.deepEqual(await selfTest(engine, { parity: null }), { answers: 0, tokens: 0, failure: null });
+});
+
+test("self-test: texts and chats are read as they were", async () => {
+  const contract = { chat_template: "{{ messages[0].content }}!", special_tokens: {}, special_ids: { "!": 1 }, context_length: 9, eos_ids: [] };
+  const tokenizer = { encode: (text) => [text.length] };
+  const engine = { greedy: async (ids, count) => [ids.at(-1) + 1].slice(0, count) };
+  const failure = async (answer) => (await selfTest(engine, { contract, parity: { golden: [answer] } }, tokenizer)).failure;
+  const messages = [{ role: "user", content: "four" }];
+  assert.equal(await failure({ prompt_ids: [4], tokens: [], text: "four" }), null);
+  assert.equal(await failure({ prompt_ids: [5], tokens: [], text: "four" }), "Golden answer 1: its text is read as 4, not 5.");
+  assert.equal(await failure({ prompt_ids: [4, 1], tokens: [2], text: "four!", messages }), null);
+  assert.equal(await failure({ prompt_ids: [4, 1], tokens: [3], text: "four!", messages }), "Golden answer 1: token 1 is 2, not 3.");
+  assert.equal(await failure({ prompt_ids: [4, 1], tokens: [2], text: "four?", messages }), "Golden answer 1: its chat is rendered as another text.");
 });

@@ -11,7 +11,7 @@ const isObject = (value) => typeof value === "object" && value !== null && !Arra
 const isCount = (value) => Number.isInteger(value) && value >= 1 && value <= MAX_TOKENS;
 const isText = (value) => typeof value === "string" && value.length > 0;
 const isOptional = (value, type) => value == null || typeof value === type;
-const isInside = (name) => name !== "" && !name.startsWith("/") && !name.includes("\\") && !name.split("/").includes("..");
+export const isInside = (name) => name !== "" && !name.startsWith("/") && !name.includes("\\") && !name.split("/").includes("..");
 
 function check(holds, key, what, code = "bad_value") {
   if (!holds) throw new Refusal(code, `manifest.json: key '${key}' is not ${what}.`, AGAIN);
@@ -28,6 +28,14 @@ function checkContract(contract) {
   check(isOptional(contract.chat_template, "string"), "contract.chat_template", "text");
   const ids = contract.special_ids;
   check(ids == null || (isObject(ids) && Object.values(ids).every(isId)), "contract.special_ids", "ids by text");
+}
+
+function checkGolden(parity) {
+  const isIds = (ids) => Array.isArray(ids) && ids.every((id) => Number.isInteger(id) && id >= 0);
+  const isAnswer = ({ prompt_ids, tokens, text, messages }) =>
+    isIds(prompt_ids) && isIds(tokens) && isOptional(text, "string") && (messages == null || (Array.isArray(messages) && messages.every(isObject)));
+  const golden = parity?.golden ?? [];
+  check(Array.isArray(golden) && golden.every((answer) => isObject(answer) && isAnswer(answer)), "parity.golden", "a list of answers");
 }
 
 /** Facts of a manifest that the page relies on, checked; `targets` are those that it runs. */
@@ -59,6 +67,7 @@ export function parseManifest(text, targets) {
   }
   check(manifest.main_file in manifest.files, "main_file", "among files");
   checkContract(manifest.contract);
+  checkGolden(manifest.parity);
   return manifest;
 }
 

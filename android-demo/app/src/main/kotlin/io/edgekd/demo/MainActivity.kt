@@ -40,7 +40,7 @@ class MainActivity : Activity() {
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
         setContentView(screen())
-        library = Library(filesDir, Engines.targets)
+        library = Library(filesDir, Engines.targets, publicKey())
         device = AndroidDevice(this)
         work {
             Engines.prepare()
@@ -71,6 +71,9 @@ class MainActivity : Activity() {
     private fun pushed(): Artifact? =
         getExternalFilesDir(null)?.let { File(it, "model") }?.takeIf { File(it, "manifest.json").isFile }?.let { Artifact.read(it, Engines.targets) }
 
+    /** Of the bundles that the app opens; null: it opens every artifact. */
+    private fun publicKey() = getString(R.string.public_key).ifEmpty { null }
+
     private fun open(artifact: Artifact) = Decoder(Engines.open(artifact, threads()), artifact.manifest.contract)
 
     /** Half of the cores: the others are slower ones on most phones, and every step waits for the slowest. */
@@ -82,7 +85,7 @@ class MainActivity : Activity() {
         memoryShortage(artifact.manifest, artifact.sizeBytes, device.availableBytes())?.let {
             throw Refusal("memory", it, "Close other apps, or choose a smaller model.")
         }
-        artifact.checkFiles { say("Checking the files: ${(100 * it).toInt()} %") }
+        artifact.checkFiles(publicKey()) { say("Checking the files: ${(100 * it).toInt()} %") }
         say("Loading the model")
         val decoder = open(artifact)
         say("Comparing its golden answers")

@@ -9,7 +9,7 @@ fun main(arguments: Array<String>) {
     System.load(library)
     val artifact = Artifact.read(File(folder), Engines.targets)
     val found = try {
-        artifact.checkFiles()
+        artifact.checkFiles(job["public_key"] as String?)
         drive(artifact, job)
     } catch (error: Refusal) {
         mapOf("refused" to error.code, "words" to error.message)

@@ -12,8 +12,8 @@ interface Source {
     fun open(name: String): InputStream
 }
 
-/** The artifact that the app keeps: it comes whole, checked, or not at all. */
-class Library(root: File, private val targets: Set<String>) {
+/** The artifact that the app keeps: it comes whole, checked, and signed where there is a public key, or not at all. */
+class Library(root: File, private val targets: Set<String>, private val publicKey: String? = null) {
     private val incoming = File(root, "incoming")
     private val place = File(root, "model")
 
@@ -28,18 +28,20 @@ class Library(root: File, private val targets: Set<String>) {
         incoming.deleteRecursively()
         incoming.mkdirs()
         try {
+            val signed = publicKey?.let { signedNames(source, it) }.orEmpty()
             copy(source, "manifest.json")
             val artifact = Artifact.read(incoming, targets)
             val sizes = source.files()
-            val missing = artifact.manifest.files.keys.firstOrNull { it !in sizes }
+            val names = artifact.manifest.files.keys + (signed - "manifest.json")
+            val missing = names.firstOrNull { it !in sizes }
             if (missing != null) throw Refusal("file_missing", "$missing is missing.", "Choose the artifact's whole folder.")
-            val all = artifact.manifest.files.keys.sumOf { sizes.getValue(it) }
+            val all = names.sumOf { sizes.getValue(it) }
             storageShortage(all, freeBytes)?.let { throw Refusal("storage", it, "Free some, or choose a smaller model.") }
-            artifact.manifest.files.keys.forEachIndexed { i, name ->
+            names.forEachIndexed { i, name ->
                 copy(source, name)
-                onShare((i + 1.0) / artifact.manifest.files.size)
+                onShare((i + 1.0) / names.size)
             }
-            artifact.checkFiles()
+            artifact.checkFiles(publicKey)
             place.deleteRecursively()
             if (!incoming.renameTo(place)) throw IOException("the folder cannot be renamed")
             return Artifact(place, artifact.manifest)
@@ -48,6 +50,13 @@ class Library(root: File, private val targets: Set<String>) {
         } finally {
             incoming.deleteRecursively()
         }
+    }
+
+    /** What a bundle lists, once its signature has been verified. */
+    private fun signedNames(source: Source, key: String): Set<String> {
+        copy(source, SUMS)
+        copy(source, SIGNATURE)
+        return SignedBundle.read(incoming, key).names
     }
 
     private fun copy(source: Source, name: String) {

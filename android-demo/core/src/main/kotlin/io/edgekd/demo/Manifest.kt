@@ -22,8 +22,11 @@ class Contract(
     val spacePrefix: String? = null,
 )
 
-/** Greedy tokens that the artifact's own runtime gave where it was verified. */
-class GoldenAnswer(val promptIds: List<Int>, val tokens: List<Int>)
+/**
+ * Greedy tokens that the artifact's own runtime gave where it was verified or bundled. `text` is what the ids are of, where they are
+ * of one, and `messages` the chat that the template renders so.
+ */
+class GoldenAnswer(val promptIds: List<Int>, val tokens: List<Int>, val text: String? = null, val messages: List<Message>? = null)
 
 class Manifest(
     val name: String,
@@ -91,6 +94,10 @@ private class Fields(private val values: Map<*, *>, private val at: String) {
     fun id(value: Any?, key: String, size: Int): Int =
         (value as? Long)?.takeIf { it in 0 until size }?.toInt() ?: bad(key, "of ids of the vocabulary")
 
+    fun messages(key: String): List<Message>? = if (values[key] == null) null else list(key).map {
+        (it as? Map<*, *> ?: bad(key, "a list of messages")).entries.associate { (name, value) -> name as String to value }
+    }
+
     fun texts(key: String): Map<String, String> = optional(key).orEmpty().entries.associate { (name, value) ->
         name as String to (value as? String ?: bad("$key.$name", "text"))
     }
@@ -122,7 +129,7 @@ private class Fields(private val values: Map<*, *>, private val at: String) {
         val answers = (parity["golden"] ?: return emptyList()) as? List<*> ?: bad("parity.golden", "a list")
         return answers.map {
             val fields = Fields(it as? Map<*, *> ?: bad("parity.golden", "a list of objects"), "parity.golden.")
-            GoldenAnswer(fields.ids("prompt_ids", size), fields.ids("tokens", size))
+            GoldenAnswer(fields.ids("prompt_ids", size), fields.ids("tokens", size), fields.optionalText("text"), fields.messages("messages"))
         }
     }
 
@@ -146,7 +153,7 @@ private class Fields(private val values: Map<*, *>, private val at: String) {
     }
 }
 
-private fun isInside(name: String): Boolean =
+internal fun isInside(name: String): Boolean =
     name.isNotEmpty() && !name.startsWith("/") && '\\' !in name && ".." !in name.split("/")
 
 private fun hex(bytes: ByteArray): String = bytes.joinToString("") { "%02x".format(it) }
@@ -172,8 +179,9 @@ class Artifact(val folder: File, val manifest: Manifest) {
     val sizeBytes: Long get() = manifest.files.keys.sumOf { File(folder, it).length() }
     val mainFile: File get() = File(folder, manifest.mainFile)
 
-    /** Compare every listed file with its sha256. */
-    fun checkFiles(onShare: (Double) -> Unit = {}) {
+    /** Compare every listed file with its sha256; with a public key, only where a bundle lists them that it has signed. */
+    fun checkFiles(publicKey: String? = null, onShare: (Double) -> Unit = {}) {
+        val bundle = publicKey?.let { SignedBundle.read(folder, it) }
         val all = sizeBytes.coerceAtLeast(1).toDouble()
         var done = 0L
         for ((name, expected) in manifest.files) {
@@ -184,6 +192,7 @@ class Artifact(val folder: File, val manifest: Manifest) {
             }
             done += file.length()
         }
+        bundle?.check(this)
     }
 
     companion object {

@@ -68,6 +68,17 @@ class VectorsTest {
     }
 
     @Test
+    fun bundles() = cases("bundles").forEach { case ->
+        val folder = Files.createTempDirectory("edgekd").toFile()
+        val files = typed<Map<String, String>>(case["files"]) + mapOf(SUMS to case["bundle"], SIGNATURE to case["signature"])
+        files.forEach { (name, text) -> (text as String?)?.let { File(folder, name).apply { parentFile.mkdirs() }.writeText(it) } }
+        val expect = case["expect"] as Map<*, *>
+        val code = refused { Artifact.read(folder, setOf("gguf")).checkFiles(case["public_key"] as String) }
+        assertEquals("${case["name"]}", expect["refused"] ?: "none", code)
+        folder.deleteRecursively()
+    }
+
+    @Test
     fun prompts() {
         val all = read("prompts")
         val now = SimpleDateFormat("yyyy-MM-dd'T'HH:mm:ss").parse(all["now"] as String)
@@ -226,6 +237,19 @@ class CoreTest {
         val wrong = GoldenAnswer(listOf(1), listOf(2, 4))
         assertEquals(SelfTestResult(2, 3, "Golden answer 2: token 2 is 3, not 4."), selfTest(decoder, listOf(right, wrong)))
         assertEquals("Golden answer 1: token 1 is missing, not 9.", selfTest(decoder, listOf(GoldenAnswer(listOf(4), listOf(9)))).failure)
+    }
+
+    @Test
+    fun theSelfTestReadsTextsAndChats() {
+        val chats = Contract(40, 300, null, listOf(9), false, "{{ messages[0].content }}!", specialIds = mapOf("!" to 1))
+        val decoder = Decoder(engine, chats)
+        val chat = listOf(mapOf("role" to "user", "content" to "four"))
+        fun failure(answer: GoldenAnswer) = selfTest(decoder, listOf(answer)).failure
+        assertNull(failure(GoldenAnswer(listOf(4), listOf(), "four")))
+        assertEquals("Golden answer 1: its text is read as [4], not [5].", failure(GoldenAnswer(listOf(5), listOf(), "four")))
+        assertNull(failure(GoldenAnswer(listOf(4, 1), listOf(2, 3), "four!", chat)))
+        assertEquals("Golden answer 1: token 1 is 2, not 3.", failure(GoldenAnswer(listOf(4, 1), listOf(3), "four!", chat)))
+        assertEquals("Golden answer 1: its chat is rendered as another text.", failure(GoldenAnswer(listOf(4, 1), listOf(2), "four?", chat)))
     }
 
     @Test
