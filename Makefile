@@ -10,6 +10,7 @@
 # make llama-bench  build llama.cpp's own benchmark, the peer of benchmarks/peers/llama_bench.py
 # make vulkan       build llama.cpp's Vulkan backend beside the installed llama.cpp, into build/vulkan
 # make test-vulkan  build it and run its tests, on Mesa's software GPU where there is no other
+# make device-runner build edgekd-llama, which edgekd bench --device sends to a phone or a board, with RUNNER_CMAKE
 #
 # The set-up is done once and again when pyproject.toml or constraints.txt changes. Variables:
 #   PYTHON       the interpreter to make .venv with, 3.11 or newer
@@ -20,6 +21,8 @@
 #   FUZZ_HOURS   how long make fuzz takes at random, all kinds together; guided by coverage it takes as long again
 #   GPU          the GPU that llama.cpp is built for: auto (the toolkit that is installed), none, cuda or vulkan
 #   EXTRAS       the extras of pyproject.toml to install
+#   RUNNER       the folder under build/ of make device-runner
+#   RUNNER_CMAKE CMake's options for the device, such as the NDK's toolchain file (docs/benchmarking.md); empty: this CPU
 #   TORCH_INDEX  an index to take torch from. Empty, pip decides as you configured it; on Linux that may be the CUDA
 #                build, which works but is gigabytes: name the CPU wheel index that PyTorch's own install page gives.
 #   LLAMA_CACHE  where the built llama.cpp is kept for the next set-up; a wheel built with other flags is never reused.
@@ -32,6 +35,8 @@ FUZZ_MUTANTS ?= 10000
 TORCH_INDEX ?=
 GPU ?= auto
 LLAMA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd
+RUNNER ?= runner
+RUNNER_CMAKE ?=
 GUIDED := spec manifest config index template
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -41,7 +46,8 @@ LLAMA_FLAGS := $(shell $(PYTHON) -I targets/gguf/build_flags.py $(GPU))
 LLAMA_BUILD := $(shell echo "$(LLAMA_FLAGS)" | cksum | cut -d' ' -f1)
 STAMP := .venv/.stamp-$(LLAMA_BUILD)
 
-.PHONY: quickstart real test test-web test-android test-vulkan check metrics fuzz teacher llama-bench vulkan setup clean
+.PHONY: quickstart real test test-web test-android test-vulkan check metrics fuzz teacher llama-bench device-runner vulkan \
+    setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -94,12 +100,18 @@ fuzz: setup
 	        -max_total_time=$$(($(FUZZ_HOURS) * 3600 / $(words $(GUIDED)))) || exit 1; \
 	done
 
-llama-bench: setup build/llama-source/vendor
-	cmake -S build/llama-source/vendor/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release \
+LLAMA_SOURCE := build/llama-source/vendor/llama.cpp
+
+llama-bench: setup $(LLAMA_SOURCE)
+	cmake -S $(LLAMA_SOURCE) -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release \
 	    $(LLAMA_FLAGS) -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
 	cmake --build build/llama.cpp -j $(JOBS) --target llama-bench
 
-build/llama-source/vendor: constraints.txt
+device-runner: setup $(LLAMA_SOURCE)
+	cmake -S benchmarks/devices/runner -B build/$(RUNNER) -DLLAMA_CPP=$(CURDIR)/$(LLAMA_SOURCE) $(RUNNER_CMAKE)
+	cmake --build build/$(RUNNER) -j $(JOBS) --target edgekd-llama
+
+$(LLAMA_SOURCE): constraints.txt
 	@command -v cmake >/dev/null || { echo "cmake is needed: apt install cmake, or brew install cmake." >&2; exit 1; }
 	mkdir -p build/llama-source
 	$(PIP) download -c constraints.txt --no-deps --no-binary llama-cpp-python -d build llama-cpp-python
@@ -108,8 +120,8 @@ build/llama-source/vendor: constraints.txt
 
 # A backend of the installed llama.cpp's own version, which GGML_BACKEND_PATH adds to it: 8 minutes of one core, most of
 # them for shaders.
-vulkan: setup build/llama-source/vendor
-	.ci/vulkan.sh build/llama-source/vendor/llama.cpp build/vulkan $(JOBS)
+vulkan: setup $(LLAMA_SOURCE)
+	.ci/vulkan.sh $(LLAMA_SOURCE) build/vulkan $(JOBS)
 
 test-vulkan: vulkan
 	GGML_BACKEND_PATH=$(CURDIR)/build/vulkan/bin/libggml-vulkan.so GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES-0} \

@@ -25,7 +25,7 @@ import numpy as np
 from ..errors import EdgekdError
 from ..session import Characters, Session, sample
 
-_MOST_SILENT_TOKENS = 16
+MOST_SILENT_TOKENS = 16
 """That are waited for when a first character is looked for: more have no text at all."""
 
 
@@ -143,7 +143,7 @@ def first_text(session: Session, text: str, room: int) -> Request:
     Args:
         room: tokens that the context has left behind the prompt.
     """
-    return serve(session, text, min(_MOST_SILENT_TOKENS, room), until_text=True)
+    return serve(session, text, min(MOST_SILENT_TOKENS, room), until_text=True)
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import EdgekdError
 from ..manifest import Artifact, Traffic
@@ -42,11 +42,12 @@ from .memory import NOT_LINUX, Phase, drop_from_page_cache
 from .metrics import bootstrap_median, decode_roofline_fraction, median, percentile, tokens_per_s
 from .sustained import sustained
 
-__all__ = ["ONE_RUN", "Measured", "OpenSession", "bench", "bench_in_turns", "describe_machine"]
+__all__ = ["ONE_RUN", "Measured", "OpenSession", "Site", "bench", "bench_at", "bench_in_turns", "describe_machine"]
 ONE_RUN: Mapping[str, Any] = {"runs": 1, "cold_runs": 0, "curve_seconds": 0, "energy_seconds": 0}
 """Keys of the spec for who takes turns himself."""
-_CLOCK = "measured:clock"
+CLOCK = "measured:clock"
 _NO_TEXT = "no token that was drawn has text"
+_NO_BANDWIDTH = "the bandwidth of a device is not measured"
 Measured = Benchmark | EdgekdError
 """What came of an artifact."""
 
@@ -65,14 +66,121 @@ class _Samples:
     sustained: Sustained | None = None
 
 
+class Site(Protocol):
+    """Where artifacts run while they are timed: this machine, or a device. ``what`` is the work, for messages.
+
+    Every method raises an ``EdgekdError`` where the work fails.
+    """
+
+    @property
+    def threads(self) -> int:
+        """That a runtime is given."""
+        ...
+
+    @property
+    def limits(self) -> Limits | None:
+        """Of the device that this machine stands for."""
+        ...
+
+    @property
+    def buffer_bytes(self) -> int | None:
+        """Over which the bandwidth is measured; None: it is not."""
+        ...
+
+    def hosts(self) -> Sequence[Host]:
+        """For each artifact the machine, with the build of its runtime."""
+        ...
+
+    def bandwidth(self) -> list[float]:
+        """Bytes read per second, of each pass; none where it is not measured."""
+        ...
+
+    def repetition(
+        self, what: str, artifact: Artifact, lengths: Sequence[int], decode_tokens: int
+    ) -> tuple[Repetition, Noise]:
+        """One process that does what ``measure.repetition`` does, and what disturbed it."""
+        ...
+
+    def cold_start(self, what: str, artifact: Artifact, run: Repetition) -> ColdStart:
+        """One that begins with nothing in memory; its prompt is the shortest of the run's."""
+        ...
+
+    def curves(self, what: str, artifact: Artifact, lengths: Sequence[int], seconds: float) -> Mapping[int, CurvePoint]:
+        """A request of each length, as long as there is time."""
+        ...
+
+    def energy(
+        self, what: str, artifact: Artifact, prompt_tokens: int, decode_tokens: int, seconds: float
+    ) -> EnergyRun | str:
+        """Windows of energy, or why there are none."""
+        ...
+
+    def sustained(self, what: str, artifact: Artifact, seconds: float) -> Sustained:
+        """Decoding without a pause."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Here:
+    """This machine: fresh processes that call ``open_session``."""
+
+    open_session: OpenSession
+    threads: int
+    limits: Limits | None
+    builds: Sequence[str | None]
+    gpus: Sequence[str | None]
+    buffer_bytes: int
+
+    def hosts(self) -> Sequence[Host]:
+        return [describe_machine(build, gpu) for build, gpu in zip(self.builds, self.gpus, strict=True)]
+
+    def bandwidth(self) -> list[float]:
+        samples: list[float] = in_child("the bandwidth measurement", bandwidth_samples, self.threads, self.buffer_bytes)
+        return samples
+
+    def repetition(
+        self, what: str, artifact: Artifact, lengths: Sequence[int], decode_tokens: int
+    ) -> tuple[Repetition, Noise]:
+        def attempt() -> Repetition:
+            args = (self.open_session, artifact, lengths, decode_tokens, self.threads)
+            run: Repetition = in_child(what, measure.repetition, *args, limits=self.limits)
+            return run
+
+        return _undisturbed(attempt)
+
+    def cold_start(self, what: str, artifact: Artifact, run: Repetition) -> ColdStart:
+        drop_from_page_cache(artifact.path(name) for name in artifact.manifest.files)
+        room = artifact.manifest.contract.context_length - min(run.warm)
+        args = (self.open_session, artifact, run.shortest_text, room, self.threads, now())
+        start: ColdStart = in_child(what, measure.cold_start, *args, limits=self.limits)
+        return start
+
+    def curves(self, what: str, artifact: Artifact, lengths: Sequence[int], seconds: float) -> Mapping[int, CurvePoint]:
+        args = (self.open_session, artifact, lengths, self.threads, seconds)
+        points: Mapping[int, CurvePoint] = in_child(what, measure.curves, *args, limits=self.limits)
+        return points
+
+    def energy(
+        self, what: str, artifact: Artifact, prompt_tokens: int, decode_tokens: int, seconds: float
+    ) -> EnergyRun | str:
+        if why := no_counter():
+            return why
+        args = (self.open_session, artifact, prompt_tokens, decode_tokens, self.threads, seconds)
+        run: EnergyRun | str = in_child(what, energy_run, *args, limits=self.limits)
+        return run
+
+    def sustained(self, what: str, artifact: Artifact, seconds: float) -> Sustained:
+        args = (self.open_session, artifact, self.threads, seconds)
+        found: Sustained = in_child(what, sustained, *args, limits=self.limits)
+        return found
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What is done with each artifact."""
 
-    open_session: OpenSession
+    site: Site
     spec: BenchSpec
-    threads: int
-    limits: Limits | None
 
     @property
     def lengths(self) -> list[int]:
@@ -127,14 +235,20 @@ def bench_in_turns(
     Raises:
         EdgekdError: prompt and decoded tokens exceed an artifact's context.
     """
-    for artifact in artifacts:
-        _check_context(artifact, spec)
     threads = spec.threads or (limits and limits.threads) or physical_cores()
-    plan = _Plan(open_session, spec, threads, limits)
     none = [None] * len(artifacts)
-    machines = [describe_machine(build, gpu) for build, gpu in zip(builds or none, gpus or none, strict=True)]
-    buffer_bytes = bandwidth_buffer_bytes()
-    bandwidth = _bandwidth(threads, buffer_bytes)
+    site = _Here(open_session, threads, limits, builds or none, gpus or none, bandwidth_buffer_bytes())
+    return bench_at(site, artifacts, spec, on_run=on_run)
+
+
+def bench_at(
+    site: Site, artifacts: Sequence[Artifact], spec: BenchSpec, *, on_run: Callable[[int, int], None] | None = None
+) -> list[Measured]:
+    """The same anywhere; see ``bench_in_turns``."""
+    for artifact in artifacts:
+        check_context(artifact, spec)
+    plan, hosts = _Plan(site, spec), site.hosts()
+    bandwidth = site.bandwidth()
     gathered: list[_Samples | EdgekdError] = [_Samples(artifact) for artifact in artifacts]
     rounds = in_turns(len(artifacts), len(_steps(spec)))
     for number, turn in enumerate(rounds):
@@ -143,14 +257,19 @@ def bench_in_turns(
             if on_run:
                 on_run(number * len(turn) + done + 1, len(rounds) * len(turn))
     # Behind the runs too: giving gigabytes back slowed the prefill of a run right behind it by 8 %.
-    bandwidth += _bandwidth(threads, buffer_bytes)
+    bandwidth += site.bandwidth()
     return [
-        samples if isinstance(samples, EdgekdError) else _Summary(samples, plan, bandwidth, buffer_bytes).of(host)
-        for samples, host in zip(gathered, machines, strict=True)
+        samples if isinstance(samples, EdgekdError) else _Summary(samples, plan, bandwidth).of(host)
+        for samples, host in zip(gathered, hosts, strict=True)
     ]
 
 
-def _check_context(artifact: Artifact, spec: BenchSpec) -> None:
+def check_context(artifact: Artifact, spec: BenchSpec) -> None:
+    """Refuse lengths that an artifact does not hold.
+
+    Raises:
+        EdgekdError: prompt and decoded tokens exceed its context.
+    """
     context, longest = artifact.manifest.contract.context_length, max(spec.prompt_tokens)
     if longest + spec.decode_tokens > context:
         raise EdgekdError(
@@ -158,11 +277,6 @@ def _check_context(artifact: Artifact, spec: BenchSpec) -> None:
             f"{artifact.manifest.name}, {context} tokens.",
             "Lower one of them in the spec.",
         )
-
-
-def _bandwidth(threads: int, buffer_bytes: int) -> list[float]:
-    samples: list[float] = in_child("the bandwidth measurement", bandwidth_samples, threads, buffer_bytes)
-    return samples
 
 
 def _steps(spec: BenchSpec) -> list[Callable[[str, _Samples, _Plan], None]]:
@@ -194,12 +308,7 @@ def _do(samples: _Samples, plan: _Plan, number: int) -> None:
 
 
 def _repeat(what: str, samples: _Samples, plan: _Plan) -> None:
-    def attempt() -> Repetition:
-        args = (plan.open_session, samples.artifact, plan.lengths, plan.spec.decode_tokens, plan.threads)
-        run: Repetition = in_child(what, measure.repetition, *args, limits=plan.limits)
-        return run
-
-    run, noise = _undisturbed(attempt)
+    run, noise = plan.site.repetition(what, samples.artifact, plan.lengths, plan.spec.decode_tokens)
     samples.runs.append(run)
     samples.noises.append(noise)
 
@@ -218,38 +327,27 @@ def _undisturbed(attempt: Callable[[], Repetition]) -> tuple[Repetition, Noise]:
 
 
 def _start_cold(what: str, samples: _Samples, plan: _Plan) -> None:
-    artifact, shortest = samples.artifact, plan.lengths[0]
-    drop_from_page_cache(artifact.path(name) for name in artifact.manifest.files)
-    room = artifact.manifest.contract.context_length - shortest
-    args = (plan.open_session, artifact, samples.runs[0].shortest_text, room, plan.threads, now())
-    samples.cold.append(in_child(what, measure.cold_start, *args, limits=plan.limits))
+    samples.cold.append(plan.site.cold_start(what, samples.artifact, samples.runs[0]))
 
 
 def _draw_curves(what: str, samples: _Samples, plan: _Plan) -> None:
     if lengths := curve_lengths(samples.artifact.manifest.contract.context_length):
-        args = (plan.open_session, samples.artifact, lengths, plan.threads, plan.spec.curve_seconds)
-        samples.curve = in_child(what, measure.curves, *args, limits=plan.limits)
+        samples.curve = plan.site.curves(what, samples.artifact, lengths, plan.spec.curve_seconds)
 
 
 def _read_counters(what: str, samples: _Samples, plan: _Plan) -> None:
-    spec, artifact = plan.spec, samples.artifact
-    if why := no_counter():
-        samples.energy = why
-        return
-    tokens = (plan.lengths[-1], spec.decode_tokens)
-    args = (plan.open_session, artifact, *tokens, plan.threads, spec.energy_seconds)
-    samples.energy = in_child(what, energy_run, *args, limits=plan.limits)
+    spec = plan.spec
+    samples.energy = plan.site.energy(what, samples.artifact, plan.lengths[-1], spec.decode_tokens, spec.energy_seconds)
 
 
 def _sustain(what: str, samples: _Samples, plan: _Plan) -> None:
-    args = (plan.open_session, samples.artifact, plan.threads, 60 * plan.spec.sustained_minutes)
-    samples.sustained = in_child(what, sustained, *args, limits=plan.limits)
+    samples.sustained = plan.site.sustained(what, samples.artifact, 60 * plan.spec.sustained_minutes)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _of_runs(key: str, samples: Iterable[float | None], source: str = _CLOCK, reason: str = _NO_TEXT) -> Figure:
+def of_runs(key: str, samples: Iterable[float | None], source: str = CLOCK, reason: str = _NO_TEXT) -> Figure:
     """The median of one sample a process, with its interval; null where one has none."""
     found = list(samples)
     known = [sample for sample in found if sample is not None]
@@ -265,21 +363,20 @@ class _Summary:
     samples: _Samples
     plan: _Plan
     bandwidth: Sequence[float]
-    buffer_bytes: int
 
     def of(self, host: Host) -> Benchmark:
         """The benchmark."""
         figures = self._requests() | self._decoding() | self._cold() | self._curves() | self._memory()
         figures |= energies(self.samples.energy) | {"sustained": self.samples.sustained}
         return Benchmark.model_validate(
-            {"settings": self._settings(), "machine": host, "noise": _worst(self.samples.noises)} | figures
+            {"settings": self._settings(), "machine": host, "noise": worst(self.samples.noises)} | figures
         )
 
     def _settings(self) -> BenchSettings:
-        spec, limits, longest = self.plan.spec, self.plan.limits, self.plan.lengths[-1]
+        spec, site, longest = self.plan.spec, self.plan.site, self.plan.lengths[-1]
         return BenchSettings(
             ttft_from="text",
-            threads=self.plan.threads,
+            threads=site.threads,
             prompt_tokens=self.plan.lengths,
             decode_tokens=spec.decode_tokens,
             decode_after_tokens=longest,
@@ -287,10 +384,10 @@ class _Summary:
             context_length=self.samples.artifact.manifest.contract.context_length,
             runs=spec.runs,
             warm_up=f"{longest} tokens prefilled and {WARM_UP_TOKENS} decoded in every run, not counted",
-            bandwidth_buffer_bytes=self.buffer_bytes,
+            bandwidth_buffer_bytes=site.buffer_bytes,
             torch_in_process=any(run.torch_in_process for run in self.samples.runs),
-            profile=limits.device if limits else None,
-            limits=limits.sentences() if limits else [],
+            profile=site.limits.device if site.limits else None,
+            limits=site.limits.sentences() if site.limits else [],
         )
 
     def _requests(self) -> dict[str, object]:
@@ -298,13 +395,13 @@ class _Summary:
         runs = self.samples.runs
         of = {n: [run.warm[n] for run in runs] for n in self.plan.lengths}
         return {
-            "load_s": _of_runs("load_s", [run.load_s for run in runs]),
-            "first_ttft_s": _of_runs("first_ttft_s", [run.first.ttft_s for run in runs]),
-            "tokenize_s": {str(n): _of_runs("tokenize_s", [r.tokenize_s for r in of[n]]) for n in of},
-            "ttft_s": {str(n): _of_runs("ttft_s", [r.ttft_s for r in of[n]]) for n in of},
-            "first_token_s": {str(n): _of_runs("first_token_s", [r.first_token_s for r in of[n]]) for n in of},
+            "load_s": of_runs("load_s", [run.load_s for run in runs]),
+            "first_ttft_s": of_runs("first_ttft_s", [run.first.ttft_s for run in runs]),
+            "tokenize_s": {str(n): of_runs("tokenize_s", [r.tokenize_s for r in of[n]]) for n in of},
+            "ttft_s": {str(n): of_runs("ttft_s", [r.ttft_s for r in of[n]]) for n in of},
+            "first_token_s": {str(n): of_runs("first_token_s", [r.first_token_s for r in of[n]]) for n in of},
             "prefill_tokens_per_s": {
-                str(n): _of_runs("prefill_tokens_per_s", [tokens_per_s(n, r.prefill_s) for r in of[n]]) for n in of
+                str(n): of_runs("prefill_tokens_per_s", [tokens_per_s(n, r.prefill_s) for r in of[n]]) for n in of
             },
         }
 
@@ -312,35 +409,32 @@ class _Summary:
         decodes = [run.decode for run in self.samples.runs]
         rates = [tokens_per_s(r.decode_tokens, r.decode_s) for r in decodes]
         gaps = [gap for r in decodes for gap in r.icl_s]
-        read = _traffic_of(self.samples.artifact).bytes_per_token(
+        read = traffic_of(self.samples.artifact).bytes_per_token(
             self.plan.lengths[-1] + self.plan.spec.decode_tokens / 2
         )
 
         def icl(q: int) -> Figure:
             key, each = f"icl_p{q}_s", [percentile(r.icl_s, q) for r in decodes if r.icl_s]
-            return figure(key, percentile(gaps, q), _CLOCK, each) if gaps else unknown(key, _NO_TEXT)
+            return figure(key, percentile(gaps, q), CLOCK, each) if gaps else unknown(key, _NO_TEXT)
 
         return {
-            "decode_tokens_per_s": _of_runs("decode_tokens_per_s", rates),
-            "itl_s": _of_runs("itl_s", [r.itl_s for r in decodes]),
-            "icl_s": figure("icl_s", median(gaps), _CLOCK, gaps) if gaps else unknown("icl_s", _NO_TEXT),
+            "decode_tokens_per_s": of_runs("decode_tokens_per_s", rates),
+            "itl_s": of_runs("itl_s", [r.itl_s for r in decodes]),
+            "icl_s": figure("icl_s", median(gaps), CLOCK, gaps) if gaps else unknown("icl_s", _NO_TEXT),
             **{f"icl_p{q}_s": icl(q) for q in (50, 95, 99)},
-            "sampling_s": _of_runs("sampling_s", [s for r in decodes for s in r.sampling_s]),
-            "bandwidth_bytes_per_s": figure(
-                "bandwidth_bytes_per_s", max(self.bandwidth), "measured:memchr", self.bandwidth
-            ),
+            "sampling_s": of_runs("sampling_s", [s for r in decodes for s in r.sampling_s]),
             "bytes_per_token": figure("bytes_per_token", read, "computed:manifest"),
-            "decode_roofline_fraction": _roofline(rates, read, max(self.bandwidth)),
+            **_roofline(rates, read, self.bandwidth),
         }
 
     def _cold(self) -> dict[str, Figure]:
         cold, none = self.samples.cold, "no cold start was asked for"
         return {
-            "cold_ttft_s": _of_runs("cold_ttft_s", [c.ttft_s for c in cold], reason=_NO_TEXT if cold else none),
-            "cold_major_faults": _of_runs(
+            "cold_ttft_s": of_runs("cold_ttft_s", [c.ttft_s for c in cold], reason=_NO_TEXT if cold else none),
+            "cold_major_faults": of_runs(
                 "cold_major_faults", [c.major_faults for c in cold], "measured:getrusage", none
             ),
-            "cold_read_bytes": _of_runs("cold_read_bytes", [c.read_bytes for c in cold], "measured:proc-io", none),
+            "cold_read_bytes": of_runs("cold_read_bytes", [c.read_bytes for c in cold], "measured:proc-io", none),
         }
 
     def _curves(self) -> dict[str, object]:
@@ -352,7 +446,7 @@ class _Summary:
 
         def curve(key: str, attribute: str) -> dict[str, Figure]:
             return {
-                str(n): _of_runs(key, [getattr(points[n], attribute)]) if n in points else unknown(key, late)
+                str(n): of_runs(key, [getattr(points[n], attribute)]) if n in points else unknown(key, late)
                 for n in lengths
             }
 
@@ -375,8 +469,8 @@ class _Summary:
                 name: _phase([run.memory[name] for run in runs], [run.vram[name] for run in runs])
                 for name in runs[0].memory
             },
-            "peak_rss_bytes": _of_runs("peak_rss_bytes", [run.peak_rss for run in runs], "measured:peak-rss"),
-            "rss_before_load_bytes": _of_runs(
+            "peak_rss_bytes": of_runs("peak_rss_bytes", [run.peak_rss for run in runs], "measured:peak-rss"),
+            "rss_before_load_bytes": of_runs(
                 "rss_before_load_bytes", [run.rss_before_load for run in runs], "measured:psutil"
             ),
             "kv_cache_bytes": cache("kv_cache_bytes", manifest.contract.context_length),
@@ -419,14 +513,22 @@ def _energy(key: str, run: EnergyRun, window: Window) -> Energy:
     )
 
 
-def _roofline(rates: Sequence[float], read: float, bandwidth: float) -> Figure:
-    """Share of the memory's roofline; above 1 it is no roofline, and none is given."""
-    fractions = [decode_roofline_fraction(rate, read, bandwidth) for rate in rates]
+def _roofline(rates: Sequence[float], read: float, bandwidth: Sequence[float]) -> dict[str, Figure]:
+    """The bandwidth, and the share of the memory's roofline; above 1 it is no roofline, and none is given."""
+    if not bandwidth:
+        return {key: unknown(key, _NO_BANDWIDTH) for key in ("bandwidth_bytes_per_s", "decode_roofline_fraction")}
+    fastest = max(bandwidth)
+    fractions = [decode_roofline_fraction(rate, read, fastest) for rate in rates]
     if (middle := median(fractions)) <= 1:
-        return _of_runs("decode_roofline_fraction", fractions)
-    cache = last_level_cache_bytes()
-    why = "what a token reads fits the cache" if cache and read < cache else "the bandwidth was measured too low"
-    return unknown("decode_roofline_fraction", f"wrong roofline: {middle:.0%} of it were reached; {why}")
+        share = of_runs("decode_roofline_fraction", fractions)
+    else:
+        cache = last_level_cache_bytes()
+        why = "what a token reads fits the cache" if cache and read < cache else "the bandwidth was measured too low"
+        share = unknown("decode_roofline_fraction", f"wrong roofline: {middle:.0%} of it were reached; {why}")
+    return {
+        "bandwidth_bytes_per_s": figure("bandwidth_bytes_per_s", fastest, "measured:memchr", bandwidth),
+        "decode_roofline_fraction": share,
+    }
 
 
 def _phase(phases: Sequence[Phase | None], vram: Sequence[int]) -> PhaseMemory:
@@ -440,12 +542,12 @@ def _phase(phases: Sequence[Phase | None], vram: Sequence[int]) -> PhaseMemory:
         "pss_bytes": [phase.end.pss for phase in known],
     }
     sources = {key: "measured:VmHWM" if key == "peak_rss_bytes" else "measured:smaps_rollup" for key in values}
-    made = {key: _of_runs(key, found, sources[key], NOT_LINUX) for key, found in values.items()}
+    made = {key: of_runs(key, found, sources[key], NOT_LINUX) for key, found in values.items()}
     of_gpus = [held or None for held in vram]
-    return PhaseMemory(**made, vram_bytes=_of_runs("vram_bytes", of_gpus, "measured:nvml", "NVML tells of none"))
+    return PhaseMemory(**made, vram_bytes=of_runs("vram_bytes", of_gpus, "measured:nvml", "NVML tells of none"))
 
 
-def _worst(noises: Sequence[Noise]) -> Noise:
+def worst(noises: Sequence[Noise]) -> Noise:
     """Of several measurements, the greatest of everything."""
     told: dict[str, object] = {}
     for key in ("steal_share", "others_cpu_share", "cpu_pressure_share", "memory_pressure_share"):
@@ -466,7 +568,7 @@ def _worst(noises: Sequence[Noise]) -> Noise:
     )
 
 
-def _traffic_of(artifact: Artifact) -> Traffic:
+def traffic_of(artifact: Artifact) -> Traffic:
     """What the exporter said; where it said nothing, all weights and no cache."""
     manifest = artifact.manifest
     weight_bytes = round(manifest.parameters * manifest.bits_per_weight / 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +50,10 @@ def bench(
     profile: Annotated[
         str | None, typer.Option("--profile", metavar="NAME", help="Hold the runs to this device's threads and memory.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="Measure on adb, adb:SERIAL or ssh:HOST instead of here.")
+    ] = None,
+    runner: Annotated[Path | None, typer.Option(metavar="FILE", help="The program that runs artifacts there.")] = None,
     history: HistoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,9 +65,10 @@ def bench(
     from .errors import BadArtifact
     from .files import check_writable
     from .manifest import add_proof, load_artifact
-    from .runs.verbs import bench_artifacts
+    from .runs.verbs import bench_artifacts, bench_on_device
     from .spec import BenchSpec, of_options
 
+    _check_device(device, runner, profile)
     spec = of_options(
         BenchSpec,
         prompt_tokens=prompt_tokens or None,
@@ -76,18 +82,32 @@ def bench(
     )
     limits = _load_profile(profile).limits() if profile else None
     loaded = [load_artifact(folder) for folder in artifacts]
-    for artifact in loaded:
+    here = device is None and limits is None
+    for artifact in loaded if here else []:
         check_writable(artifact.folder, BadArtifact)
     with watching() as watcher:
         watcher.begin("bench")
-        measured = bench_artifacts(loaded, spec, lambda f, note: watcher.progress("bench", f, note), limits)
+        tell = partial(watcher.progress, "bench")
+        if device and runner:
+            measured = bench_on_device(device, runner, loaded, spec, tell)
+        else:
+            measured = bench_artifacts(loaded, spec, tell, limits)
     known = [(a, found) for a, found in zip(loaded, measured, strict=True) if not isinstance(found, EdgekdError)]
     for artifact, benchmark in known:
-        if limits is None:  # what a smaller device would do is not this artifact's proof
+        if here:  # the artifact's proof is of this machine; what another does stands in a history
             add_proof(artifact, benchmark=benchmark)
     if history:
         _append(history, known)
     _tell_benchmarks(loaded, measured, as_json)
+
+
+def _check_device(device: str | None, runner: Path | None, profile: str | None) -> None:
+    if (device is None) != (runner is None):
+        raise SpecError(
+            "bench: --device and --runner belong together.", "docs/benchmarking.md says how to build a runner."
+        )
+    if device and profile:
+        raise SpecError("bench: --device measures a device, --profile stands for one.", "Leave one of them out.")
 
 
 def _append(history: Path, known: Sequence[tuple[Artifact, Benchmark]]) -> None:

@@ -108,7 +108,7 @@ def diagnose() -> list[Check]:
     checks += [check_runtime(test) for test in OWN_TESTS]
     checks += [check_gpu(OWN_TESTS[0])]
     checks += [check for name in names() for check in _target(name)]
-    return [*checks, _compiler(), _ram(), _disk(), _rapl(), _nvml()]
+    return [*checks, _compiler(), _ram(), _disk(), _rapl(), _nvml(), *_devices()]
 
 
 def _target(name: str) -> list[Check]:
@@ -288,3 +288,40 @@ def _nvml() -> Check:
         return Check("energy nvml", "broken", f"the NVIDIA driver's library answers with error {code}", "nvidia-smi")
     library.nvmlShutdown()
     return Check("energy nvml", "ok", "the NVIDIA driver answers")
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+_DEVICE_PROGRAMS = {
+    "device adb": ("adb", "phones", "apt-get install adb, or brew install android-platform-tools"),
+    "device ssh": ("ssh", "boards", "apt-get install openssh-client"),
+}
+_NDK = ("ANDROID_NDK_HOME", "ANDROID_NDK_ROOT", "ANDROID_NDK")
+
+
+def _devices() -> list[Check]:
+    """What ``edgekd bench --device`` needs here."""
+    found = [_program(name, *words) for name, words in _DEVICE_PROGRAMS.items()]
+    return [*found, _ndk(), _runner()]
+
+
+def _program(name: str, program: str, what: str, remedy: str) -> Check:
+    if path := shutil.which(program):
+        return Check(name, "ok", path)
+    return Check(name, "missing", f"no {program}: {what} are not measured", remedy)
+
+
+def _ndk() -> Check:
+    folder = next((Path(value) for name in _NDK if (value := os.environ.get(name))), None)
+    if folder is None:
+        return Check("device NDK", "missing", "no Android NDK: no runner is built for phones", f"Set {_NDK[0]}.")
+    if not (folder / "build" / "cmake" / "android.toolchain.cmake").is_file():
+        return Check("device NDK", "missing", f"{folder} is no Android NDK", f"Set {_NDK[0]}.")
+    return Check("device NDK", "ok", str(folder))
+
+
+def _runner() -> Check:
+    built = sorted(Path("build").glob("*/edgekd-llama"))
+    if not built:
+        return Check("device runner", "missing", "none is built in ./build", "make device-runner: docs/benchmarking.md")
+    return Check("device runner", "ok", ", ".join(map(str, built)))

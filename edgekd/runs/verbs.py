@@ -242,6 +242,27 @@ def bench_artifacts(
     )
 
 
+def bench_on_device(
+    device: str, runner: Path, artifacts: Sequence[Artifact], spec: BenchSpec, tell: Callable[[float, str], None]
+) -> list[Benchmark | EdgekdError]:
+    """Time artifacts on a device; one that fails leaves the others alone.
+
+    Args:
+        device: ``adb``, ``adb:SERIAL`` or ``ssh:HOST``.
+        runner: a program for it, that runs the artifacts.
+
+    Raises:
+        EdgekdError: the device or the runner cannot be used.
+    """
+    from ..benchmarks.devices.bench import bench_on_device as measure
+    from ..targets import open_artifact
+
+    tell(0, f"sending to {device}")
+    return measure(
+        device, runner, open_artifact, artifacts, spec, lambda run, runs: tell(run / runs, f"run {run} of {runs}")
+    )
+
+
 def refuse_stand_in(artifact: Artifact) -> None:
     """Refuse to time what is not the artifact's own runtime.
 
