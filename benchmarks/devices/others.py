@@ -200,7 +200,6 @@ def _observed(job: Job, length: int, tokens: int) -> tuple[Json, Sequence[Tick]]
         "temperature": 0,
         "seq_len": length + 1 + tokens,
         "cpu_threads": job.threads,
-        "num_bos": int(job.artifact.manifest.contract.add_bos),
         "warmup": "true",
     }
     # The prompt is an argument, read from its file there; $( ) alone would eat its last line ends.

@@ -23,10 +23,13 @@ from edgekd import cli
 from edgekd.benchmarks.devices import readings
 from edgekd.benchmarks.devices.bench import choose_runner
 from edgekd.benchmarks.devices.device import Ssh, ask, connect
+from edgekd.benchmarks.devices.others import Job, llama_bench, llama_main
 from edgekd.benchmarks.devices.place import Place, check_program, read_program
 from edgekd.benchmarks.history import read_history
 from edgekd.benchmarks.report.history import key_of
 from edgekd.errors import EdgekdError
+from edgekd.proof import Host
+from edgekd.spec import BenchSpec
 
 ROOT = Path(__file__).parents[2]
 RUNNER = ROOT / "benchmarks" / "devices" / "runner"
@@ -267,7 +270,7 @@ def test_a_phone_tells_its_name_temperature_and_energy(artifact, runner, phone):
             "--threads",
             "1",
         )
-        code, out, err = edgekd(*words, "--energy-seconds", "5", "--json")
+        code, out, err = edgekd(*words, "--energy-seconds", "4", "--json")
     assert code == 0, err
     told = json.loads(out)
     assert told["machine"]["device"] == "Acme Anvil 7" and told["machine"]["os"] == "Android 16"
@@ -459,3 +462,86 @@ def test_temperatures_that_are_none_are_left_out():
     state = readings.state_of("zone 0\nzone 412\nzone 45100\nzone 999000\nzone -40000\nbattery temperature: 312\n")
     assert state.hottest_c == 45.1
     assert readings.state_of("battery temperature: 312\n").hottest_c == 31.2
+
+
+# --- other people's runners -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(artifact, board, home):
+    """A job on the board, whose runner is a script: what it says is what the runner's source says it says."""
+
+    def make(script):
+        folder = home / "job"
+        folder.mkdir()
+        runner = folder / "runner"
+        runner.write_text(f"#!/bin/sh\n{script}\n")
+        runner.chmod(0o755)
+        shutil.copy(ROOT / "benchmarks" / "devices" / "watch.sh", folder)
+        prompts = {}
+        for tokens in (8, 24):
+            prompts[tokens] = str(folder / f"prompt-{tokens}")
+            Path(prompts[tokens]).write_text(f"it's {tokens} $HOME\n\n")
+        place, spec = Place(Ssh("board"), str(folder)), BenchSpec(prompt_tokens=[8, 24], decode_tokens=6, runs=3)
+        files = {"model.gguf": str(folder / "model"), "tokenizer.json": str(folder / "tokenizer")}
+        return Job(
+            place, str(runner), files, prompts, artifact, spec, 2, Host(device="board", runtime_build="sha256 0")
+        )
+
+    yield make
+    shutil.rmtree(home / "job", ignore_errors=True)
+
+
+def test_llama_bench_tells_prefill_and_decode(job):
+    def row(prompt, tokens, nanoseconds):
+        told = {"build_commit": "abc", "build_number": 7, "backends": "CPU", "n_prompt": prompt, "n_gen": tokens}
+        return json.dumps(told | {"samples_ns": [nanoseconds]})
+
+    prefill, decode = f"[{row(8, 0, 10**7)},{row(24, 0, 10**8)}]", f"[{row(0, 6, 2 * 10**8)}]"
+    script = f"case \"$*\" in *'-n 0'*) echo '{prefill}';; *'-p 0 -n 6 -d 24'*) echo '{decode}';; *) exit 9;; esac"
+    told = llama_bench(job(f"sleep 0.7; {script}"))
+    assert told.prefill_tokens_per_s["8"].samples == [800.0] * 3 and told.prefill_tokens_per_s["24"].value == 240.0
+    assert told.decode_tokens_per_s.samples == [30.0] * 3
+    assert told.machine.runtime_build == "llama-bench, llama.cpp abc (7), CPU, sha256 0" and told.settings.threads == 2
+    assert told.ttft_s["8"].value is None and told.ttft_s["8"].reason == "llama-bench reads no text"
+    assert told.icl_p99_s.reason == "llama-bench writes no text" and told.load_s.value is None
+    assert told.peak_rss_bytes.value > 0 and told.memory["decode"].anonymous_bytes.value > 0
+
+
+@pytest.mark.parametrize("said", ["echo no", "echo '[{}]'", "echo '[]'"])
+def test_what_is_no_result_of_llama_bench_is_one_sentence(job, said):
+    with pytest.raises(EdgekdError, match=r"^ssh:board: (what llama-bench said|llama-bench measured less)"):
+        llama_bench(job(said))
+
+
+def test_the_real_llama_bench(artifact, board, tmp_path):
+    built = ROOT / "build" / "llama.cpp" / "bin" / "llama-bench"
+    if not built.is_file():
+        pytest.skip("not built: make llama-bench")
+    code, out, err = edgekd(
+        "bench", artifact.folder, "--device", "ssh:board", "--runner", built, *LENGTHS, *QUICK, "--json"
+    )
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["prefill_tokens_per_s"]["24"]["value"] > 0 and len(told["decode_tokens_per_s"]["samples"]) == 2
+
+
+def test_llama_main_tells_what_its_clock_counts(job, home):
+    """Milliseconds by ``extension/llm/runner/stats.h``: loaded in 40, 24 tokens read in 12 and 5 written in 50."""
+    observed = (
+        'n=${text%% \\$*}; n=${n##* }; echo "PyTorchObserver {\\"prompt_tokens\\":$n,\\"generated_tokens\\":5,'
+        '\\"model_load_start_ms\\":10,\\"model_load_end_ms\\":50,\\"inference_start_ms\\":60,\\"inference_end_ms\\":122,'
+        '\\"prompt_eval_end_ms\\":72,\\"first_token_ms\\":73,\\"aggregate_sampling_time_ms\\":1,'
+        '\\"SCALING_FACTOR_UNITS_PER_SECOND\\":1000}"'
+    )
+    log = home / "job" / "log"
+    script = (
+        f'for word; do case $word in --prompt=*) text=${{word#--prompt=}};; *) echo "$word" >>{log.name};; esac; done'
+    )
+    told = llama_main(job(f'cd "{log.parent}"; {script}; printf %s "$text" >text; {observed}'))
+    assert told.load_s.value == 0.04 and told.ttft_s["24"].samples == [0.013] * 3
+    assert told.prefill_tokens_per_s["24"].value == 2000.0 and told.decode_tokens_per_s.value == 100.0
+    assert told.icl_p50_s.reason == "llama_main does not tell" and told.tokenize_s["8"].value is None
+    assert (log.parent / "text").read_text() == "it's 24 $HOME\n\n"
+    words = log.read_text().split()
+    assert {"--seq_len=31", "--seq_len=10", "--cpu_threads=2", "--temperature=0", "--warmup=true"} <= set(words)
