@@ -46,8 +46,7 @@ LLAMA_FLAGS := $(shell $(PYTHON) -I targets/gguf/build_flags.py $(GPU))
 LLAMA_BUILD := $(shell echo "$(LLAMA_FLAGS)" | cksum | cut -d' ' -f1)
 STAMP := .venv/.stamp-$(LLAMA_BUILD)
 
-.PHONY: quickstart real test test-web test-android test-vulkan check metrics fuzz teacher llama-bench device-runner vulkan \
-    setup clean
+.PHONY: quickstart real test test-web test-android test-vulkan check metrics fuzz teacher llama-bench device-runner vulkan setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
