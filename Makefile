@@ -3,6 +3,7 @@
 # make test         set up .venv, run the tests
 # make check        what CI runs: linters, types, spelling, tests
 # make test-android get Kotlin's compiler and Android's libraries, then test android-demo/ on a JVM and build its APK
+# make test-ios     get Swift's toolchain (3.1 GB), then test ios-demo/ without Apple's SDK: core, llama.cpp, types
 # make test-web     get Chromium's driver and the page's libraries, then test web-demo/ in a browser
 # make metrics      count what the house is made of
 # make teacher      train the shipped teacher again, into build/pycode-16m (an hour on two idle cores)
@@ -46,7 +47,7 @@ LLAMA_FLAGS := $(shell $(PYTHON) -I targets/gguf/build_flags.py $(GPU))
 LLAMA_BUILD := $(shell echo "$(LLAMA_FLAGS)" | cksum | cut -d' ' -f1)
 STAMP := .venv/.stamp-$(LLAMA_BUILD)
 
-.PHONY: quickstart real test test-web test-android test-vulkan check metrics fuzz teacher llama-bench device-runner vulkan setup clean
+.PHONY: quickstart real test test-web test-android test-ios test-vulkan check metrics fuzz teacher llama-bench device-runner vulkan setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -77,6 +78,10 @@ test-android: setup
 	command -v aapt2 >/dev/null || apt-get install -y --no-install-recommends $(ANDROID_TOOLS)
 	android-demo/tools/fetch.sh
 	$(BIN)/python -m pytest -rs tests/test_android.py
+
+test-ios: setup
+	ios-demo/tools/swift.sh --get
+	$(BIN)/python -m pytest -rs tests/test_ios.py
 
 test-web: setup
 	web-demo/tools/vendor.sh --tests
