@@ -216,7 +216,7 @@ def distill(
     from .runs import do_run
 
     opened = _open(spec, out, seed, allow_skipped)
-    if not opened.teacher:
+    if not opened.trains:
         raise SpecError(f"{spec}: it has no teacher, nothing is distilled.", f"Go on with: edgekd run {spec}")
     with watching() as watcher:
         results = do_run(opened, watcher, until="quality", check=check)

@@ -39,6 +39,8 @@ class Sampling:
     stops: Sequence[str] = ()
     top_logprobs: int | None = None
     """How many of the most likely tokens are told at each place; None: no probability is."""
+    echo: bool = False
+    """The answer begins with the prompt, whose tokens are told as its own are."""
 
 
 class Token(NamedTuple):
@@ -120,10 +122,13 @@ class Generator:
                 otherwise, so only without does an answer depend on nothing that was asked before.
             cancelled: asked before every token, and every few hundred of the prompt.
         """
+        keep = keep and not sampling.echo
         kept = self.cache.keep(ids[:-1] if keep else [])  # the last one's logits are wanted
-        logits = self._prompt(ids[kept:], cancelled)
+        logits, told = self._prompt(ids[kept:], sampling, cancelled)
         if logits is None:
             return
+        if sampling.echo:
+            yield Piece(b"".join(map(self.session.token_bytes, ids)).decode("utf-8", "replace"), told)
         rng, out = np.random.default_rng(sampling.seed), _Text(self.session, sampling.stops)
         most = min(sampling.max_tokens, self.session.context_length - len(ids) + 1)
         for count in range(1, most + 1):
@@ -134,9 +139,8 @@ class Generator:
             if token in self._eos_ids:
                 yield out.finish(Ending("stop", count - 1, kept))
                 return
-            told = _told(token, logits, sampling.top_logprobs)
             complete = constraint is not None and constraint.take(token)
-            yield out.feed(told)
+            yield out.feed(_told(token, logits, sampling.top_logprobs))
             if complete or out.stopped:
                 yield out.finish(Ending("stop", count, kept))
                 return
@@ -144,14 +148,28 @@ class Generator:
                 logits = self.cache.feed([token])
         yield out.finish(Ending("length", most, kept))
 
-    def _prompt(self, ids: Sequence[int], cancelled: Callable[[], bool]) -> np.ndarray | None:
-        """Logits behind the rest of a prompt; None where nobody waits for them any more."""
-        logits = None
+    def _prompt(
+        self, ids: Sequence[int], sampling: Sampling, cancelled: Callable[[], bool]
+    ) -> tuple[np.ndarray | None, list[Token]]:
+        """Logits behind the rest of a prompt, None where nobody waits for them any more; and its tokens, where they are
+        echoed."""
+        logits: np.ndarray | None = None
+        told: list[Token] = []
         for start in range(0, len(ids), _PIECE):
             if cancelled():
-                return None
-            logits = self.cache.feed(ids[start : start + _PIECE])
-        return logits
+                return None, told
+            piece = ids[start : start + _PIECE]
+            if not sampling.echo:
+                logits = self.cache.feed(piece)
+                continue
+            rows = self.cache.feed(piece, all_logits=True)
+            before = [logits, *rows[:-1]]
+            told += [
+                _told(i, row, None if row is None else sampling.top_logprobs)
+                for i, row in zip(piece, before, strict=True)
+            ]
+            logits = rows[-1].copy()
+        return logits, told
 
 
 class _Text:
@@ -188,11 +206,14 @@ class _Text:
         return Piece(text, [token for _, _, token in out])
 
 
-def _told(token: int, logits: np.ndarray, top: int | None) -> Token:
+def _told(token: int, logits: np.ndarray | None, top: int | None) -> Token:
     """A token with what was asked of its probability, by the model's own logits."""
-    if top is None:
+    if top is None or logits is None:
         return Token(token)
     shifted = logits.astype(np.float64) - logits.max()
     logprobs = shifted - np.log(np.exp(shifted).sum())
-    best = np.argsort(-logprobs, kind="stable")[:top]
+    # The whole order of a large vocabulary costs more than the model's own work for the token.
+    least = np.partition(logprobs, -top)[-top] if 0 < top < len(logprobs) else -np.inf
+    likely = np.flatnonzero(logprobs >= least)
+    best = likely[np.argsort(-logprobs[likely], kind="stable")[:top]]
     return Token(token, float(logprobs[token]), [(int(i), float(logprobs[i])) for i in best])

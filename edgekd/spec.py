@@ -75,8 +75,27 @@ class OneTeacher(_Strict):
     sources: list[SourceName] = Field([], description="Of data.sources, those that it teaches. Default: all.")
 
 
+class ServedSpec(_Strict):
+    """A server that runs the teacher. The text of the training is sent there."""
+
+    url: Annotated[str, Field(max_length=4096, pattern=r"^https?://[A-Za-z0-9.:\[\]_-]+(/[^\s?#]*)?$")] = Field(
+        description="Of an OpenAI-compatible interface, such as http://127.0.0.1:8000/v1."
+    )
+    top_logprobs: Annotated[int, Field(gt=0, le=1000)] = Field(
+        20, description="Likeliest tokens that it tells of each place: 20 is what vLLM gives unless told otherwise."
+    )
+    key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")] | None = Field(
+        None, description="The environment variable that holds the key which the server asks for."
+    )
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] = Field(300, description="Longest wait for one answer.")
+
+
 class TeacherSpec(OneTeacher):
     """The model that is imitated."""
+
+    served: ServedSpec | None = Field(
+        None, description="The server that runs it, where model is its name there; the student is a checkpoint."
+    )
 
     more: Annotated[list[OneTeacher], Field(max_length=100)] = Field(
         [], description="Further teachers with the same tokenizer, each with the keys above."
@@ -470,12 +489,31 @@ class Spec(_Strict):
             names = ", ".join(sorted(beyond))
             raise ValueError(f"distill.loss: {names} cannot be had of a cached teacher (teacher.signal)")
         if self.teacher:
+            self._check_served(self.teacher)
             self._check_inside(self.teacher)
         if not self.teacher and "distill" in given:
             raise ValueError("distill: without a teacher nothing is distilled")
         if not self.teacher and self.quantize.qad.teacher == "teacher":
             raise ValueError("quantize.qad.teacher: the spec has no teacher")
         return self
+
+    def _check_served(self, teacher: TeacherSpec) -> None:
+        """Refuse what a server's log-probabilities cannot give."""
+        if not teacher.served:
+            return
+        refused = {
+            "teacher.more: a served teacher stands alone": teacher.more,
+            "teacher.signal: a served teacher is asked as the training goes": teacher.signal != "online",
+            "student.init: a served teacher's student is a checkpoint, whose tokenizer the text is read by": (
+                self.student.init != "checkpoint"
+            ),
+            "distill.temperature: a server's log-probabilities are those of temperature 1": self.distill.temperature
+            != 1,
+            "distill.match: a server shows nothing of the inside of its model": self.distill.match,
+            "quantize.qad.teacher: a served teacher teaches the student alone": self.quantize.qad.teacher == "teacher",
+        }
+        if words := next((words for words, true in refused.items() if true), None):
+            raise ValueError(words)
 
     def _check_inside(self, teacher: TeacherSpec) -> None:
         """Refuse what needs the teacher itself where something else speaks for it, and texts that nobody can write."""

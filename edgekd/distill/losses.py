@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -70,11 +70,29 @@ class Sparse:
         return Sparse(ids, wide(log_probs), wide(weights))
 
 
+@dataclass(frozen=True)
+class Buckets:
+    """What a teacher says of a batch by its likeliest ids, and of all others together: K + 1 outcomes.
+
+    Whatever the divergence, that of the outcomes is no more than that of the whole vocabulary.
+    """
+
+    ids: Tensor
+    """int64 ``(B, T, K)``, no two of a token the same."""
+    log_probs: Tensor
+    """``(B, T, K + 1)``, at temperature 1; the last is that of all other ids."""
+
+    def rows(self, index: Tensor) -> Buckets:
+        """Of some tokens, ``(len(index), K)``."""
+        ids, log_probs = (t.flatten(0, 1).index_select(0, index) for t in (self.ids, self.log_probs))
+        return Buckets(ids, wide(log_probs))
+
+
 class Teaching(Protocol):
-    """What a teacher says of a batch: ``head.Outputs``, or ``Sparse``."""
+    """What a teacher says of a batch: ``head.Outputs``, ``Sparse`` or ``Buckets``."""
 
     def rows(self, index: Tensor) -> Any:
-        """Of some tokens: logits ``(len(index), V)``, or ``Sparse``."""
+        """Of some tokens: logits ``(len(index), V)``, ``Sparse`` or ``Buckets``."""
         ...
 
 
@@ -181,7 +199,7 @@ class Tokens:
     student: Tensor
     """``(N, V)`` log-probabilities."""
     teacher: Any
-    """The same of the teacher, or ``Sparse``; None for cross-entropy."""
+    """The same of the teacher, ``Sparse`` or ``Buckets``; None for cross-entropy."""
     settings: Settings
 
 
@@ -194,6 +212,20 @@ LOSSES: dict[str, Callable[[Tokens], Loss]] = {
     "jsd": lambda t: generalized_jsd(t.student, t.teacher, t.settings.jsd_beta),
     "total_variation": lambda t: total_variation(t.student, t.teacher),
 }
+
+
+def _loss(name: str, tokens: Tokens) -> Loss:
+    """A loss of ``LOSSES``; of a teacher who tells of ``Buckets``, that of the outcomes."""
+    told = tokens.teacher
+    if not isinstance(told, Buckets) or name == "cross_entropy":
+        return LOSSES[name](tokens)
+    at = tokens.student.gather(-1, told.ids)
+    others = (1 - at.exp().sum(-1, keepdim=True)).clamp_min(1e-6)
+    outcomes = torch.cat([at, others.log()], -1)
+    nats, slope = LOSSES[name](replace(tokens, student=outcomes, teacher=told.log_probs.to(at.dtype)))
+    assert isinstance(slope, Tensor)
+    # The probability of the others is what the ids leave: it falls with each of theirs.
+    return Loss(nats, AtIds(told.ids, slope[:, :-1] - slope[:, -1:] * (at.exp() / others)))
 
 
 def needs_teacher(weights: Mapping[str, float]) -> bool:
@@ -242,7 +274,7 @@ def summed_losses(
 
 def _judge(
     logits: Tensor,
-    teacher: Tensor | Sparse | None,
+    teacher: Tensor | Sparse | Buckets | None,
     labels: Tensor,
     weights: Mapping[str, float],
     settings: Settings,
@@ -266,7 +298,7 @@ def _judge(
         tokens = Tokens(labels, _log_probs_(logits.clone() if left else logits, temperature), told, settings)
         slope = _Slope(tokens.student)
         for name in names:
-            nats, by_log_probs = LOSSES[name](tokens)
+            nats, by_log_probs = _loss(name, tokens)
             sums[name] = temperature**2 * nats.sum()
             if slopes:
                 slope.add(by_log_probs, weights[name] * temperature)

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +41,15 @@ class Batch(NamedTuple):
     """uint8: 1 where the label is learned."""
     positions: Tensor | None
     """int64, from 0 in every document, which then do not see each other; None: each window is one text."""
+
+
+def documents(ids: Tensor, positions: Tensor | None) -> Iterator[tuple[int, int, int]]:
+    """Row, beginning and end of each document of a batch ``(B, T)``, in order; see ``Batch``."""
+    rows, length = ids.shape
+    for row in range(rows):
+        begins = [] if positions is None else (positions[row] == 0).nonzero().flatten().tolist()
+        edges = sorted({0, *begins, length})
+        yield from ((row, start, end) for start, end in pairwise(edges))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class TeacherSignal(Protocol):
         ...
 
     def teach(self, ids: Tensor, index: Tensor | None, positions: Tensor | None = None) -> Teaching:
-        """What it says of int64 ids ``(B, T)``, without gradient: ``head.Outputs``, or ``losses.Sparse``.
+        """What it says of int64 ids ``(B, T)``, without gradient; see ``losses.Teaching``.
 
         Args:
             index: the numbers ``(B,)`` of the windows in the training split that these are, or go on from; None for

@@ -78,7 +78,7 @@ def stages(run: Run, machine: Machine) -> list[Stage]:
     """Every stage of a run in the order of work, but the report."""
     data = _data(run)
     read = [data, *([_cut(run, data, machine)] if run.chooses_cut else [])]
-    by_seed = [stage for seed in run.seeds for stage in _of_seed(run, seed, read, machine)] if run.teacher else []
+    by_seed = [stage for seed in run.seeds for stage in _of_seed(run, seed, read, machine)] if run.trains else []
     student = by_seed[0] if by_seed else _taken(run)
     trained = by_seed or [student]
     calibration = _calibration(run, data, student, machine)

@@ -31,10 +31,14 @@ def open_run(
     run = resolve(spec, base=base, folder=folder, words=words, more_seeds=more_seeds)
     run.reader.check()
     _check_tokenizers(run)
-    if more_seeds and not run.teacher:
+    if more_seeds and not run.trains:
         raise SpecError("--seeds: the spec has no teacher, nothing is trained.", "Leave it out.")
     _check_lengths(run)
     _check_matched_layers(run)
+    if spec.teacher and spec.teacher.served:
+        from ..distill.served import access_key
+
+        access_key(spec.teacher.served)
     _check_thresholds(run)
     for source in spec.data.each.values():
         source.files(base)

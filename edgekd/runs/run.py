@@ -112,9 +112,13 @@ class Run:
     exports: Sequence[Export]
 
     @property
+    def trains(self) -> bool:
+        """Whether a student is trained; if not, the initial checkpoint is the student."""
+        return self.spec.teacher is not None
+
+    @property
     def teacher(self) -> Model | None:
-        """The teacher whose tokenizer the student has; None: the initial checkpoint is the student, and nothing is
-        trained."""
+        """The teacher whose tokenizer the student has; None: there is none, or a server runs it."""
         return self.teachers[0] if self.teachers else None
 
     def path(self, stage_folder: str) -> Path:
@@ -124,7 +128,7 @@ class Run:
     @property
     def student(self) -> Path:
         """The student's model folder."""
-        return self.path("student") if self.teacher else self.reader.folder
+        return self.path("student") if self.trains else self.reader.folder
 
     @property
     def reader(self) -> Model:
@@ -159,7 +163,7 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
     Raises:
         EdgekdError: a model, target or recipe is missing, or the student cannot be built.
     """
-    named = spec.teacher.each if spec.teacher else []
+    named = spec.teacher.each if spec.teacher and not spec.teacher.served else []
     teachers = [Model(Checkpoint(resolve_model(one.model, base)), one.trust_remote_code) for one in named]
     initial = None
     if spec.student.init == "checkpoint":

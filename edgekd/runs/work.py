@@ -110,6 +110,10 @@ def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
     tokenizer = teacher.tokenizer()
     vocab_size = vocabulary_size(tokenizer)
     assert run.spec.teacher is not None
+    if run.spec.teacher.served:
+        from ..distill.served import ServedTeacher
+
+        return ServedTeacher(run.spec.teacher.served, run.spec.teacher.model, vocab_size)
     windows = load_windows(run.path("data"), "train")
     if run.spec.teacher.signal == "online":
         return _teachers(run, vocab_size, windows.sources)
@@ -136,6 +140,8 @@ def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
 def taught_by(run: Run) -> list[object]:
     """What the student's training hangs on beside the first teacher: the others, and who teaches what."""
     spec = run.spec.teacher
+    if spec is not None and spec.served:
+        return [[spec.served.url, spec.model, spec.served.top_logprobs]]
     if spec is None or not spec.more:
         return []
     shares = [spec.shares(source) for source in run.spec.data.each]
@@ -173,11 +179,11 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
 
     spec = run.spec.data
     windows = evenly_spaced(load_windows(run.path("data"), "test"), max(1, spec.max_test_tokens // spec.context))
-    signal = _teachers(run, vocabulary_size(run.reader.tokenizer()), None)
+    signal = _teachers(run, vocabulary_size(run.reader.tokenizer()), None) if run.teacher else None
     parts = windows.by_source() or {"": windows}
     heard = [signal.of(place) if isinstance(signal, Teachers) else signal for place in range(len(parts))]
     measured: dict[str, ModelQuality] = {}
-    if seed == run.spec.seed:
+    if seed == run.spec.seed and signal:
         tell(0, "teacher")
         said = [evaluate_signal(of_part, part) for of_part, part in zip(heard, parts.values(), strict=True)]
         teachers = signal.teachers if isinstance(signal, Teachers) else [signal]

@@ -152,6 +152,8 @@ async def _complete(served: Served, request: Request, kind: type[CompletionReque
     form = ChatReply if isinstance(asked, ChatRequest) else CompletionReply
     wants = sampling.top_logprobs is not None
     reply = form(served.session, served.model, served.fingerprint, len(ids), wants)
+    if isinstance(asked, CompletionRequest) and isinstance(reply, CompletionReply):
+        reply.tokens_as_ids = bool(asked.return_tokens_as_token_ids)
     job = served.worker.submit(_client(request, asked), Job(ids, sampling, constraint))
     if asked.stream:
         return EventSourceResponse(_events(job, reply, asked.include_usage), sep="\n")

@@ -134,6 +134,8 @@ class CompletionReply(Reply):
     """``/v1/completions``."""
 
     KIND, CHUNK_KIND, ID = "text_completion", "text_completion", "cmpl"
+    tokens_as_ids = False
+    """Tokens are told by their ids, as vLLM does: no two are the same, and none is half a character."""
     _offset = 0
 
     def _said(self, text: str) -> Json:
@@ -150,8 +152,15 @@ class CompletionReply(Reply):
             offsets.append(self._offset)
             self._offset += len(text)
         return {
-            "tokens": texts,
+            "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._text(i): logprob for i, logprob in token.top} for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _top(self, token: Token) -> Json | None:
+        """The likeliest in its place; none of the first of a prompt, which follows nothing."""
+        return None if token.logprob is None else {self._name(i): logprob for i, logprob in token.top}
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self.tokens_as_ids else self._text(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -86,8 +87,9 @@ class CompletionRequest(_Request):
 
     prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
     max_tokens: int | None = Field(None, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=5)
-    echo: Literal[False] | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     best_of: Literal[1] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
 
@@ -101,7 +103,8 @@ class CompletionRequest(_Request):
 
     def drawn(self, room: int) -> Sampling:
         """How the answer is drawn that has room for so many tokens."""
-        return self.sampling(self.max_tokens or _DEFAULT_COMPLETION, self.logprobs)
+        drawn = self.sampling(self.max_tokens or _DEFAULT_COMPLETION, self.logprobs)
+        return replace(drawn, echo=bool(self.echo))
 
 
 class TextPart(_Model):

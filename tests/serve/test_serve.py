@@ -525,6 +525,32 @@ def test_the_servers_probabilities_are_the_sessions(served: Any) -> None:
         logits = session.decode(int(expected.argmax()))
 
 
+def test_a_prompt_is_echoed_with_its_probabilities(served: Any) -> None:
+    client, session, contract = served
+    text = "import os\nimport sys, re\n"
+    ids = text_ids(session, contract, text)
+    given: Any = {"prompt": text, "temperature": 0, "max_tokens": 3, "logprobs": 7, "echo": True}
+    for _ in range(2):  # the second time the prompt is in the cache
+        choice = client.completions.create(model="tiny-gguf-fp16", **given).choices[0]
+        told = choice.logprobs
+        assert choice.text.startswith(text) and len(told.tokens) == len(ids) + 3
+        assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+        assert "".join(told.tokens) == choice.text and told.text_offset[1] == len(told.tokens[0])
+        session.reset()
+        logits = session.prefill(ids, all_logits=True).astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for place in range(1, len(ids)):
+            assert told.token_logprobs[place] == pytest.approx(expected[place - 1, ids[place]], abs=2e-3)
+            assert max(told.top_logprobs[place].values()) == pytest.approx(expected[place - 1].max(), abs=2e-3)
+    choice = client.completions.create(
+        model="tiny-gguf-fp16", **{**given, "prompt": ids}, extra_body={"return_tokens_as_token_ids": True}
+    ).choices[0]
+    assert choice.logprobs.tokens[: len(ids)] == [f"token_id:{i}" for i in ids]
+    assert all(len(top) == 7 for top in choice.logprobs.top_logprobs[1:])
+    without = client.completions.create(model="tiny-gguf-fp16", **{**given, "logprobs": None})
+    assert without.choices[0].text == choice.text and without.choices[0].logprobs is None
+
+
 def test_json_follows_its_schema(served: Any) -> None:
     """A model of random weights writes nothing but it."""
     client, *_ = served
