@@ -93,6 +93,11 @@ class ServedSpec(_Strict):
 class TeacherSpec(OneTeacher):
     """The model that is imitated."""
 
+    alignment: Literal["ids", "text"] = Field(
+        "ids",
+        description="ids: the student has the teacher's tokenizer. text: a student that is a checkpoint has its own, "
+        "and the teacher is heard through the text that both read.",
+    )
     served: ServedSpec | None = Field(
         None, description="The server that runs it, where model is its name there; the student is a checkpoint."
     )
@@ -490,6 +495,7 @@ class Spec(_Strict):
             raise ValueError(f"distill.loss: {names} cannot be had of a cached teacher (teacher.signal)")
         if self.teacher:
             self._check_served(self.teacher)
+            self._check_aligned(self.teacher)
             self._check_inside(self.teacher)
         if not self.teacher and "distill" in given:
             raise ValueError("distill: without a teacher nothing is distilled")
@@ -503,6 +509,7 @@ class Spec(_Strict):
             return
         refused = {
             "teacher.more: a served teacher stands alone": teacher.more,
+            "teacher.alignment: a served teacher has the student's tokenizer": teacher.alignment == "text",
             "teacher.signal: a served teacher is asked as the training goes": teacher.signal != "online",
             "student.init: a served teacher's student is a checkpoint, whose tokenizer the text is read by": (
                 self.student.init != "checkpoint"
@@ -513,6 +520,19 @@ class Spec(_Strict):
             "quantize.qad.teacher: a served teacher teaches the student alone": self.quantize.qad.teacher == "teacher",
         }
         if words := next((words for words, true in refused.items() if true), None):
+            raise ValueError(words)
+
+    def _check_aligned(self, teacher: TeacherSpec) -> None:
+        """Refuse what a teacher of another tokenizer cannot give."""
+        losses = {*self.distill.loss, *(self.distill.on_policy.loss if self.distill.on_policy else [])}
+        refused = {
+            "teacher.more: a teacher of another tokenizer stands alone": bool(teacher.more),
+            "student.init: a student with its own tokenizer is a checkpoint": self.student.init != "checkpoint",
+            "distill.match: layers of another tokenizer's tokens cannot be compared": self.distill.match is not None,
+            "distill.loss: of a teacher of another tokenizer reverse_kl is infinite": "reverse_kl" in losses,
+            "quantize.qad.teacher: it teaches the student alone": self.quantize.qad.teacher == "teacher",
+        }
+        if teacher.alignment == "text" and (words := next((words for words, true in refused.items() if true), None)):
             raise ValueError(words)
 
     def _check_inside(self, teacher: TeacherSpec) -> None:

@@ -181,7 +181,10 @@ def check_same_tokenizer(teacher_folder: Path, student_folder: Path, *, trust_re
     """
     teacher = load_tokenizer(teacher_folder, trust_remote_code=trust_remote_code)
     student = load_tokenizer(student_folder)
-    remedy = "Distilling on logits needs one vocabulary: use models with one tokenizer."
+    remedy = (
+        "Distilling on logits needs one vocabulary: use models with one tokenizer, or set teacher.alignment to text, "
+        "by which a student that is a checkpoint keeps its own."
+    )
     ours, theirs = teacher.get_vocab(), student.get_vocab()
     for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, theirs.get(t)), t)):
         if ours.get(token) != theirs.get(token):

@@ -183,7 +183,7 @@ def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Mac
     taught_by = work.taught_by(run) if distilled else []
     reader = run.reader.checkpoint.digest
     key = _key(read, [], algorithm, spec.student.model_dump(), initial, seed, reader, settings, *taught_by)
-    taught = run.reader.config if distilled else None
+    taught = (run.teacher or run.reader).config if distilled else None
     cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
     more = run.teachers[1:] if distilled else []
     further = sum(4 * read_architecture(teacher.config).parameters() for teacher in more)

@@ -58,11 +58,22 @@ def _check_tokenizers(run: Run) -> None:
     """Refuse a student checkpoint, or a further teacher, whose tokenizer is not the teacher's."""
     if not run.teacher:
         return
+    if not run.same_ids:
+        return _check_spelling(run)
     from ..distill.signals import check_same_tokenizer
 
     for other in [*run.teachers[1:], *([run.initial] if run.initial else [])]:
         check_model(other.folder, trust_remote_code=other.trust_remote_code)
         check_same_tokenizer(run.teacher.folder, other.folder, trust_remote_code=run.teacher.trust_remote_code)
+
+
+def _check_spelling(run: Run) -> None:
+    """Refuse tokenizers whose tokens cannot be compared by their text."""
+    from ..distill.aligned import check_byte_level
+
+    for model in (*run.teachers, run.reader):
+        model.check()
+        check_byte_level(model.tokenizer(), model.folder)
 
 
 def _check_lengths(run: Run) -> None:

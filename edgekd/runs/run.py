@@ -117,6 +117,12 @@ class Run:
         return self.spec.teacher is not None
 
     @property
+    def same_ids(self) -> bool:
+        """Whether teachers are here whose ids are the student's."""
+        spec = self.spec.teacher
+        return spec is not None and not spec.served and spec.alignment == "ids"
+
+    @property
     def teacher(self) -> Model | None:
         """The teacher whose tokenizer the student has; None: there is none, or a server runs it."""
         return self.teachers[0] if self.teachers else None
@@ -133,7 +139,7 @@ class Run:
     @property
     def reader(self) -> Model:
         """Whose tokenizer the student has."""
-        model = self.teacher or self.initial
+        model = self.teacher if self.same_ids else self.initial
         assert model is not None  # the spec has one of them
         return model
 

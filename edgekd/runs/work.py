@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+    from ..distill.aligned import AlignedTeacher
     from ..distill.on_policy import Writing
     from ..distill.signals import OnlineTeacher, Teachers, TeacherSignal
 
@@ -121,7 +122,8 @@ def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
     if windows.sources is None:
         read = min(read, len(windows))  # no window is read again before all have been
     order = [*dict.fromkeys(windows_of_step(seed, 0, windows, read).tolist())]
-    named = digest([teacher.checkpoint.digest, *taught_by(run)]) if run.teachers[1:] else teacher.checkpoint.digest
+    more = taught_by(run)
+    named = digest([teacher.checkpoint.digest, *more]) if more else teacher.checkpoint.digest
     key = key_of(named, digest(tokenizer.get_vocab()), windows, order, spec.temperature, vocab_size)
     cache = Cache(run.state / f"teacher-{digest(key)[:12]}", key, windows, order)
     missing = sum(cache.damage(shard) is not None for shard in range(cache.shards))
@@ -142,13 +144,15 @@ def taught_by(run: Run) -> list[object]:
     spec = run.spec.teacher
     if spec is not None and spec.served:
         return [[spec.served.url, spec.model, spec.served.top_logprobs]]
+    if spec is not None and not run.same_ids:
+        return [[run.teachers[0].checkpoint.digest, spec.alignment]]
     if spec is None or not spec.more:
         return []
     shares = [spec.shares(source) for source in run.spec.data.each]
     return [[[teacher.checkpoint.digest for teacher in run.teachers[1:]], shares]]
 
 
-def _teachers(run: Run, vocab_size: int, sources: torch.Tensor | None) -> OnlineTeacher | Teachers:
+def _teachers(run: Run, vocab_size: int, sources: torch.Tensor | None) -> OnlineTeacher | Teachers | AlignedTeacher:
     """The teacher, or all of them, in memory.
 
     Args:
@@ -158,6 +162,11 @@ def _teachers(run: Run, vocab_size: int, sources: torch.Tensor | None) -> Online
 
     spec = run.spec.teacher
     assert spec is not None
+    if not run.same_ids:
+        from ..distill.aligned import AlignedTeacher
+
+        (one,) = run.teachers
+        return AlignedTeacher(one.model(), one.tokenizer(), run.reader.tokenizer(), one.folder)
     models = [OnlineTeacher(teacher.model(), vocab_size) for teacher in run.teachers]
     if len(models) == 1:
         return models[0]
@@ -282,7 +291,7 @@ def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
     from ..verify.reference import logits_of
 
     student, windows = load_model(run.student), _verify_windows(run)
-    if run.teacher:
+    if run.teacher and run.same_ids:
         tell(0, "student")
         shared = vocabulary_size(run.teacher.tokenizer())
         taught = compare(logits_of(run.teacher.model(), shared), logits_of(student, shared), windows)
