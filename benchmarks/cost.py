@@ -14,11 +14,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import EdgekdError, SpecError
-from ..manifest import Artifact
+from ..manifest import Manifest
 from ..proof import Benchmark
 from ..spec import checked
 from ..strict_yaml import read_yaml
-from .predict import Estimate, predict
+from .predict import Estimate, speeds
 from .profiles import Profile
 
 _MILLION = 10**6
@@ -92,10 +92,13 @@ class Cost(BaseModel):
     remarks: list[str]
 
 
-def cost(artifact: Artifact, profile: Profile | None, prompt_tokens: int, output_tokens: int, prices: Prices) -> Cost:
+def cost(
+    name: str, manifest: Manifest, profile: Profile | None, prompt_tokens: int, output_tokens: int, prices: Prices
+) -> Cost:
     """Compare both for a million requests of so many tokens.
 
     Args:
+        name: of the artifact.
         profile: the device; None: the machine that the artifact was benchmarked on.
     """
     paid = prompt_tokens * prices.price_in.value + output_tokens * prices.price_out.value
@@ -106,12 +109,12 @@ def cost(artifact: Artifact, profile: Profile | None, prompt_tokens: int, output
         carbon_kg=hosted_kwh * prices.carbon.value / 1000,
         source=f"estimated:{prices.hosted_energy.basis}",
     )
-    joules = _request(artifact, profile, prompt_tokens, output_tokens)
+    joules = _request(manifest, profile, prompt_tokens, output_tokens)
     student = _student(joules, prices)
     usd, kwh = student.usd, student.energy_kwh
     return Cost(
-        artifact=artifact.folder.name,
-        device=profile.title if profile else _machine(artifact),
+        artifact=name,
+        device=profile.title if profile else _machine(manifest.benchmark),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         teacher=teacher,
@@ -123,8 +126,7 @@ def cost(artifact: Artifact, profile: Profile | None, prompt_tokens: int, output
     )
 
 
-def _machine(artifact: Artifact) -> str:
-    benchmark = artifact.manifest.benchmark
+def _machine(benchmark: Benchmark | None) -> str:
     return (benchmark and (benchmark.machine.device or benchmark.machine.cpu)) or "this machine"
 
 
@@ -136,14 +138,13 @@ def _student(joules: Estimate, prices: Prices) -> Side:
     return Side(usd=usd, energy_kwh=kwh, carbon_kg=carbon, source=str(joules.source))
 
 
-def _request(artifact: Artifact, profile: Profile | None, prompt: int, output: int) -> Estimate:
+def _request(manifest: Manifest, profile: Profile | None, prompt: int, output: int) -> Estimate:
     """Joules of a request."""
     if profile is None:
-        return _counted(artifact.manifest.benchmark or Benchmark(), prompt, output)
+        return _counted(manifest.benchmark or Benchmark(), prompt, output)
     if profile.power is None:
         return Estimate(value=None, unit="J", reason=f"no power of {profile.title} is sourced")
-    found = predict(artifact, profile, prompt)
-    decode, prefill = found.decode_tokens_per_s, found.prefill_tokens_per_s
+    _, decode, prefill = speeds(manifest, profile, prompt)
     if decode.value is None:
         return Estimate(value=None, unit="J", reason=decode.reason)
     # A prompt is never read more slowly than it would be written: that bounds what is not known.
@@ -166,13 +167,12 @@ def _remarks(joules: Estimate) -> Iterable[str]:
         yield "the student's energy is an estimate from published watts; no counter was read"
 
 
-def check_tokens(prompt_tokens: int, output_tokens: int, artifact: Artifact) -> None:
-    """Refuse requests that the artifact's context does not hold.
+def check_tokens(prompt_tokens: int, output_tokens: int, context: int) -> None:
+    """Refuse requests that a context does not hold.
 
     Raises:
         EdgekdError: they are longer.
     """
-    context = artifact.manifest.contract.context_length
     if prompt_tokens + output_tokens > context:
         raise EdgekdError(
             f"--prompt-tokens {prompt_tokens} and --output-tokens {output_tokens} exceed the context of {context}.",

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ..manifest import Artifact
+from ..manifest import Artifact, Manifest
 from ..proof import BenchRecord
 from .anchors import Point, points
 from .metrics import percentile
@@ -217,9 +217,7 @@ class Prediction(BaseModel):
 def predict(artifact: Artifact, profile: Profile, prompt_tokens: int = 256) -> Prediction:
     """Predict decoding behind a prompt, prefill and memory."""
     manifest = artifact.manifest
-    traffic = manifest.traffic
-    read = traffic.bytes_per_token(prompt_tokens) if traffic else manifest.parameters * manifest.bits_per_weight / 8
-    decode, prefill = _decode(read, profile), _prefill(manifest.parameters, profile)
+    read, decode, prefill = speeds(manifest, profile, prompt_tokens)
     memory, budget = _memory(artifact, profile), _budget(profile)
     fits = None if memory.value is None or budget.value is None else memory.value <= budget.value
     return Prediction(
@@ -234,8 +232,15 @@ def predict(artifact: Artifact, profile: Profile, prompt_tokens: int = 256) -> P
         app_memory_bytes=budget,
         fits=fits,
         estimated_decode_energy_j_per_token=_energy(decode, profile.power),
-        remarks=list(_remarks(read, profile, traffic is None)),
+        remarks=list(_remarks(read, profile, manifest.traffic is None)),
     )
+
+
+def speeds(manifest: Manifest, profile: Profile, prompt_tokens: int) -> tuple[float, Estimate, Estimate]:
+    """Bytes that a token reads behind a prompt, tokens/s of decoding there, and of prefill."""
+    traffic = manifest.traffic
+    read = traffic.bytes_per_token(prompt_tokens) if traffic else manifest.parameters * manifest.bits_per_weight / 8
+    return read, _decode(read, profile), _prefill(manifest.parameters, profile)
 
 
 def _unknown(unit: str, reason: str) -> Estimate:

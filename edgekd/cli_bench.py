@@ -302,8 +302,8 @@ def cost(
     )
     device = _load_profile(profile) if profile else None
     loaded = load_artifact(artifact)
-    check_tokens(prompt_tokens, output_tokens, loaded)
-    found = compute(loaded, device, prompt_tokens, output_tokens, prices)
+    check_tokens(prompt_tokens, output_tokens, loaded.manifest.contract.context_length)
+    found = compute(loaded.folder.name, loaded.manifest, device, prompt_tokens, output_tokens, prices)
     if as_json:
         return print_json(found.model_dump())
     cost_table(found)

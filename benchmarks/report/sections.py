@@ -54,6 +54,7 @@ class Page:
     ledger: tables.Table
     pareto: words.ParetoWords
     artifacts: Sequence[tables.ArtifactTable]
+    cost: tables.CostTable | None
     limits: Sequence[str]
     charts: Charts
     choices: Sequence[Choice]
@@ -84,6 +85,7 @@ def page(results: Results) -> Page:
         ledger=tables.ledger_table(results.ledger),
         pareto=words.pareto_words(marked),
         artifacts=tables.artifact_tables(artifacts),
+        cost=tables.cost_table(artifacts),
         limits=words.limits(results),
         charts=Charts(
             charts.quality(quality, results.seeds, "next_token_accuracy", "next-token accuracy → better"),

@@ -21,6 +21,8 @@ from ...proof import (
     TaskScore,
 )
 from ...results import MadeArtifact, StageTime
+from ..cost import Cost, Prices, Side, cost, default_prices
+from ..profiles import Profile, load_profile
 from .charts import MODELS
 
 _BY_PHASE = ("anonymous_bytes", "file_backed_bytes")
@@ -294,6 +296,65 @@ def _figure_row(key: str, figures: Sequence[Figure | None], prompt_tokens: str =
         for f in figures
     ]
     return Row(metric.label(prompt_tokens), cells)
+
+
+# --- what a million requests cost -------------------------------------------------------------------------------------
+
+_REQUEST_TOKENS = 700
+"""Five in seven of them read, the others written; fewer where an artifact's context holds fewer."""
+_DEVICE = "laptop"
+"""Whose watts are the estimate where no counter was read."""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """A million requests of so many tokens, hosted and on a device."""
+
+    prompt_tokens: int
+    output_tokens: int
+    rows: Sequence[Row]
+    hosted: str
+    """Whose price and energy it is."""
+    sources: Sequence[str]
+    remarks: Sequence[str]
+
+
+def cost_table(artifacts: Sequence[MadeArtifact]) -> CostTable | None:
+    """The hosted model beside every artifact: by the energy that was counted, else estimated for a laptop; None where
+    there is no artifact."""
+    if not artifacts:
+        return None
+    total = min(_REQUEST_TOKENS, *(a.manifest.contract.context_length for a in artifacts))
+    output = max(1, 2 * total // 7)
+    prices, laptop = default_prices(), load_profile(_DEVICE)
+    costs = [_cost(artifact, laptop, total - output, output, prices) for artifact in artifacts]
+    hosted = costs[0].teacher
+    rows = [Row("Hosted", [*_side(hosted), _ONE, _ONE, Cell(hosted.source)])]
+    for artifact, found in zip(artifacts, costs, strict=True):
+        times = [_times(found.cheaper), _times(found.less_energy)]
+        source = f"{found.student.source}, {found.device}"
+        rows.append(Row(artifact.label, [*_side(found.student), *times, Cell(source)]))
+    named = [getattr(prices, key) for key in type(prices).model_fields]
+    sources = [f"{show.significant(p.value)} {p.unit}: {p.basis} ({p.source}, {p.date})" for p in named]
+    remarks = dict.fromkeys(words for found in costs for words in found.remarks)
+    return CostTable(total - output, output, rows, prices.price_out.basis, sources, list(remarks))
+
+
+def _cost(artifact: MadeArtifact, laptop: Profile, prompt: int, output: int, prices: Prices) -> Cost:
+    benchmark = artifact.manifest.benchmark or Benchmark()
+    counted = benchmark.decode_energy_j_per_token.value is not None
+    return cost(artifact.label, artifact.manifest, None if counted else laptop, prompt, output, prices)
+
+
+_ONE = Cell("1")
+
+
+def _side(side: Side) -> list[Cell]:
+    return [Cell(show.significant(value)) for value in (side.usd, side.energy_kwh, side.carbon_kg)]
+
+
+def _times(value: float | None) -> Cell:
+    return _MISSING if value is None else Cell(f"{show.significant(value)} ×")
 
 
 # --- how it was made --------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_costs_by_hand(make_artifact):
     counted = {"prefill_energy_j_per_token": energy | {"value": 0.1}, "decode_energy_j_per_token": energy}
     artifact = make_artifact("a", read=100_000_000, benchmark=counted)
     prices = default_prices().with_own(price_in=1.0, price_out=2.0, hosted_energy=3.6, electricity=0.5, carbon=100.0)
-    found = cost(artifact, None, 100, 50, prices)
+    found = cost("a", artifact.manifest, None, 100, 50, prices)
     # 10^6 requests: 100 tokens at 1 USD and 50 at 2 USD a million each; 50 tokens of 3.6 J are 180 J, so 50 kWh.
     assert found.teacher.usd == pytest.approx(200) and found.teacher.energy_kwh == pytest.approx(50)
     assert found.teacher.carbon_kg == pytest.approx(5)
@@ -121,10 +121,10 @@ def test_costs_by_hand(make_artifact):
     )
     assert found.student.source == "measured:powercap"
     unmeasured = make_artifact("b", read=100_000_000)
-    unknown = cost(unmeasured, None, 100, 50, prices)
+    unknown = cost("a", unmeasured.manifest, None, 100, 50, prices)
     assert unknown.student.usd is None and unknown.cheaper is None and "no energy counter" in unknown.student.source
-    estimated = cost(unmeasured, load_profile("laptop"), 100, 50, prices)
+    estimated = cost("a", unmeasured.manifest, load_profile("laptop"), 100, 50, prices)
     assert estimated.student.source.startswith("estimated:") and any("no counter" in w for w in estimated.remarks)
-    assert cost(unmeasured, load_profile("pixel-9"), 100, 50, prices).student.usd is None
+    assert cost("a", unmeasured.manifest, load_profile("pixel-9"), 100, 50, prices).student.usd is None
     with pytest.raises(EdgekdError, match="exceed the context of 4096"):
-        check_tokens(4000, 200, artifact)
+        check_tokens(4000, 200, artifact.manifest.contract.context_length)

@@ -21,7 +21,7 @@ from edgekd import formats as show
 from edgekd.benchmarks import report
 from edgekd.benchmarks.report.pareto import points
 from edgekd.benchmarks.report.sections import page as page_of
-from edgekd.benchmarks.report.tables import artifact_tables
+from edgekd.benchmarks.report.tables import artifact_tables, cost_table
 from edgekd.benchmarks.report.words import seed_words, summary
 from edgekd.errors import EdgekdError
 from edgekd.files import write_sealed
@@ -572,3 +572,30 @@ def test_many_artifacts_are_split_evenly() -> None:
         return [len(table.columns) for table in tables]
 
     assert widths(13) == [5, 5, 3] and widths(6) == [6] and widths(0) == []
+
+
+# --- what a million requests cost -------------------------------------------------------------------------------------
+
+
+def test_a_million_requests_are_paid_by_hand_as_the_table_says() -> None:
+    counted, estimated = _artifact("q8_0", 6.71e6, 2e-4, 903), _artifact("q4_0", 4.62e6, 0.02, 1012)
+    for phase, joules in (("prefill", 0.001), ("decode", 0.02)):
+        energy = _figure(joules) | {"source": "measured:package-0"}
+        counted["manifest"]["benchmark"][f"{phase}_energy_j_per_token"] = energy
+    table = cost_table(_made([counted, estimated]))
+    assert table is not None and (table.prompt_tokens, table.output_tokens) == (366, 146)  # of a context of 512
+    hosted, ours, guess = ([cell.text for cell in row.cells] for row in table.rows)
+    usd, kwh = 366 * 0.29 + 146 * 0.60, 146 * 3.5 * 1e6 / 3.6e6
+    assert hosted[:3] == [show.significant(x) for x in (usd, kwh, kwh * 0.481)]
+    own = (366 * 0.001 + 146 * 0.02) * 1e6 / 3.6e6
+    assert ours[:3] == [show.significant(x) for x in (own * 0.11, own, own * 0.481)]
+    assert ours[3:5] == [f"{show.significant(x)} ×" for x in (usd / (own * 0.11), kwh / own)]
+    assert ours[5].startswith("measured:package-0") and guess[5].startswith("estimated:")
+    assert any("estimate" in words for words in table.remarks) and len(table.sources) == 5
+    assert cost_table([]) is None
+
+
+def test_the_page_tells_what_requests_cost() -> None:
+    html = report.render(Results.model_validate(results()))
+    assert "What a million requests cost" in html and "aigateway.sh" in html
+    assert "What a million requests cost" not in report.render(Results())
