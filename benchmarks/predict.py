@@ -16,6 +16,7 @@ from functools import cache
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from ..errors import EdgekdError
 from ..manifest import Artifact, Manifest
 from ..proof import BenchRecord
 from .anchors import Point, points
@@ -165,13 +166,30 @@ def _errors(what: str, found: Sequence[tuple[Point, float, float]]) -> Errors:
     return Errors(what, len(found), devices, percentile(relative, 50), percentile(relative, 90), covered)
 
 
-def errors_table() -> str:
+def validate_here(records: Sequence[BenchRecord]) -> list[Errors]:
+    """The errors on every machine of a history: each artifact by the others of its target.
+
+    Raises:
+        EdgekdError: no machine has enough artifacts of one target.
+    """
+    machines = dict.fromkeys((record.target, record.benchmark.machine.cpu) for record in records)
+    by_machine = {key: list(_by_chip(local_points(records, *key))) for key in machines}
+    rows = [_errors(f"{target}, {cpu or 'unknown'}", found) for (target, cpu), found in by_machine.items() if found]
+    if not rows:
+        raise EdgekdError(
+            f"the history has no {_LEAST_POINTS + 1} artifacts of one target that one machine has measured.",
+            "Fill it with: edgekd bench ARTIFACT... --history FILE",
+        )
+    return rows
+
+
+def errors_table(rows: Sequence[Errors]) -> str:
     """The errors as Markdown."""
     lines = [
-        "| held out | points | chips | median error | p90 error | inside the 80 % interval |",
+        "| held out | points | chips or artifacts | median error | p90 error | inside the 80 % interval |",
         "|---|---|---|---|---|---|",
     ]
-    for row in validate():
+    for row in rows:
         shares = " | ".join(f"{100 * x:.1f} %" for x in (row.median, row.p90, row.covered))
         lines.append(f"| {row.what} | {row.points} | {row.devices} | {shares} |")
     return "\n".join(lines)

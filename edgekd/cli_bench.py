@@ -198,7 +198,12 @@ def predict(
     history: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Of bench --history: predict for this machine from it.")
     ] = None,
-    validate: Annotated[bool, typer.Option("--validate", help="Print the errors on held-out devices instead.")] = False,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate", help="Print the errors on held-out devices instead; with --history, on its machines."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Predict what a device does with an artifact, from published speeds, with an 80 % interval."""
@@ -208,7 +213,7 @@ def predict(
     from .manifest import load_artifact
 
     if validate:
-        return _validate(as_json)
+        return _validate(history, as_json)
     if artifact is None or (profile is None) == (history is None):
         names = ", ".join(profile_names())
         raise SpecError("predict: give ARTIFACT and either --profile or --history.", f"Profiles: {names}.")
@@ -222,14 +227,16 @@ def predict(
     prediction_table(found, device.title)
 
 
-def _validate(as_json: bool) -> None:
+def _validate(history: Path | None, as_json: bool) -> None:
     from dataclasses import asdict
 
     from .benchmarks import predict as predictor
+    from .benchmarks.history import read_history
 
+    rows = predictor.validate_here(read_history(history)) if history else predictor.validate()
     if as_json:
-        return print_json([asdict(row) for row in predictor.validate()])
-    typer.echo(predictor.errors_table())
+        return print_json([asdict(row) for row in rows])
+    typer.echo(predictor.errors_table(rows))
 
 
 def _predict_here(artifact: Artifact, history: Path, as_json: bool) -> None:

@@ -145,7 +145,7 @@ def _start(command: Sequence[str], complaints: IO[str]) -> subprocess.Popen[str]
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=complaints,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,
     )

@@ -17,7 +17,7 @@ from ..measure import CURVE_TOKENS, WARM_UP_TOKENS, ColdStart, CurvePoint, Repet
 from ..memory import Phase, Usage
 from ..sustained import SLICES, change_point
 from .device import ask
-from .place import Place
+from .place import Place, reads_answers
 from .readings import STATE, State, battery_of, charged_meanwhile, noise_of, state_of, window_of
 
 _BATCH_TOKENS = 512  # as edgekd's own session feeds llama.cpp
@@ -57,6 +57,7 @@ class LlamaSite:
     def bandwidth(self) -> list[float]:
         return []
 
+    @reads_answers
     def repetition(
         self, what: str, artifact: Artifact, lengths: Sequence[int], decode_tokens: int
     ) -> tuple[Repetition, Noise]:
@@ -91,6 +92,7 @@ class LlamaSite:
         )
         return run, noise
 
+    @reads_answers
     def cold_start(self, what: str, artifact: Artifact, run: Repetition) -> ColdStart:
         on, shortest = self._on(artifact), min(run.warm)
         self.place.run(what, [self.runner, "--drop", on.model])
@@ -98,6 +100,7 @@ class LlamaSite:
         chunks = request["chunks"]
         return ColdStart(chunks[0] - end["started"] if chunks else None, end["major_faults"], _known(end["read_bytes"]))
 
+    @reads_answers
     def curves(self, what: str, artifact: Artifact, lengths: Sequence[int], seconds: float) -> Mapping[int, CurvePoint]:
         on, points, spent = self._on(artifact), dict[int, CurvePoint](), 0.0
         for i, length in enumerate(lengths):
@@ -110,6 +113,7 @@ class LlamaSite:
                 break
         return points
 
+    @reads_answers
     def energy(
         self, what: str, artifact: Artifact, prompt_tokens: int, decode_tokens: int, seconds: float
     ) -> EnergyRun | str:
@@ -131,10 +135,11 @@ class LlamaSite:
         if charged_meanwhile(ran.ticks) or not any(tick.watts is not None for tick in ran.ticks):
             return "the battery was not discharged all the time"
         idle, prefill, decode, request, again = (
-            window_of(ran.ticks, told["spans"], told["tokens"]) for told in _lines(what, ran.output)[3:-1]
+            window_of(ran.ticks, told["spans"], told["tokens"]) for told in _lines(ran.output)[3:-1]
         )
         return EnergyRun(["battery"], prompt_tokens, decode_tokens, (idle, again), prefill, decode, request)
 
+    @reads_answers
     def sustained(self, what: str, artifact: Artifact, seconds: float) -> Sustained:
         on = self._on(artifact)
         shortest = on.prompts[min(on.prompts)]
@@ -155,17 +160,14 @@ class LlamaSite:
 
     def _run(self, what: str, on: Pushed, steps: Sequence[str]) -> tuple[Json, Json, list[Json], Json]:
         """What the runner says before loading, of loading, of each step, and at its end."""
-        begun, loaded, *told, end = _lines(what, self.place.run(what, self._command(on, steps)).output)
+        begun, loaded, *told, end = _lines(self.place.run(what, self._command(on, steps)).output)
         if len(told) != len(steps):
             raise EdgekdError(f"{what}: the runner answered {len(told)} of {len(steps)} steps.", "Build it again.")
         return begun, loaded, told, end
 
 
-def _lines(what: str, output: str) -> list[Json]:
-    try:
-        return [json.loads(line) for line in output.splitlines()]
-    except ValueError as error:
-        raise EdgekdError(f"{what}: the runner said what is no JSON.", "Build it again.") from error
+def _lines(output: str) -> list[Json]:
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def _silent(on: Pushed, length: int) -> int:

@@ -15,7 +15,7 @@ from ...spec import BenchSpec
 from ..harness import energies, of_runs, traffic_of, worst
 from ..metrics import tokens_per_s
 from .device import ask
-from .place import Place, Ran
+from .place import Place, reads_answers
 from .readings import STATE, Tick, noise_of, state_of
 
 _MARK = "PyTorchObserver "
@@ -69,6 +69,7 @@ def _noisy(place: Place, noises: list[Noise], work: Callable[[], None]) -> None:
 # --- llama-bench ------------------------------------------------------------------------------------------------------
 
 
+@reads_answers
 def llama_bench(job: Job, on_run: Callable[[int, int], None] | None = None) -> Benchmark:
     """Prefill and decode of ids that llama-bench draws by chance; two fresh processes a repetition.
 
@@ -82,15 +83,15 @@ def llama_bench(job: Job, on_run: Callable[[int, int], None] | None = None) -> B
 
     def once() -> None:
         nonlocal build
-        ran = _bench(job, [*shared, "-p", ",".join(map(str, job.lengths)), "-n", "0"])
-        for row in _rows(job, ran):
+        rows, ticks = _bench(job, [*shared, "-p", ",".join(map(str, job.lengths)), "-n", "0"])
+        for row in rows:
             prompts[int(row["n_prompt"])] += _speeds(row, row["n_prompt"])
             build = f"llama.cpp {row['build_commit']} ({row['build_number']}), {row['backends']}"
-        watched.prefill.append(ran.ticks)
-        ran = _bench(job, [*shared, "-p", "0", "-n", str(decode), "-d", str(longest)])
-        for row in _rows(job, ran):
+        watched.prefill.append(ticks)
+        rows, ticks = _bench(job, [*shared, "-p", "0", "-n", str(decode), "-d", str(longest)])
+        for row in rows:
             rates.extend(_speeds(row, row["n_gen"]))
-        watched.decode.append(ran.ticks)
+        watched.decode.append(ticks)
 
     for run in range(runs):
         _noisy(job.place, watched.noises, once)
@@ -116,18 +117,9 @@ def llama_bench(job: Job, on_run: Callable[[int, int], None] | None = None) -> B
     return _benchmark(job, figures, watched, warm_up, f"llama-bench, {build}")
 
 
-def _bench(job: Job, command: Sequence[str]) -> Ran:
-    return job.place.run(f"llama-bench with {job.artifact.manifest.name}", command)
-
-
-def _rows(job: Job, ran: Ran) -> list[Json]:
-    try:
-        rows: list[Json] = json.loads(ran.output)
-        return [row for row in rows if row["samples_ns"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EdgekdError(
-            f"{job.place.device.name}: what llama-bench said is not its JSON.", "Take a newer one."
-        ) from error
+def _bench(job: Job, command: Sequence[str]) -> tuple[list[Json], Sequence[Tick]]:
+    ran = job.place.run(f"llama-bench with {job.artifact.manifest.name}", command)
+    return json.loads(ran.output), ran.ticks
 
 
 def _speeds(row: Json, tokens: int) -> list[float]:
@@ -137,6 +129,7 @@ def _speeds(row: Json, tokens: int) -> list[float]:
 # --- llama_main -------------------------------------------------------------------------------------------------------
 
 
+@reads_answers
 def llama_main(job: Job, on_run: Callable[[int, int], None] | None = None) -> Benchmark:
     """Greedy requests with the clock of ExecuTorch's runner, which counts whole milliseconds; a fresh process each, in
     which the same request has run once before.
@@ -208,13 +201,11 @@ def _observed(job: Job, length: int, tokens: int) -> tuple[Json, Sequence[Tick]]
     command = ["sh", "-c", script, "sh", job.prompts[length], job.runner, *words]
     ran = job.place.run(f"llama_main with {job.artifact.manifest.name}", command)
     reports = [line[len(_MARK) :] for line in ran.output.splitlines() if line.startswith(_MARK)]
-    try:
-        stats: Json = json.loads(reports[-1])
-        read = stats["prompt_tokens"]
-    except (IndexError, ValueError, KeyError) as error:
-        raise EdgekdError(f"{job.place.device.name}: llama_main reported no times.", "Take a newer one.") from error
-    if read != length:
-        raise EdgekdError(f"llama_main reads {read} tokens where edgekd reads {length}.", "Take a newer one.")
+    stats: Json = json.loads(reports[-1])
+    if stats["prompt_tokens"] != length:
+        raise EdgekdError(
+            f"llama_main reads {stats['prompt_tokens']} tokens where edgekd reads {length}.", "Take a newer one."
+        )
     return stats, ran.ticks
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from importlib import resources
 from pathlib import Path
 from shlex import join, quote
+from typing import ParamSpec, TypeVar
 
 from ...errors import EdgekdError
 from ...files import file_sha256
@@ -144,6 +146,24 @@ def place_on(device: Device, scratch: Path) -> Iterator[Place]:
             yield place
         except Lost as lost:
             raise Lost(lost.cause, f"{lost.remedy} If {folder} is still there, remove it.") from lost
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def reads_answers(work: Callable[P, R]) -> Callable[P, R]:
+    """Work that takes a runner's answers for what they should be; where they are not, an ``EdgekdError`` says so."""
+
+    @wraps(work)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return work(*args, **kwargs)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            words = f"the runner's answer is not one ({type(error).__name__}: {error!s:.200})."
+            raise EdgekdError(words, "Build it again, as docs/benchmarking.md says.") from error
+
+    return checked
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,18 @@ import pytest
 
 from edgekd.benchmarks.anchors import Point, points
 from edgekd.benchmarks.history import record_of
-from edgekd.benchmarks.predict import errors_table, fit, fit_of, local_points, predict, predict_here, validate
+from edgekd.benchmarks.predict import (
+    errors_table,
+    fit,
+    fit_of,
+    local_points,
+    predict,
+    predict_here,
+    validate,
+    validate_here,
+)
 from edgekd.benchmarks.profiles import load_profile, profile_names
-from edgekd.errors import SpecError
+from edgekd.errors import EdgekdError, SpecError
 from edgekd.proof import Benchmark
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -58,7 +67,7 @@ def test_the_errors_that_are_promised():
 
 
 def test_the_table_in_the_docs_is_what_the_command_prints():
-    assert errors_table() in (DOCS / "benchmarking.md").read_text("utf-8")
+    assert errors_table(validate()) in (DOCS / "benchmarking.md").read_text("utf-8")
 
 
 def test_no_point_of_a_held_out_chip_is_in_its_fit():
@@ -177,3 +186,17 @@ def test_this_machine_from_its_history(make_artifact):
     few = predict_here(artifact, known[:2])
     assert few.value is None and "2 other artifacts" in few.reason
     assert math.isclose(known[0].tokens_per_s, records[0].benchmark.decode_tokens_per_s.value)
+
+
+def test_the_errors_of_a_machine_are_those_of_artifacts_left_out(make_artifact):
+    """Four that obey one law and a fifth at half its speed: only that one is far from what the others say."""
+    records = []
+    for i, read in enumerate((1e7, 3e7, 1e8, 2e8, 3e8)):
+        lawful = 1 / (2 * read / 2e10 + 0.001)
+        records.append(_record(make_artifact(f"a{i}", read=1000), lawful / (2 if i == 1 else 1), read))
+    (row,) = validate_here(records)
+    assert (row.what, row.points, row.devices) == ("gguf, here", 5, 5)
+    assert row.median < 0.05 and row.p90 > 0.5
+    assert "| gguf, here | 5 | 5 |" in errors_table([row])
+    with pytest.raises(EdgekdError, match="no 4 artifacts of one target"):
+        validate_here(records[:3])
