@@ -20,6 +20,7 @@ from ..proof import METRICS, Noise
 from ..spec import BenchSpec
 from . import measure
 from .children import in_child
+from .harness import Site, worst
 from .machine import NoiseWatch, physical_cores
 from .measure import OpenSession, Repetition
 from .metrics import bootstrap, median, tokens_per_s
@@ -127,11 +128,13 @@ def compare(
     margin: float = MARGIN,
     seed: int = 0,
     on_run: Callable[[int, int], None] | None = None,
+    site: Site | None = None,
 ) -> Compared:
     """Run both in blocks of four fresh processes and judge.
 
     Args:
         spec: its longest prompt, tokens to decode and threads are taken.
+        site: where they run; None: here.
 
     Raises:
         EdgekdError: the prompt does not fit, or a child process failed.
@@ -144,14 +147,23 @@ def compare(
                 f"{artifact.manifest.contract.context_length}.",
                 "Lower --prompt-tokens or --decode-tokens.",
             )
-    threads = spec.threads or physical_cores()
+    threads, noises = spec.threads or physical_cores(), list[Noise]()
+
+    def once(artifact: Artifact) -> Repetition:
+        what = f"a run of {artifact.folder.name}"
+        if site:
+            run, noise = site.repetition(what, artifact, [prompt], spec.decode_tokens)
+            noises.append(noise)
+            return run
+        args = (open_session, artifact, [prompt], spec.decode_tokens, threads)
+        alone: Repetition = in_child(what, measure.repetition, *args)
+        return alone
+
     watch, measured, done = NoiseWatch(), [], 0
     for order in _orders(blocks, seed):
         found: dict[str, list[Repetition]] = {"A": [], "B": []}
         for letter in order:
-            artifact = a if letter == "A" else b
-            args = (open_session, artifact, [prompt], spec.decode_tokens, threads)
-            found[letter].append(in_child(f"a run of {artifact.folder.name}", measure.repetition, *args))
+            found[letter].append(once(a if letter == "A" else b))
             done += 1
             if on_run:
                 on_run(done, 4 * blocks)
@@ -162,8 +174,8 @@ def compare(
         known = [(x, y) for x, y in means if x is not None and y is not None]
         if len(known) == blocks:
             figures.append(judge(key, known, margin, seed))
-    names = (str(a.folder), str(b.folder))
-    return Compared(a=names[0], b=names[1], blocks=blocks, prompt_tokens=prompt, figures=figures, noise=watch.noise())
+    names, noise = (str(a.folder), str(b.folder)), worst(noises) if site else watch.noise()
+    return Compared(a=names[0], b=names[1], blocks=blocks, prompt_tokens=prompt, figures=figures, noise=noise)
 
 
 def _orders(blocks: int, seed: int) -> Iterable[str]:

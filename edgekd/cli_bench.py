@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 ProfileOption = Annotated[
     str | None,
     typer.Option("--profile", metavar="NAME", help="A device: a shipped profile, such as pixel-9, or a file."),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="Measure on adb, adb:SERIAL or ssh:HOST instead of here."),
+]
+RunnerOption = Annotated[
+    Path | None, typer.Option("--runner", metavar="FILE", help="The program that runs artifacts there.")
 ]
 PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")]
 
@@ -50,10 +58,8 @@ def bench(
     profile: Annotated[
         str | None, typer.Option("--profile", metavar="NAME", help="Hold the runs to this device's threads and memory.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="Measure on adb, adb:SERIAL or ssh:HOST instead of here.")
-    ] = None,
-    runner: Annotated[Path | None, typer.Option(metavar="FILE", help="The program that runs artifacts there.")] = None,
+    device: DeviceOption = None,
+    runner: RunnerOption = None,
     history: HistoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -103,9 +109,7 @@ def bench(
 
 def _check_device(device: str | None, runner: Path | None, profile: str | None) -> None:
     if (device is None) != (runner is None):
-        raise SpecError(
-            "bench: --device and --runner belong together.", "docs/benchmarking.md says how to build a runner."
-        )
+        raise SpecError("--device and --runner belong together.", "docs/benchmarking.md says how to build a runner.")
     if device and profile:
         raise SpecError("bench: --device measures a device, --profile stands for one.", "Leave one of them out.")
 
@@ -154,22 +158,28 @@ def compare(
     margin: Annotated[float, typer.Option(min=0, max=1, help="Least difference to speak of.")] = 0.03,
     threads: ThreadsOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the runs.")] = 0,
+    device: DeviceOption = None,
+    runner: RunnerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether B is faster or slower than A, or that no difference was shown; exits with 1 when it is slower."""
     from .benchmarks.compare import compare as compare_artifacts
+    from .benchmarks.devices.bench import site_on
     from .console import comparison_table, watching
     from .manifest import load_artifact
     from .runs.verbs import refuse_stand_in
     from .spec import BenchSpec, of_options
     from .targets import open_artifact, try_artifact
 
-    spec = of_options(BenchSpec, prompt_tokens=[prompt_tokens], decode_tokens=decode_tokens, threads=threads)
+    _check_device(device, runner, None)
+    own = {"curve_seconds": 0.0}  # a device is sent the prompts that are asked for
+    spec = of_options(BenchSpec, prompt_tokens=[prompt_tokens], decode_tokens=decode_tokens, threads=threads, **own)
     loaded = [load_artifact(folder) for folder in (a, b)]
-    for artifact in loaded:
+    for artifact in loaded if device is None else []:
         refuse_stand_in(artifact)
         try_artifact(artifact)
-    with watching() as watcher:
+    there = site_on(device, runner, open_artifact, loaded, spec) if device and runner else nullcontext(None)
+    with watching() as watcher, there as site:
         watcher.begin("compare")
         found = compare_artifacts(
             open_artifact,
@@ -180,6 +190,7 @@ def compare(
             margin=margin,
             seed=seed,
             on_run=lambda run, of: watcher.progress("compare", run / of, f"run {run} of {of}"),
+            site=site,
         )
     if as_json:
         print_json(found.model_dump() | {"verdict": found.verdict})

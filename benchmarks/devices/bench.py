@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -82,6 +83,30 @@ def bench_on_device(
     Raises:
         EdgekdError: the device, the runner or an artifact cannot be used, or the device went away.
     """
+    with _prepared(device_name, path, open_session, artifacts, spec) as (on, texts):
+        measured = _measure(on, artifacts, texts, spec, on_run)
+        for found in measured:
+            if isinstance(found, Lost):  # then nothing more comes of the others either
+                raise found
+        return measured
+
+
+@contextmanager
+def site_on(
+    device_name: str, path: Path, open_session: OpenSession, artifacts: Sequence[Artifact], spec: BenchSpec
+) -> Iterator[LlamaSite]:
+    """The device with artifacts and ``edgekd-llama`` on it; see ``bench_on_device``."""
+    if choose_runner(path, artifacts).name in _OTHERS:
+        raise EdgekdError(f"--runner {path}: two artifacts are compared by edgekd-llama alone.", "Build it.")
+    with _prepared(device_name, path, open_session, artifacts, spec) as (on, texts):
+        yield _site(on, artifacts, texts)
+
+
+@contextmanager
+def _prepared(
+    device_name: str, path: Path, open_session: OpenSession, artifacts: Sequence[Artifact], spec: BenchSpec
+) -> Iterator[tuple[_On, list[dict[int, str]]]]:
+    """The runner on a device that has room for the artifacts, and their prompts."""
     for artifact in artifacts:
         check_context(artifact, spec)
     runner = choose_runner(path, artifacts)
@@ -96,12 +121,8 @@ def bench_on_device(
         program = place.push(path, runner.name, runner.sha256)
         ask(device, f"chmod 700 {quote(program)}")
         host = host_of(facts, device.name, f"sha256 {runner.sha256[:12]}")
-        on = _On(place, program, runner, host, spec.threads or host.cores or host.logical_cores or 1, Path(scratch))
-        measured = _measure(on, artifacts, texts, spec, on_run)
-        for found in measured:
-            if isinstance(found, Lost):  # then nothing more comes of the others either
-                raise found
-        return measured
+        threads = spec.threads or host.cores or host.logical_cores or 1
+        yield _On(place, program, runner, host, threads, Path(scratch)), texts
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,19 @@ def test_a_board_measures_what_this_machine_would(artifact, runner, board, tmp_p
     assert (artifact.folder / "manifest.json").read_bytes() == manifest  # the proof is of this machine
 
 
+@pytest.mark.slow
+def test_two_artifacts_are_compared_on_a_board(artifact, runner, board):
+    words = ("compare", artifact.folder, artifact.folder, "--device", "ssh:board", "--runner", runner)
+    code, out, err = edgekd(
+        *words, "--blocks", "9", "--prompt-tokens", "8", "--decode-tokens", "4", "--threads", "1", "--json"
+    )
+    assert code in (0, 1), err  # so short a run may look slower
+    told = json.loads(out)
+    assert told["blocks"] == 9 and len(told["figures"][0]["samples_b"]) == 9 and told["figures"][0]["a"] > 0
+    code, out, err = edgekd(*words[:-1], runner.with_name("nothing"), "--blocks", "9")
+    assert code == 2 and out == "" and "is none of" in err
+
+
 def test_the_runner_writes_what_the_session_writes(artifact, runner, tmp_path):
     from edgekd.benchmarks.definitions import real_text, serve
     from edgekd.targets import open_artifact
