@@ -23,7 +23,7 @@
 #   GPU          the GPU that llama.cpp is built for: auto (the toolkit that is installed), none, cuda or vulkan
 #   EXTRAS       the extras of pyproject.toml to install
 #   RUNNER       the folder under build/ of make device-runner
-#   RUNNER_CMAKE CMake's options for the device, such as the NDK's toolchain file (docs/benchmarking.md); empty: this CPU
+#   RUNNER_CMAKE CMake's options for the device, such as the NDK's toolchain file (docs/benchmarking.md); default: this CPU
 #   TORCH_INDEX  an index to take torch from. Empty, pip decides as you configured it; on Linux that may be the CUDA
 #                build, which works but is gigabytes: name the CPU wheel index that PyTorch's own install page gives.
 #   LLAMA_CACHE  where the built llama.cpp is kept for the next set-up; a wheel built with other flags is never reused.
@@ -37,7 +37,7 @@ TORCH_INDEX ?=
 GPU ?= auto
 LLAMA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd
 RUNNER ?= runner
-RUNNER_CMAKE ?=
+RUNNER_CMAKE ?= $(shell $(PYTHON) -I targets/gguf/build_flags.py none)
 GUIDED := spec manifest config index template
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
