@@ -5,6 +5,7 @@
 # make test-android get Kotlin's compiler and Android's libraries, then test android-demo/ on a JVM and build its APK
 # make test-ios     get Swift's toolchain (3.1 GB), then test ios-demo/ without Apple's SDK: core, llama.cpp, types
 # make test-web     get Chromium's driver and the page's libraries, then test web-demo/ in a browser
+# make test-arm64   get qemu, a cross-compiler and the runtimes for arm64, then run artifacts on that instruction set
 # make metrics      count what the house is made of
 # make teacher      train the shipped teacher again, into build/pycode-16m (an hour on two idle cores)
 # make fuzz         feed damaged files of every kind for FUZZ_HOURS; stopped, it goes on where it was (build/fuzz)
@@ -47,7 +48,7 @@ LLAMA_FLAGS := $(shell $(PYTHON) -I targets/gguf/build_flags.py $(GPU))
 LLAMA_BUILD := $(shell echo "$(LLAMA_FLAGS)" | cksum | cut -d' ' -f1)
 STAMP := .venv/.stamp-$(LLAMA_BUILD)
 
-.PHONY: quickstart real test test-web test-android test-ios test-vulkan check metrics fuzz teacher llama-bench device-runner vulkan setup clean
+.PHONY: quickstart real test test-web test-android test-ios test-arm64 test-vulkan check metrics fuzz teacher llama-bench device-runner vulkan setup clean
 
 quickstart: setup
 	$(BIN)/edgekd run quickstart
@@ -71,11 +72,17 @@ test: setup
 check:
 	.ci/run
 
+# Debian's packages, where one of the programs is missing.
+debian = @for program in $(1); do \
+    command -v $$program >/dev/null || { apt-get update -qq && apt-get install -y --no-install-recommends $(2) || exit 1; break; }; \
+done
+
 ANDROID_TOOLS := openjdk-17-jdk-headless junit4 libhamcrest-java aapt zipalign apksigner dexdump clang lld \
     android-libnativehelper-dev android-framework-res zip unzip
 
 test-android: setup
-	command -v aapt2 >/dev/null || apt-get install -y --no-install-recommends $(ANDROID_TOOLS)
+	$(call debian,npm,nodejs npm)
+	$(call debian,javac aapt2 zipalign apksigner dexdump clang ld.lld,$(ANDROID_TOOLS))
 	android-demo/tools/fetch.sh
 	$(BIN)/python -m pytest -rs tests/test_android.py
 
@@ -84,8 +91,15 @@ test-ios: setup
 	$(BIN)/python -m pytest -rs tests/test_ios.py
 
 test-web: setup
+	$(call debian,npm,nodejs npm)
+	$(call debian,chromium,chromium)
 	web-demo/tools/vendor.sh --tests
 	$(BIN)/python -m pytest -rs tests/web
+
+test-arm64: setup
+	$(call debian,qemu-aarch64-static aarch64-linux-gnu-g++ cmake unzip,qemu-user-static g++-aarch64-linux-gnu cmake unzip)
+	PYTHON=$(BIN)/python JOBS=$(JOBS) tests/arm64/build.sh
+	$(BIN)/python -m pytest -rs -s tests/test_arm64.py
 
 metrics:
 	@$(PYTHON) .ci/metrics.py
