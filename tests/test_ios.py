@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demos import IDS, QUESTION, ROOT, make_artifact, tool
+from demos import IDS, QUESTION, ROOT, make_artifact, make_bundle, tool
 from edgekd import targets
-from edgekd.bundle import golden, public_key, write_bundle
 from edgekd.conversation import chat_ids, render_chat
 from edgekd.files import Json, digest
-from edgekd.manifest import MANIFEST, Artifact
+from edgekd.manifest import MANIFEST, Artifact, load_artifact
 from edgekd.proof import BenchRecord
 from edgekd.targets.coreml.session import Interpreted, step_inputs
 from edgekd.targets.coreml.target import MINIMUM_IOS
@@ -252,50 +251,32 @@ class TestSwift:
         session.close()
         assert steps == [len(IDS), *[1] * 11]
 
-    def test_a_bundle_is_verified_and_does_what_it_did(self, built: Path, gguf: Artifact, tmp_path: Path) -> None:
-        ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
-        from cryptography.exceptions import InvalidSignature
-
-        private = ed25519.Ed25519PrivateKey.generate()
-        pem = private.private_bytes(*pem_form())
-        session = targets.open_artifact(gguf, threads=1)
-        proof = golden(session, gguf.manifest.contract)
-        session.close()
-
-        def taken(name: str, proof: Json = proof, key: bytes | None = pem, verifies: bool = True) -> dict[str, Any]:
-            write_bundle(gguf, tmp_path / name, "ios", license_file=ROOT / "LICENSE", proof=proof, key=key)
-            job = {"folder": str(tmp_path / name), "root": str(tmp_path / "app"), "key": public_key(pem)}
-            return converse([str(SWIFT), str(built), json.dumps(job | {"verifies": verifies})], is_signed)
-
-        def is_signed(given: Json) -> bool:
-            key, signature, data = map(base64.b64decode, given["verify"])
-            try:
-                ed25519.Ed25519PublicKey.from_public_bytes(key).verify(signature, data)
-            except InvalidSignature:
-                return False
-            return True
-
-        assert "golden tokens the same" in taken("right")["told"][-1]
+    def test_a_signed_bundle_comes_and_reads_what_it_read(self, built: Path, gguf: Artifact, tmp_path: Path) -> None:
+        pytest.importorskip("cryptography")
+        key = make_bundle(gguf, tmp_path / "bundle", "ios")
+        job = {"folder": str(tmp_path / "bundle"), "root": str(tmp_path / "app"), "key": key, "verifies": True}
+        told = converse([str(SWIFT), str(built), json.dumps(job)], is_signed)
+        answers = load_artifact(tmp_path / "bundle").manifest.parity.golden
+        tokens = sum(len(answer.tokens) for answer in answers)
+        assert f"{tokens} golden tokens the same" in told["told"][-1] and sum(bool(a.text) for a in answers) == 6
         assert (tmp_path / "app/model/LICENSE").is_file()
-        other = ed25519.Ed25519PrivateKey.generate().private_bytes(*pem_form())
-        for name, key, verifies in (
-            ("unsigned", None, True),
-            ("of another", other, True),
-            ("no CryptoKit", pem, False),
-        ):
-            assert taken(name, key=key, verifies=verifies)["refused"] == "bad_signature", name
-        wrong = json.loads(json.dumps(proof))
-        wrong["texts"][0]["ids"][0] ^= 1
-        assert "The golden text" in taken("other ids", wrong)["words"]
-        wrong = json.loads(json.dumps(proof))
-        wrong["chat"]["text"] += " "
-        assert "rendered as another text" in taken("another chat", wrong)["words"]
-        wrong = json.loads(json.dumps(proof))
-        wrong["greedy"]["tokens"][0] ^= 1
-        wrong["greedy"]["margins"][0] = 1.0
-        assert "Golden token 1 is" in taken("other tokens", wrong)["words"]
-        wrong["greedy"]["margins"][0] = 0.1
-        assert "golden tokens the same" in taken("a near tie", wrong)["told"][-1]
+        told = drive(built, **job | {"verifies": False})
+        assert told["refused"] == "no_ed25519", "a system without CryptoKit takes no bundle for verified"
+
+    def test_bundles_as_the_vectors_have_them(self, built: Path, tmp_path: Path) -> None:
+        pytest.importorskip("cryptography")
+        cases = json.loads((ROOT / "tests/vectors/bundles.json").read_text("utf-8"))["cases"]
+        for number, case in enumerate(cases):
+            folder = tmp_path / str(number)
+            for name, text in (
+                case["files"] | {"bundle.json": case["bundle"], "bundle.sig": case["signature"]}
+            ).items():
+                if text is not None:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(text.encode())
+            job = {"folder": str(folder), "check": True, "key": case["public_key"], "verifies": True}
+            told = converse([str(SWIFT), str(built), json.dumps(job)], is_signed)
+            assert {key: told[key] for key in ("ok", "refused") if key in told} == case["expect"], case["name"]
 
     def test_what_is_wrong_is_told_in_a_sentence(self, built: Path, gguf: Artifact, tmp_path: Path) -> None:
         for kind, code in DAMAGE.items():
@@ -371,11 +352,17 @@ def damaged(artifact: Artifact, folder: Path, kind: str) -> Path:
     return folder
 
 
-def pem_form() -> tuple[Any, ...]:
-    """How a private key is written."""
-    from cryptography.hazmat.primitives import serialization as s
+def is_signed(given: Json) -> bool:
+    """Ed25519, for a driver that has the bytes."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    return s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()
+    key, signature, data = map(base64.b64decode, given["verify"])
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, data)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def converse(command: list[str], answer: Callable[[Json], object]) -> dict[str, Any]:

@@ -73,11 +73,8 @@ private final class Worker: @unchecked Sendable {
 
     /// Of Info.plist's EdgekdBundleKey, where the app's makers put theirs: then it takes signed bundles alone.
     private var bundleKey: BundleKey? {
-        guard let text = Bundle.main.object(forInfoDictionaryKey: "EdgekdBundleKey") as? String, !text.isEmpty else {
-            return nil
-        }
-        guard let key = BundleKey(text) else { preconditionFailure("EdgekdBundleKey is no key of Ed25519, base64") }
-        return key
+        let text = Bundle.main.object(forInfoDictionaryKey: "EdgekdBundleKey") as? String ?? ""
+        return text.isEmpty ? nil : BundleKey(text)
     }
 
     func run(_ task: @escaping (Worker) throws -> Void, then: @escaping (String?, Bool) -> Void) {

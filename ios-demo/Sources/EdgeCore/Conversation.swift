@@ -145,11 +145,12 @@ public func fittedChat(
     }
 }
 
-/// The ids, where the context holds them and an answer.
+/// The ids of a prompt, where the context holds them and an answer.
 private func checkRoom(_ ids: [Int], _ contract: Contract) throws -> [Int] {
-    if ids.isEmpty || ids.count >= contract.contextLength {
-        let words = "The text has \(ids.count) tokens, the context holds \(contract.contextLength) with an answer."
-        throw Refusal("too_long", words, "Give a text that fits.")
+    if ids.isEmpty { throw Refusal("empty", "The prompt has no tokens.", "Write something.") }
+    if ids.count >= contract.contextLength {
+        let words = "The prompt has \(ids.count) tokens, the context holds \(contract.contextLength) with an answer."
+        throw Refusal("too_long", words, "Ask in fewer words.")
     }
     return ids
 }

@@ -50,7 +50,7 @@ public final class Demo {
         loaded = nil
     }
 
-    func load(_ artifact: Artifact) throws {
+    private func load(_ artifact: Artifact) throws {
         close()
         let manifest = artifact.manifest
         if let words = memoryShortage(
@@ -58,7 +58,7 @@ public final class Demo {
         {
             throw Refusal("memory", words, "Close other apps, or choose a smaller model.")
         }
-        try library.check(artifact) { say("Checking the files: \(percent($0))") }
+        _ = try library.check { say("Checking the files: \(percent($0))") }
         say("Loading the model")
         let (decoder, test) = try library.load { try proved(artifact) }
         loaded = (artifact, decoder)
@@ -72,7 +72,7 @@ public final class Demo {
         do {
             say("Comparing its golden answers")
             let test = try selfTest(decoder, artifact.manifest.golden)
-            if let failure = try test.failure ?? bundleFailure(decoder, artifact) {
+            if let failure = test.failure {
                 let words = "This device does not compute what the artifact should: \(failure)"
                 throw Refusal("self_test", words, "Report the device.")
             }
@@ -81,15 +81,6 @@ public final class Demo {
             decoder.engine.close()
             throw error
         }
-    }
-
-    /// Of the golden answers of a bundle, where the artifact came in one.
-    private func bundleFailure(_ decoder: Decoder, _ artifact: Artifact) throws -> String? {
-        let file = artifact.file("golden.json")
-        guard isFile(file) else { return nil }
-        guard let text = String(data: try Data(contentsOf: file), encoding: .utf8), let json = try? Json.parse(text)
-        else { throw Refusal("not_json", "golden.json is not readable.", "Make the bundle again.") }
-        return try goldenFailure(decoder, json)
     }
 
     private func told(_ manifest: Manifest, _ test: SelfTestResult) -> String {

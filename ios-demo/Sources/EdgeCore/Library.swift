@@ -58,9 +58,9 @@ public final class Library {
         return try work()
     }
 
-    /// Compare the artifact's files with its bundle's sums, or with its manifest.
-    public func check(_ artifact: Artifact, onShare: (Double) -> Void = { _ in }) throws {
-        try checkFiles(artifact, key: key, onShare: onShare)
+    /// Compare the files of what is kept with its bundle's list, or with its manifest.
+    public func check(onShare: (Double) -> Void = { _ in }) throws -> Artifact {
+        try checkedArtifact(place, targets: targets, key: key, onShare: onShare)
     }
 
     /// Copy a folder, compare its files, and only then put it in the place of what was kept.
@@ -84,10 +84,14 @@ public final class Library {
 
     private func copied(_ source: some Source, _ freeBytes: Int?, _ onShare: (Double) -> Void) throws -> Artifact {
         let sizes = try source.files()
-        for name in ["manifest.json", sumsName, signatureName] where sizes[name] != nil { try copy(source, name) }
-        let bundle = try BundleSums.read(incoming, key: key)
-        let artifact = try Artifact.read(incoming, targets: targets)
-        let names = (bundle?.files.map(\.name) ?? artifact.manifest.files.map(\.name)).filter { $0 != "manifest.json" }
+        var names: [String] = []
+        if let key {
+            for name in [sumsName, signatureName] where sizes[name] != nil { try copy(source, name) }
+            names = try SignedBundle.read(incoming, key).files.map(\.name).filter { $0 != "manifest.json" }
+        }
+        if sizes["manifest.json"] != nil { try copy(source, "manifest.json") }
+        let listed = try Artifact.read(incoming, targets: targets).manifest.files.map(\.name)
+        names += listed.filter { name in !names.contains { isSame($0, name) } }
         if let missing = names.first(where: { sizes[$0] == nil }) {
             throw Refusal("file_missing", "\(missing) is missing.", "Choose the artifact's whole folder.")
         }
@@ -99,8 +103,7 @@ public final class Library {
             try copy(source, name)
             onShare(Double(i + 1) / Double(names.count))
         }
-        try check(artifact)
-        return artifact
+        return try checkedArtifact(incoming, targets: targets, key: key)
     }
 
     private func copy(_ source: some Source, _ name: String) throws {

@@ -23,13 +23,17 @@ public struct Contract {
     }
 }
 
-/// Greedy tokens that the artifact's own runtime gave where it was verified.
+/// Greedy tokens that the artifact's own runtime gave where it was verified or bundled.
 public struct GoldenAnswer {
     public let promptIds: [Int]
     public let tokens: [Int]
+    /// What the ids are of, where they are of a text.
+    public let text: String?
+    /// The chat that the template renders as that text.
+    public let messages: [Message]?
 
-    public init(promptIds: [Int], tokens: [Int]) {
-        (self.promptIds, self.tokens) = (promptIds, tokens)
+    public init(promptIds: [Int], tokens: [Int], text: String? = nil, messages: [Message]? = nil) {
+        (self.promptIds, self.tokens, self.text, self.messages) = (promptIds, tokens, text, messages)
     }
 }
 
@@ -116,6 +120,14 @@ private struct Fields {
         return Fields(values: members, at: "\(at)\(key).")
     }
 
+    func messages(_ key: String) throws -> [Message]? {
+        if values[key].isNull { return nil }
+        guard let list = values[key].list, list.allSatisfy({ $0.object != nil }) else {
+            throw bad(key, "a list of messages")
+        }
+        return list
+    }
+
     func ids(_ key: String, _ size: Int) throws -> [Int] {
         guard let list = values[key].list else { throw bad(key, "a list") }
         return try list.map { try id($0, key, size) }
@@ -171,7 +183,9 @@ private struct Fields {
         return try answers.map { answer in
             guard let members = answer.object else { throw bad("parity.golden", "a list of objects") }
             let fields = Fields(values: members, at: "parity.golden.")
-            return GoldenAnswer(promptIds: try fields.ids("prompt_ids", size), tokens: try fields.ids("tokens", size))
+            return GoldenAnswer(
+                promptIds: try fields.ids("prompt_ids", size), tokens: try fields.ids("tokens", size),
+                text: try fields.optionalText("text"), messages: try fields.messages("messages"))
         }
     }
 

@@ -9,10 +9,15 @@ public struct SelfTestResult: Equatable {
     }
 }
 
-/// Run the manifest's golden answers again: greedy tokens of ids, which end before the first near tie.
+/// Run the manifest's golden answers again: the ids of texts, and greedy tokens of ids, which end before the first near
+/// tie.
 public func selfTest(_ decoder: Decoder, _ golden: [GoldenAnswer]) throws -> SelfTestResult {
     var tokens = 0
     for (number, answer) in golden.enumerated() {
+        if let words = try misread(decoder, answer) {
+            let failure = "Golden answer \(number + 1): \(words)"
+            return SelfTestResult(answers: golden.count, tokens: tokens, failure: failure)
+        }
         let given = try decoder.greedy(answer.promptIds, answer.tokens.count)
         if let at = answer.tokens.indices.first(where: { $0 >= given.count || given[$0] != answer.tokens[$0] }) {
             let found = at < given.count ? String(given[at]) : "missing"
@@ -24,30 +29,17 @@ public func selfTest(_ decoder: Decoder, _ golden: [GoldenAnswer]) throws -> Sel
     return SelfTestResult(answers: golden.count, tokens: tokens, failure: nil)
 }
 
-/// The least lead of a logit that holds on every processor.
-private let surely = 0.5
-
-/// Do what a bundle's `golden.json` did: the ids of texts and of a chat are equal, and greedy tokens as long as their
-/// leads are larger than what processors round differently. A sentence where that is not so, else nil.
-public func goldenFailure(_ decoder: Decoder, _ golden: Json) throws -> String? {
+/// What is wrong with the ids of an answer's text, in a sentence.
+private func misread(_ decoder: Decoder, _ answer: GoldenAnswer) throws -> String? {
+    guard let text = answer.text else { return nil }
     let (engine, contract) = (decoder.engine, decoder.contract)
-    for text in golden["texts"].list ?? [] {
-        let ids = try idsBefore(contract) + engine.tokenize(text["text"].string ?? "", start: true)
-        if ids != integers(text["ids"]) { return "The golden text \(try text["text"].write()) has other tokens." }
-    }
-    if let messages = golden["chat"]["messages"].list {
+    let ids: [Int]
+    if let messages = answer.messages {
         let rendered = try renderChat(contract.chatTemplate ?? "", contract.specialTokens, messages)
-        if .string(rendered) != golden["chat"]["text"] { return "The golden chat is rendered as another text." }
-        if try chatIds(engine, contract, rendered) != integers(golden["chat"]["ids"]) {
-            return "The golden chat has other tokens."
-        }
+        if !isSame(rendered, text) { return "its chat is rendered as another text." }
+        ids = try chatIds(engine, contract, text)
+    } else {
+        ids = try textIds(engine, contract, text)
     }
-    let (tokens, leads) = (integers(golden["greedy"]["tokens"]), golden["greedy"]["margins"].list ?? [])
-    let given = try decoder.greedy(integers(golden["greedy"]["prompt_ids"]), tokens.count)
-    guard let at = tokens.indices.first(where: { $0 >= given.count || given[$0] != tokens[$0] }),
-        at >= leads.count || (leads[at].double ?? .infinity) > surely
-    else { return nil }
-    return "Golden token \(at + 1) is \(at < given.count ? String(given[at]) : "missing"), not \(tokens[at])."
+    return ids == answer.promptIds ? nil : "its text is read as \(ids), not \(answer.promptIds)."
 }
-
-private func integers(_ list: Json) -> [Int] { (list.list ?? []).compactMap(\.int) }

@@ -111,6 +111,10 @@ func run() throws -> Json {
     let job = try Json.parse(CommandLine.arguments[1])
     let folder = job["folder"].string.map { URL(fileURLWithPath: $0) }
     do {
+        if job["check"].bool == true {
+            _ = try checkedArtifact(folder!, targets: ["gguf"], key: key(job))
+            return ["ok": true]
+        }
         if let root = job["root"].string { return try shown(job, folder, URL(fileURLWithPath: root)) }
         let artifact = try Artifact.read(folder!, targets: ["gguf", "coreml"])
         try artifact.checkFiles()

@@ -62,15 +62,22 @@ final class CoreTests: XCTestCase {
         XCTAssertEqual(storage, "The artifact has 2 MiB; the storage has 1 MiB left.")
     }
 
-    func testAPromptAsLongAsTheContextIsRefusedWithTheNumbers() throws {
-        func ids(_ count: Int) throws -> [Int] {
-            try textIds(Letters(), contract, String(repeating: "x", count: count))
+    func testTheSelfTestReadsTextsAndChats() throws {
+        var chats = contract
+        chats.chatTemplate = "{{ messages[0].content }}!"
+        chats.specialIds = ["!": 1]
+        let decoder = Decoder(Scripted(answers), chats)
+        func failure(_ ids: [Int], _ tokens: [Int], _ text: String, _ messages: [Message]? = nil) throws -> String? {
+            let answer = GoldenAnswer(promptIds: ids, tokens: tokens, text: text, messages: messages)
+            return try selfTest(decoder, [answer]).failure
         }
-        XCTAssertEqual(try ids(39).count, 39)
-        XCTAssertEqual(
-            words { _ = try ids(40) },
-            "The text has 40 tokens, the context holds 40 with an answer. Give a text that fits.")
-        XCTAssertEqual(refused { _ = try ids(0) }, "too_long")
+        let chat = [message("user", "four")]
+        XCTAssertNil(try failure([4], [], "four"))
+        XCTAssertEqual(try failure([5], [], "four"), "Golden answer 1: its text is read as [4], not [5].")
+        XCTAssertNil(try failure([4, 1], [2, 3], "four!", chat))
+        XCTAssertEqual(try failure([4, 1], [3], "four!", chat), "Golden answer 1: token 1 is 2, not 3.")
+        let other = "Golden answer 1: its chat is rendered as another text."
+        XCTAssertEqual(try failure([4, 1], [2], "four?", chat), other)
     }
 
     func testARequestIsTimedAsTheHarnessDoes() throws {

@@ -118,6 +118,25 @@ final class VectorsTests: XCTestCase {
         }
     }
 
+    func testRoom() throws {
+        for test in try cases("room") {
+            let given = test["contract"]
+            var contract = Contract(
+                contextLength: given["context_length"].int!, vocabSize: 300, eosIds: [1], addBos: given["add_bos"].bool!
+            )
+            contract.bosId = given["bos_id"].int
+            let text = String(repeating: "x", count: test["length"].int!)
+            var tokens: Int?
+            let told = words { tokens = try textIds(Letters(), contract, text).count }
+            let code = refused { _ = try textIds(Letters(), contract, text) }
+            XCTAssertEqual(code, test["expect"]["refused"].string, name(test))
+            XCTAssertEqual(tokens, test["expect"]["tokens"].int, name(test))
+            if code != "too_long" { continue }
+            let numbers = told.split { !$0.isNumber }.map { Json.int(Int($0)!) }
+            XCTAssertEqual(.list(numbers), test["expect"]["numbers"], name(test))
+        }
+    }
+
     func testStreams() throws {
         for test in try cases("streams") {
             var stream = Utf8Stream()
