@@ -136,8 +136,7 @@ $(LLAMA_SOURCE): constraints.txt
 	tar -xzf build/llama_cpp_python-*.tar.gz -C build/llama-source --strip-components 1
 	@touch $@
 
-# A backend of the installed llama.cpp's own version, which GGML_BACKEND_PATH adds to it: 8 minutes of one core, most of
-# them for shaders.
+# A backend of the installed llama.cpp's own version, which GGML_BACKEND_PATH adds to it: 4 minutes of one core.
 vulkan: setup $(LLAMA_SOURCE)
 	.ci/vulkan.sh $(LLAMA_SOURCE) build/vulkan $(JOBS)
 

@@ -11,9 +11,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-Arithmetic = Literal["float32", "float16", "float16 throughout", "int8 by 32", "int8 by token"]
-"""What a runtime makes of the inputs of a matrix product: as they are, in half precision (throughout: and so is what
-every operator gives), or in 8 bits, with a scale for 32 of them or for all inputs of a token."""
+Arithmetic = Literal["float32", "float16", "float16 sums", "float16 throughout", "int8 by 32", "int8 by token"]
+"""What a runtime makes of the inputs of a matrix product: as they are, in half precision (sums: and their products are
+added up in it; throughout: and so is what every operator gives), or in 8 bits, with a scale for 32 of them or for all
+inputs of a token."""
 
 
 class Session(Protocol):

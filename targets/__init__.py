@@ -200,9 +200,11 @@ def runtime_build(target: str) -> str:
     return f"{packages} ({flags})" if flags else packages
 
 
-def arithmetic(target: str, recipe: str) -> Arithmetic:
-    """The precision in which a target's runtime multiplies with a recipe's matrices."""
-    found: Arithmetic = getattr(load_target(target), "arithmetic", lambda _: "float32")(load_recipe(recipe, target))
+def arithmetic(artifact: Artifact) -> Arithmetic:
+    """The precision in which an artifact's runtime multiplies with its matrices."""
+    manifest = artifact.manifest
+    own = getattr(load_target(manifest.target), "arithmetic", lambda *_: "float32")
+    found: Arithmetic = own(load_recipe(manifest.recipe, manifest.target), manifest.details or {})
     return found
 
 

@@ -34,6 +34,20 @@ def test_what_pytest_is_told_comes_last() -> None:
     assert " -n 3 " in line and line.endswith(" -n 0 -m 'not slow' tests/test_spec.py")
 
 
+def test_a_llama_cpp_of_other_flags_is_never_reused(tmp_path: Path) -> None:
+    """The flags name the wheel's cache and the stamp of the set-up."""
+    found = set()
+    for flag in ("-DGGML_CUDA=ON", "-DGGML_VULKAN=ON"):
+        python = tmp_path / flag
+        python.write_text(f"#!/bin/sh\necho {flag}\n")
+        python.chmod(0o755)
+        command = ["make", "-n", "-B", "setup", f"PYTHON={python}"]
+        told = subprocess.run(command, cwd=MAKEFILE.parent, capture_output=True, text=True, check=True).stdout
+        assert f'CMAKE_ARGS="{flag} ' in told and "--force-reinstall" in told
+        found |= {re.search(r'--cache-dir "(.+)"', told)[1], re.search(r"^touch (.+)$", told, re.M)[1]}
+    assert len(found) == 4
+
+
 def online() -> bool:
     """Whether the package index answers."""
     try:

@@ -147,7 +147,7 @@ def verify_artifact(
         tokens = check_tokens(session, tokenizer, manifest.contract)
         golden = golden_answers(session, manifest.contract.eos_ids, windows)
         tell(0.3, "logits")
-        asked = arithmetic(manifest.target, manifest.recipe)
+        asked = arithmetic(artifact)
         parity, runtime, noise = _compared(session, reference, windows, spec, asked, tell, quantized)
     finally:
         session.close()

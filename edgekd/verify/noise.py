@@ -19,9 +19,12 @@ from .reference import logits_of, remembering
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Linear
     from transformers import PreTrainedModel
 
 _LARGEST_INT8 = 127
+_MOST_SUMS = 1024
+"""Wider matrices are added up several products at a time, so that a large model's floor does not take hours."""
 
 
 def noise_of(
@@ -57,6 +60,8 @@ def _rounding(model: PreTrainedModel, arithmetic: Arithmetic) -> Iterator[None]:
 
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     hooks = [linear.register_forward_pre_hook(before) for linear in linears]
+    if arithmetic == "float16 sums":
+        hooks += [linear.register_forward_hook(_added_up_in_half) for linear in linears]
     kept: list[tuple[Any, Tensor]] = []
     if arithmetic.startswith("float16"):
         # The embedding that is also the head is one tensor, which must be put back once.
@@ -79,6 +84,16 @@ def _rounding(model: PreTrainedModel, arithmetic: Arithmetic) -> Iterator[None]:
             hook.remove()
         for weight, exact in kept:
             weight.data = exact
+
+
+def _added_up_in_half(layer: Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A matrix product, one input after the other, as a GPU's thread does it."""
+    x, weight, total = inputs[0], layer.weight, output.new_zeros(output.shape)
+    step = -(-x.shape[-1] // _MOST_SUMS)
+    for start in range(0, x.shape[-1], step):
+        chosen = slice(start, start + step)
+        total = _halved(total + x[..., chosen] @ weight[:, chosen].T)
+    return total if layer.bias is None else total + layer.bias
 
 
 def _halved(x: Tensor) -> Tensor:
@@ -106,6 +121,7 @@ def _by_token(x: Tensor) -> Tensor:
 
 _ROUND: dict[Arithmetic, Callable[[Tensor], Tensor]] = {
     "float16": _halved,
+    "float16 sums": _halved,
     "float16 throughout": _halved,
     "int8 by 32": _by_32,
     "int8 by token": _by_token,

@@ -71,7 +71,7 @@ class CoremlDetails(Details):
     weight_bytes: int = Field(ge=0)
 
 
-def arithmetic(recipe: Recipe) -> Arithmetic:
+def arithmetic(recipe: Recipe, asked: Mapping[str, object]) -> Arithmetic:
     """The program computes in fp16 throughout; its compressed weights are fp16 when they are read."""
     return "float16 throughout"
 

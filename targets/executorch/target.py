@@ -93,7 +93,7 @@ class ExecutorchDetails(Details):
     head_sha256: str
 
 
-def arithmetic(recipe: Recipe) -> Arithmetic:
+def arithmetic(recipe: Recipe, asked: Mapping[str, object]) -> Arithmetic:
     """XNNPACK's dynamic quantization gives the inputs of a token one scale and one zero point."""
     if recipe.native:
         return "float32"

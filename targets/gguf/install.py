@@ -32,8 +32,8 @@ def how_to_get_a_gpu() -> str:
     if host_gpu_args():
         return f"Build llama.cpp for the GPU: {rebuild()}"
     return (
-        "Install CUDA's nvcc, or glslc with the headers of Vulkan (1.3.283 or newer) and SPIR-V, and build llama.cpp "
-        "again, by make setup or the command that edgekd doctor then names; or export with gpu_layers 0."
+        "Install CUDA's nvcc and cuBLAS, or glslc with headers of Vulkan and SPIR-V as new as Debian 13's, and build "
+        "llama.cpp again, by make setup or the command that edgekd doctor then names; or export with gpu_layers 0."
     )
 
 

@@ -84,9 +84,12 @@ class Options(TargetOptions):
     )
 
 
-def arithmetic(recipe: Recipe) -> Arithmetic:
-    """llama.cpp rounds the inputs of quantized matrices to 8 bits in blocks of 32, those of others to fp16."""
-    return "int8 by 32" if recipe.on_grid or recipe.native else "float16"
+def arithmetic(recipe: Recipe, asked: Mapping[str, object]) -> Arithmetic:
+    """llama.cpp rounds the inputs of quantized matrices to 8 bits in blocks of 32, those of others to fp16; on a GPU it
+    adds up in fp16 too."""
+    if recipe.on_grid or recipe.native:
+        return "int8 by 32"
+    return "float16 sums" if _gpu_layers(asked) else "float16"
 
 
 class GgufDetails(Details):

@@ -119,7 +119,7 @@ class OnnxDetails(Details):
     chat: ChatProof | None
 
 
-def arithmetic(recipe: Recipe) -> Arithmetic:
+def arithmetic(recipe: Recipe, asked: Mapping[str, object]) -> Arithmetic:
     """MatMulNBits of accuracy level 4 rounds its inputs to 8 bits in blocks as long as the weights' groups."""
     if recipe.native:
         return "float32"

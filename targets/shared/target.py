@@ -33,8 +33,8 @@ class Target(Protocol):
     - ``describe_gpus() -> str``: the GPUs that its runtime has here; raises ``NoGpu``, with how to get one.
     - ``install(again: bool) -> str``: the command that installs its packages here, or replaces them, where
       ``pip install`` alone does not do.
-    - ``arithmetic(recipe: Recipe) -> Arithmetic``: in what precision its runtime multiplies, from which verification
-      knows how much of a difference is rounding; default: float32.
+    - ``arithmetic(recipe: Recipe, asked: Mapping[str, object]) -> Arithmetic``: in what precision its runtime
+      multiplies, from which verification knows how much of a difference is rounding; default: float32.
     - ``cache_value_bytes(spec: Options) -> int``: of a number in its key-value cache, for the plan.
     - ``build_flags() -> str``: the instructions that its runtime was built for, a part of every benchmark's key.
     - ``explain_crash(signal: str) -> tuple[str, str] | None``: why its runtime died, and the remedy.

@@ -16,7 +16,7 @@ from edgekd.distill.corpus import stdlib_corpus
 from edgekd.proof import TokenCheck
 from edgekd.spec import Thresholds
 from edgekd.student import load_model, load_tokenizer, resolve_model
-from edgekd.verify.noise import _ROUND, _rounding, noise_of
+from edgekd.verify.noise import _ROUND, _added_up_in_half, _rounding, noise_of
 from edgekd.verify.parity import NOISE_WINDOWS, compare, first_windows, judge, measure
 from edgekd.verify.reference import logits_of
 from edgekd.verify.tokens import check_tokens
@@ -238,3 +238,18 @@ def test_rounding_is_that_of_its_definition():
     step = 130 / 255
     assert (by_token - x).abs().max() <= step / 2 + 1e-5 and by_token[0, 2] == -3.0
     assert _ROUND["int8 by token"](torch.zeros(1, 4)).tolist() == [[0.0] * 4]
+
+
+def test_sums_in_half_precision_are_numpys_and_cost_more_than_their_inputs_do(tied, windows):
+    layer = torch.nn.Linear(300, 7)
+    inputs, weight = (x.detach().half().float() for x in (torch.randn(5, 300), layer.weight))
+    layer.weight.data = weight
+    total = np.zeros((5, 7), np.float16)
+    for k in range(300):
+        product = inputs[:, k, None].numpy() * weight[:, k].numpy()
+        total = (total.astype(np.float32) + product).astype(np.float16)
+    with torch.no_grad():
+        found = _added_up_in_half(layer, (inputs,), layer(inputs)) - layer.bias
+    assert np.abs(found.numpy() - total.astype(np.float32)).max() < 1e-6
+    sums, rounded = (noise_of(tied, arithmetic, windows) for arithmetic in ("float16 sums", "float16"))
+    assert sums > 3 * rounded > 0
