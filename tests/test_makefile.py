@@ -11,7 +11,7 @@ import pytest
 
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
 TOLD = re.findall(r"^# make ([\w-]+)", MAKEFILE.read_text("utf-8"), re.M)
-PHONY = re.search(r"^\.PHONY: (.+)$", MAKEFILE.read_text("utf-8"), re.M)[1].split()
+PHONY = re.search(r"^\.PHONY: ((?:.+\\\n)*.+)$", MAKEFILE.read_text("utf-8"), re.M)[1].replace("\\\n", " ").split()
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
