@@ -187,14 +187,14 @@ def _compared(
     first, runtime = windows[:NOISE_WINDOWS], None
     # One model after the other: beside the artifact, memory holds one of them.
     model = load_model(reference)
-    logits = remembering(logits_of(model), first)
-    parity = measure(session, logits, windows, greedy_tokens=spec.greedy_tokens)
+    logits, of_artifact = remembering(logits_of(model), first), remembering(session_logits(session), first)
+    parity = measure(session, logits, windows, greedy_tokens=spec.greedy_tokens, whole=of_artifact)
     if quantized is not None:
         tell(0.7, "against the quantized student")
         del model, logits
         model = load_dequantized(open_quantized(quantized))
         logits = remembering(logits_of(model), first)
-        runtime = compare(logits, session_logits(session), first)
+        runtime = compare(logits, of_artifact, first)
     tell(0.9, "rounding")
     return parity, runtime, noise_of(model, arithmetic, first, logits)
 

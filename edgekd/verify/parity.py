@@ -173,14 +173,14 @@ def _chunked(session: Session, ids: np.ndarray, size: int) -> np.ndarray:
 
 
 def _chunked_prefill(
-    session: Session, reference: Logits, ids: np.ndarray, chunk_sizes: Sequence[int]
+    session: Session, reference: Logits, whole: Logits, ids: np.ndarray, chunk_sizes: Sequence[int]
 ) -> dict[str, ChunkedPrefill]:
     """Each chunk size, and ``all`` at once, against token by token and against the reference."""
     base, expected = _chunked(session, ids, 1), np.asarray(reference(ids))
     before = _compare(ids, expected, base).kl
     chunks: dict[str, ChunkedPrefill] = {}
-    for name, size in [(str(size), size) for size in chunk_sizes if size != 1] + [("all", len(ids))]:
-        logits = _chunked(session, ids, size)
+    for name, size in [*((str(size), size) for size in chunk_sizes if size != 1), ("all", None)]:
+        logits = np.asarray(whole(ids)) if size is None else _chunked(session, ids, size)
         apart, after = _compare(ids, base, logits), _compare(ids, expected, logits).kl
         usable = bool(np.isfinite(apart.kl).all() and np.isfinite(after).all() and np.isfinite(before).all())
         chunks[name] = ChunkedPrefill(
@@ -223,6 +223,7 @@ def measure(
     *,
     greedy_tokens: int,
     chunk_sizes: Sequence[int] = (1, 7, 32),
+    whole: Logits | None = None,
 ) -> Parity:
     """Compare an artifact with its reference on held-out windows.
 
@@ -236,6 +237,7 @@ def measure(
         windows: int ``(N, T)``.
         greedy_tokens: tokens to generate when looking for the first that differs.
         chunk_sizes: prefill chunks to compare with token by token.
+        whole: ``session_logits``, where some of them are remembered.
 
     Returns:
         All of parity but the tokens and the judgement. Logit differences are in nats.
@@ -244,7 +246,8 @@ def measure(
         EdgekdError: windows do not fit the artifact, or the vocabularies differ.
     """
     _check_input(session, windows, greedy_tokens, chunk_sizes)
-    compared = compare(reference, session_logits(session), windows)
+    whole = whole or session_logits(session)
+    compared = compare(reference, whole, windows)
     half = max(1, min(windows.shape[1] // 2, session.context_length - greedy_tokens))
     firsts = [_first_divergence(session, reference, ids[:half], greedy_tokens) for ids in windows[:_GREEDY_PROMPTS]]
     return Parity(
@@ -253,7 +256,7 @@ def measure(
         greedy_prompts=len(firsts),
         first_diverging_token=min((first for first in firsts if first is not None), default=None),
         first_diverging_token_by_prompt=firsts,
-        chunked_prefill=_chunked_prefill(session, reference, windows[0], chunk_sizes),
+        chunked_prefill=_chunked_prefill(session, reference, whole, windows[0], chunk_sizes),
     )
 
 

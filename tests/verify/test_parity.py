@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from edgekd.errors import EdgekdError
 from edgekd.proof import TokenCheck
 from edgekd.spec import Thresholds
-from edgekd.verify.parity import _compare, bootstrap_ci95, judge, measure
+from edgekd.verify.parity import _compare, bootstrap_ci95, judge, measure, session_logits
 from edgekd.verify.reference import remembering
 from edgekd.verify.tokens import check_tokens
 
@@ -279,3 +279,14 @@ def test_a_large_vocabulary_needs_two_windows_of_memory():
     tracemalloc.stop()
     assert figures.kl_mean == 0
     assert peak < 2 * logits.nbytes + 100 * 2**20
+
+
+def test_remembered_logits_of_whole_windows_are_not_asked_again(session, reference, windows, monkeypatch):
+    expected = measure(session, reference, windows, greedy_tokens=4)
+    whole = remembering(session_logits(session), windows)
+    for ids in windows:
+        whole(ids)
+    fed, prefill = [], session.prefill
+    monkeypatch.setattr(session, "prefill", lambda ids, **how: fed.append(len(ids)) or prefill(ids, **how))
+    assert measure(session, reference, windows, greedy_tokens=4, whole=whole) == expected
+    assert max(fed) < windows.shape[1]
