@@ -38,7 +38,11 @@ app = typer.Typer(
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a shipped spec.")]
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, builtin:NAME or hub:ORGANISATION/NAME.")]
 TextOption = Annotated[
-    Path | None, typer.Option("--text", help="Calibration text, UTF-8. Default: the standard library's training split.")
+    Path | None,
+    typer.Option("--text", help="Calibration text, UTF-8. Default: shipped chats, prose and code."),
+]
+BitsOption = Annotated[
+    float | None, typer.Option(min=4, max=16, help="Most bits per weight of portable-mixed. Default: 6.")
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the spec's seed.")]
@@ -133,9 +137,11 @@ def deploy(
     recipe: Annotated[
         list[str] | None, typer.Option(help="For every target; repeatable. Default: portable-int4.")
     ] = None,
+    bits: BitsOption = None,
     method: Annotated[Literal["rtn", "search", "gptq", "qad"], typer.Option(help="Chooses the integers.")] = "gptq",
     text: Annotated[
-        Path | None, typer.Option("--text", help="Calibration and held-out text. Default: the standard library.")
+        Path | None,
+        typer.Option("--text", help="Calibration and held-out text. Default: shipped chats, prose, code."),
     ] = None,
     context: Annotated[
         int | None, typer.Option(min=2, help="Context of the artifacts. Default: the model's, 4096 at most.")
@@ -150,9 +156,10 @@ def deploy(
     from .runs.preflight import open_run
 
     named = None if targets is None else targets.split(",")
-    spec = deployment(model, targets=named, recipes=recipe, method=method, text=text, context=context)
+    spec = deployment(model, targets=named, recipes=recipe, bits=bits, method=method, text=text, context=context)
     words = ["edgekd", "deploy", model, *(["--targets", targets] if targets else [])]
     words += [word for name in recipe or [] for word in ("--recipe", name)]
+    words += ["--bits", str(bits)] if bits else []
     words += ["--method", method, *(["--text", str(text)] if text else [])]
     words += ["--context", str(context)] if context else []
     _do(open_run(spec, base=Path(), out=out, words=words), report_only, check, as_json)
@@ -232,7 +239,10 @@ def distill(
 def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write the quantized student to.")],
-    recipe: Annotated[str, typer.Option(help="int8, portable-int4 or portable-int4-head4.")] = "portable-int4",
+    recipe: Annotated[
+        str, typer.Option(help="int8, portable-int4, portable-int4-head4 or portable-mixed.")
+    ] = "portable-int4",
+    bits: BitsOption = None,
     method: Annotated[Literal["rtn", "search", "gptq", "qad"], typer.Option(help="How to choose.")] = "gptq",
     text: TextOption = None,
     windows: Annotated[int, typer.Option(min=1, max=2**20, help="Calibration windows, for search, gptq, qad.")] = 64,
@@ -251,12 +261,12 @@ def quantize(
     from .targets import load_recipe
 
     training = of_options(QadSpec, steps=steps)
-    chosen = load_recipe(recipe)
+    chosen = load_recipe(recipe).with_bits(bits)
     check_quantizes(out, chosen)
     check_writable(out)
     folder = resolve_model(model)
     count = None if method == "qad" else windows
-    ids = None if method == "rtn" else _windows(folder, _documents(text, "train"), count, context)
+    ids = None if method == "rtn" and chosen.bits is None else _windows(folder, text, "train", count, context)
     with watching() as watcher:
         watcher.begin("quantize")
         figures = quantize_model(
@@ -335,7 +345,7 @@ def export(
     folder = resolve_model(model)
     check(Checkpoint(folder).config, folder, spec)
     needs_text = load_recipe(recipe, target).needs_moments and moments is None
-    ids = _windows(folder, _documents(text, "train"), 64, 256) if needs_text else None
+    ids = _windows(folder, text, "train", 64, 256) if needs_text else None
     artifact = export_model(folder, spec, recipe, out, quantized=quantized, moments=moments, ids=ids)
     if as_json:
         return print_json({"folder": str(out), "size_bytes": artifact.size_bytes, **artifact.manifest.model_dump()})
@@ -376,7 +386,7 @@ def verify(
     artifact: ArtifactArgument,
     reference: Annotated[str, typer.Option(help="The model it was made from: a folder, builtin: or hub:.")],
     text: Annotated[
-        Path | None, typer.Option(help="Held-out text, UTF-8. Default: the standard library's test split.")
+        Path | None, typer.Option(help="Held-out text, UTF-8. Default: shipped chats, prose and code.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1)] = 16,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
@@ -400,7 +410,7 @@ def verify(
     loaded, folder = load_artifact(artifact), resolve_model(reference)
     check_writable(loaded.folder, BadArtifact)
     try_artifact(loaded)
-    ids = _windows(folder, _documents(text, "test"), windows, context)
+    ids = _windows(folder, text, "test", windows, context)
     with watching() as watcher:
         watcher.begin("verify")
         parity = verify_artifact(loaded, folder, ids, spec, lambda f, note: watcher.progress("verify", f, note))
@@ -415,26 +425,24 @@ def verify(
         raise GateFailed(f"{artifact}: " + "; ".join(failures) + ".")
 
 
-def _documents(text: Path | None, split: Literal["train", "test"]) -> list[str]:
-    """A text file, or a split of the standard library."""
-    if text is None:
-        from .distill.corpus import stdlib_corpus
-
-        return list(getattr(stdlib_corpus(), split))
-    try:
-        return [text.read_text("utf-8")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"--text {text}: not readable as UTF-8 text ({error}).", "Name a text file.") from error
-
-
-def _windows(model: Path, documents: list[str], windows: int | None, context: int) -> Any:
-    """Evenly spaced windows ``(N, T)`` of documents; all of them for ``windows`` None."""
+def _windows(model: Path, text: Path | None, split: Literal["train", "test"], windows: int | None, context: int) -> Any:
+    """Evenly spaced windows ``(N, T)`` of a text file, or of a split of the shipped text; all of them for ``windows``
+    None."""
     import numpy as np
 
     from .student import load_tokenizer
     from .verify.reference import held_out_windows
 
     tokenizer = load_tokenizer(model)
+    if text is None:
+        from .distill.mixed import mixed_documents
+
+        documents = [document for its, document in mixed_documents(tokenizer) if its == split]
+    else:
+        try:
+            documents = [text.read_text("utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"--text {text}: not readable as UTF-8 text ({error}).", "Name a text file.") from error
     ids = [token for document in documents for token in tokenizer(document, verbose=False)["input_ids"]]
     return held_out_windows(np.asarray(ids), windows or len(ids), context)
 

@@ -31,6 +31,25 @@ def fast_float32() -> Iterator[None]:
         flags.fp32_precision = before
 
 
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Products by bfloat16 where the processor has instructions for it, for statistics that take its rounding: two to
+    six times float32's speed. By what it has, not by the clock: the same machine gives the same integers again."""
+    import torch
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+        yield
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
+    import torch
+
+    cpu: Any = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
 @cache
 def _onednn_is_exact() -> bool:
     import torch

@@ -164,7 +164,10 @@ StudentSpec = Annotated[CutStudent | ConfigStudent | CheckpointStudent, Field(di
 class TextSource(_Strict):
     """Where text comes from."""
 
-    source: Literal["stdlib", "jsonl", "parquet", "text", "hub"] | None = None
+    source: Literal["stdlib", "mixed", "jsonl", "parquet", "text", "hub"] | None = Field(
+        None,
+        description="stdlib: the running interpreter's own modules. mixed: shipped chats and prose, and some of these.",
+    )
     paths: list[Name] = Field([], description="Files, for jsonl, parquet and text. Globs are allowed.")
     name: Name | None = Field(None, description="Data set on the hub, for source hub (downloads).")
     column: Name = Field("text", description="The column that holds the text, or the chat (a list of role/content).")
@@ -380,6 +383,9 @@ class QuantizeSpec(_Strict):
     )
     compare: list[Method] = Field([], description="Further methods to measure beside it; not exported.")
     calibration_windows: Width = Field(64, description="Windows of training text that search, gptq and qad read first.")
+    bits: Annotated[float, Field(ge=4, le=16)] | None = Field(
+        None, description="Most bits per weight of portable-mixed, which spends them on int8. Default: the recipe's, 6."
+    )
     qad: QadSpec = QadSpec()
 
     @property
@@ -395,7 +401,7 @@ class TargetSpec(_Strict):
 
     target: Name = Field(description="The runtime's name.")
     recipes: Annotated[list[Name], Field(min_length=1, max_length=100)] = Field(
-        description="fp16, int8, portable-int4, portable-int4-head4, or a runtime's own, such as gguf-q4_k_m."
+        description="fp16, int8, portable-int4, portable-int4-head4, portable-mixed, or a runtime's own (gguf-q4_k_m)."
     )
     context: Length | None = Field(
         None, description=f"Context length of the artifact; default: the student's, {DEFAULT_CONTEXT} at most."
@@ -467,7 +473,10 @@ class Spec(_Strict):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     teacher: TeacherSpec | None = Field(None, description="Without one, the student's checkpoint is deployed as it is.")
     student: StudentSpec
-    data: DataSpec = DataSpec(source="stdlib")
+    data: DataSpec = DataSpec(source="mixed")
+    calibration: DataSpec | None = Field(
+        None, description="Text on whose training split the integers are chosen; default: data's."
+    )
     distill: DistillSpec = DistillSpec()
     quantize: QuantizeSpec = QuantizeSpec()
     targets: Annotated[list[SerializeAsAny[TargetSpec]], _SOME_TARGETS]

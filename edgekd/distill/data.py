@@ -21,6 +21,7 @@ from ..student import vocabulary_size
 from .chat import Chat, Unusable
 from .corpus import stdlib_corpus
 from .encode import Document, Labelled, encode_all
+from .mixed import mixed_documents
 from .pack import Packer, Windows, load_windows, save_windows
 
 __all__ = ["SPLITS", "Windows", "load_windows", "prepare"]
@@ -117,6 +118,8 @@ class _Reading:
             corpus = stdlib_corpus(source.include_tests)
             figures |= corpus.stats
             documents: Iterable[Labelled] = ((s, text) for s in SPLITS for text in getattr(corpus, s))
+        elif source.source == "mixed":
+            documents = mixed_documents(self._tokenizer)
         else:
             read = _documents(source, self._base, dropped, skips)
             documents = _split(read, spec, self._seed, self._seen, dropped)
@@ -404,4 +407,5 @@ def _tools(value: Any) -> list[dict[str, object]] | None:
 
 
 def _named(spec: TextSource) -> str:
-    return {"stdlib": "the standard library", "hub": str(spec.name)}.get(spec.source or "") or ", ".join(spec.paths)
+    named = {"stdlib": "the standard library", "mixed": "the shipped text", "hub": str(spec.name)}
+    return named.get(spec.source or "") or ", ".join(spec.paths)

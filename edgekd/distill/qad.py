@@ -22,13 +22,13 @@ from ..matmul import fast_float32
 from ..quant.gptq import gptq_student
 from ..quant.grid import GROUP, fake_quant_int4, fake_quant_int8_rows, quantize_int4, quantize_int8_rows, round_int4
 from ..quant.recipe import Kind, Recipe
+from ..quant.sensitivity import with_most_sensitive_in_int8
 from ..quant.store.reader import describe
 from ..quant.store.writer import new_quantized
 from ..spec import QadSpec
 from ..student import load_model
 from .checkpoint import Event
 from .data import Windows
-from .evaluate import evenly_spaced
 from .head import Head, Outputs
 from .signals import TeacherSignal
 from .train import train
@@ -131,7 +131,7 @@ def quantize_aware_distill(
     validation: Windows,
     spec: QadSpec,
     *,
-    calibration_windows: int,
+    calibration: Tensor,
     signal: TeacherSignal,
     seed: int,
     work_dir: Path,
@@ -146,7 +146,8 @@ def quantize_aware_distill(
 
     Args:
         out: the folder to make; it must not exist.
-        windows: training text; ``calibration_windows`` of it are read for GPTQ.
+        windows: training text.
+        calibration: ids that GPTQ reads first, ``(N, T)``.
         signal: the teacher, or the student before quantization.
 
     Returns:
@@ -155,9 +156,10 @@ def quantize_aware_distill(
     Raises:
         EdgekdError: as ``train`` and ``new_quantized``.
     """
+    recipe = with_most_sensitive_in_int8(recipe, student, calibration)
     with new_quantized(student, out, recipe, "qad") as writer:
         plain = load_model(student)
-        scales = start_from_gptq(plain, student, evenly_spaced(windows, calibration_windows).ids.int(), writer.kinds)
+        scales = start_from_gptq(plain, student, calibration, writer.kinds)
         model = FakeQuantized(plain, writer.kinds, scales)
         figures = train(
             model,

@@ -23,5 +23,5 @@ TRAINING = 1
 EVALUATION = 1
 """What is measured of a student."""
 
-QAD = 2
+QAD = 3
 """Quantization-aware distillation, from the start at GPTQ's integers to those it writes."""

@@ -7,6 +7,7 @@ Hidden states are float32 ``(N, T, H)`` and stay in memory for all windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import EdgekdError
-from ..matmul import fast_float32
+from ..matmul import fast_float32, fast_products
 
 BATCH_TOKENS = 2048
+_LOGITS = 2**25  # that are in memory together
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -68,13 +70,18 @@ class Layer:
     _batch: int = 0
     _passed: bool = False
 
+    @property
+    def entering(self) -> torch.Tensor:
+        """The hidden states that enter it; a copy."""
+        return self._hidden.clone()
+
     def inputs(self, name: str) -> Iterator[torch.Tensor]:
         """What enters a Linear, float32 ``(B * T, I)`` for each batch, as the layer's weights stand now."""
         kept: list[torch.Tensor] = []
-        for number, windows in enumerate(_batches(self._hidden)):
+        for number, windows in enumerate(batches(self._hidden)):
             self._batch = number
             kept.append(self._input(name, self._hidden[windows]))
-            yield kept[-1].flatten(0, -2)
+            yield kept[-1].flatten(0, -2).float()
             if name not in self._ends:
                 kept.clear()
         self._kept[name] = kept
@@ -105,7 +112,7 @@ class Layer:
 
     def _run(self, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._call
-        with torch.no_grad():
+        with torch.no_grad(), fast_products():
             return self._module(hidden, *args, **kwargs)
 
     def advance(self, record: Iterable[str] = ()) -> dict[str, list[torch.Tensor]]:
@@ -120,7 +127,7 @@ class Layer:
         """
         recorded: dict[str, list[torch.Tensor]] = {name: [] for name in record}
         handles = [self.linears[n].register_forward_pre_hook(_keeper(kept)) for n, kept in recorded.items()]
-        for number, windows in enumerate([] if self._passed else _batches(self._hidden)):
+        for number, windows in enumerate([] if self._passed else batches(self._hidden)):
             self._batch = number
             out = self._run(self._hidden[windows])
             if not torch.isfinite(out).all():
@@ -159,7 +166,7 @@ class Walk:
         # safetensors maps the file: only the rows that are gathered are read.
         rows = _tensor(checkpoint, self.embedding_name)
         self._hidden = torch.empty((*ids.shape, rows.shape[1]))
-        for windows in _batches(self._hidden):
+        for windows in batches(self._hidden):
             index = ids[windows].flatten().long()
             gathered = rows[index].float()
             entering = (embed(index, gathered) if embed else gathered) * checkpoint.architecture.embedding_scale
@@ -184,11 +191,41 @@ class Walk:
             yield layer
             layer.advance()
 
+    @contextmanager
+    def opened(self, number: int) -> Iterator[tuple[dict[str, nn.Linear], Callable[[torch.Tensor], torch.Tensor]]]:
+        """A layer's Linears by name, and what it makes of hidden states; its weights are in memory meanwhile."""
+        module, (args, kwargs) = self._base.layers[number], self._calls[number]
+        name = self._names[module]
+        _materialise(self._checkpoint, module, name)
+        parts = {f"{name}.{path}.weight": part for path, part in module.named_modules()}
+        linears = {key: part for key, part in parts.items() if isinstance(part, nn.Linear)}
+        yield linears, lambda hidden: module(hidden, *args, **kwargs)
+        module.to("meta")
+
+    def sampled_gradient(self, generator: torch.Generator) -> torch.Tensor:
+        """Once the layers have been walked: how the log-likelihoods of tokens that are drawn from the model change with
+        the hidden states that leave the last one, float32 ``(N, T, H)``."""
+        norm, arch = self._base.norm, self._checkpoint.architecture
+        _materialise(self._checkpoint, norm, self._names[norm])
+        head = _tensor(self._checkpoint, self.head_name).float()
+        leaving = self._hidden.flatten(0, 1)
+        gradient = torch.empty_like(leaving)
+        for rows in torch.arange(len(leaving)).split(max(1, _LOGITS // len(head))):
+            hidden = leaving[rows].requires_grad_()
+            with torch.enable_grad(), fast_products():
+                logits = (norm(hidden) @ head.T).float() * arch.logit_scale
+                if arch.logit_cap is not None:
+                    logits = torch.tanh(logits / arch.logit_cap) * arch.logit_cap
+                likelihoods = logits.log_softmax(-1)
+            drawn = torch.multinomial(likelihoods.detach().exp(), 1, generator=generator)
+            (gradient[rows],) = torch.autograd.grad(likelihoods.gather(1, drawn).sum(), hidden)
+        return gradient.view(self._hidden.shape)
+
     def head_inputs(self) -> Iterator[torch.Tensor]:
         """What enters the head, float32 ``(B * T, H)`` for each batch, once the layers have been walked."""
         norm = self._base.norm
         _materialise(self._checkpoint, norm, self._names[norm])
-        for windows in _batches(self._hidden):
+        for windows in batches(self._hidden):
             with torch.no_grad():  # ends before the yield: the caller's code has its own
                 inputs = norm(self._hidden[windows]).flatten(0, -2)
             yield inputs
@@ -230,7 +267,7 @@ def second_moments(
 
 def _adder(sums: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        sums.add_(args[0].flatten(0, -2).square().sum(0, dtype=torch.float64))
+        sums.add_(args[0].flatten(0, -2).float().square().sum(0, dtype=torch.float64))
 
     return add
 
@@ -243,7 +280,8 @@ def _keeper(kept: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor
     return keep
 
 
-def _batches(hidden: torch.Tensor) -> list[slice]:
+def batches(hidden: torch.Tensor) -> list[slice]:
+    """Windows of ``hidden (N, T, H)`` that are computed together."""
     step = max(1, BATCH_TOKENS // hidden.shape[1])
     return [slice(start, start + step) for start in range(0, hidden.shape[0], step)]
 

@@ -20,6 +20,7 @@ from .gptq import gptq_student
 from .grid import quantize_int4, quantize_int8_rows
 from .recipe import Recipe
 from .search import search_int4
+from .sensitivity import with_most_sensitive_in_int8
 from .store.reader import describe
 from .store.writer import Writer, new_quantized
 
@@ -46,7 +47,7 @@ def quantize(
         out: the folder to make; it must not exist.
         method: ``rtn`` (round to nearest), ``search`` (scales of least error weighted by the activations' second
             moments) or ``gptq``.
-        ids: calibration text, int ``(N, T)``, for ``search`` and ``gptq``.
+        ids: calibration text, int ``(N, T)``, for ``search``, ``gptq`` and a recipe with a budget of bits.
         on_progress: called with the share done and what is being done.
 
     Returns:
@@ -59,6 +60,7 @@ def quantize(
     """
     if method not in ("rtn", "search", "gptq"):
         raise EdgekdError(f"quantize.method: {method!r} is unknown here.", "There are: rtn, search, gptq.")
+    recipe = with_most_sensitive_in_int8(recipe, student, ids)
     with new_quantized(student, out, recipe, method) as writer:
         moments: Mapping[str, torch.Tensor] = {}
         given: set[str] = set()

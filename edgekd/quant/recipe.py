@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 GROUP = 32
 """Inputs that share an int4 scale. Here, because nothing of this module needs torch."""
 
 Kind = Literal["int4", "int8", "plain"]
 """int4 in groups, int8 per row, or as the student has it."""
+
+
+def stored_bits(kind: Kind, shape: tuple[int, ...], plain_bits: int = 32) -> int:
+    """Bits of a parameter's integers and scales as an artifact needs them."""
+    count = math.prod(shape)
+    if kind == "plain":
+        return plain_bits * count
+    return 4 * count + 16 * count // GROUP if kind == "int4" else 8 * count + 16 * shape[0]
 
 
 class _Frozen(BaseModel):
@@ -41,6 +50,8 @@ class Recipe(_Frozen):
     name: str
     description: str
     rules: tuple[Rule, ...] = ()
+    bits: float | None = Field(None, gt=0, le=32)
+    """Bits per weight up to which int4 matrices become int8, those of most sensitivity first."""
     native: Native | None = None
 
     @model_validator(mode="after")
@@ -60,6 +71,15 @@ class Recipe(_Frozen):
                     return "plain"
                 return "int8" if shape[1] % GROUP else rule.kind
         return "plain"
+
+    def takes(self, name: str, shape: tuple[int, ...], kind: Kind) -> bool:
+        """Whether a quantized student for it may store a parameter so."""
+        wanted = self.kind_of(name, shape)
+        return kind == wanted or (self.bits is not None and (wanted, kind) == ("int4", "int8"))
+
+    def with_bits(self, bits: float | None) -> Recipe:
+        """With another budget, where it has one and another is given."""
+        return self if bits is None or self.bits is None else self.model_copy(update={"bits": bits})
 
     @property
     def on_grid(self) -> bool:

@@ -18,10 +18,11 @@ from typing import Literal
 
 from .. import benchmarks, plan
 from ..architecture import read_architecture
+from ..distill import mixed
 from ..distill import versions as algorithms
 from ..files import digest, file_sha256
 from ..plan import Cost, Machine, PlannedCache
-from ..spec import CUT_TOKENS, OF_TEACHER, Method, TrainingSpec
+from ..spec import CUT_TOKENS, OF_TEACHER, DataSpec, Method, TrainingSpec
 from ..targets import cache_value_bytes, code_of, versions
 from . import work
 from .records import Figures
@@ -48,6 +49,7 @@ _PROOF = "proof.py"
 _CALIBRATION = ("matmul.py", "quant/calibrate.py")
 _STORE = ("quant/store",)
 _QUANTIZE = (*_STORE, "quant/grid.py", "quant/quantize.py", "quant/recipe.py")
+_BUDGET = (*_CALIBRATION, "quant/sensitivity.py")
 _METHODS: dict[Method, Sequence[str]] = {
     "rtn": _QUANTIZE,
     "search": (*_QUANTIZE, *_CALIBRATION, "quant/search.py"),
@@ -81,9 +83,10 @@ def stages(run: Run, machine: Machine) -> list[Stage]:
     by_seed = [stage for seed in run.seeds for stage in _of_seed(run, seed, read, machine)] if run.trains else []
     student = by_seed[0] if by_seed else _taken(run)
     trained = by_seed or [student]
-    calibration = _calibration(run, data, student, machine)
-    quantized = {wanted: _quantized(run, wanted, data, student, machine) for wanted in run.quantizations}
-    chain = [*read, *trained, *calibration, *quantized.values()]
+    read_first = _calibration_text(run, data)
+    calibration = _calibration(run, read_first, student, machine)
+    quantized = {wanted: _quantized(run, wanted, data, read_first, student, machine) for wanted in run.quantizations}
+    chain = [*read, *[read_first] * (read_first is not data), *trained, *calibration, *quantized.values()]
     chain.append(_ledger(run, [data, student, *quantized.values()], machine))
     for export in run.exports:
         made_from = [student, *([quantized[export.packs]] if export.packs else [])]
@@ -128,18 +131,28 @@ def _source(roots: Iterable[Path]) -> str:
 
 
 def _data(run: Run) -> Stage:
-    spec = run.spec.data
+    return _text(run, "data", run.spec.data)
+
+
+def _calibration_text(run: Run, data: Stage) -> Stage:
+    """What the integers are chosen on: a text of its own, or that of the training."""
+    return _text(run, work.CALIBRATION_TEXT, run.spec.calibration) if run.spec.calibration else data
+
+
+def _text(run: Run, name: str, spec: DataSpec) -> Stage:
+    kinds = {source.source for source in spec.each.values()}
     key = _key(
         [],
         [],
         algorithms.TEXT,
         spec.model_dump(exclude={"allow_skipped", "processes"}),
         [file_sha256(path) for source in spec.each.values() for path in source.files(run.base)],
-        platform.python_version() if any(source.source == "stdlib" for source in spec.each.values()) else None,
+        [file_sha256(path) for path in mixed.FILES] if "mixed" in kinds else None,
+        platform.python_version() if kinds & {"stdlib", "mixed"} else None,
         run.spec.seed,
         run.reader.checkpoint.digest,
     )
-    return Stage("data", "data", key, Cost(2**30, 2**28, 15), partial(work.prepare_data, run))
+    return Stage(name, name, key, Cost(2**30, 2**28, 15), partial(work.prepare_data, run, spec))
 
 
 def _cut(run: Run, data: Stage, machine: Machine) -> Stage:
@@ -220,26 +233,39 @@ def _folders(stages: Iterable[Stage]) -> list[str]:
     return [stage.folder for stage in stages]
 
 
-def _calibration(run: Run, data: Stage, student: Stage, machine: Machine) -> list[Stage]:
+def _calibration(run: Run, text: Stage, student: Stage, machine: Machine) -> list[Stage]:
     """The second moments, where a recipe wants them."""
     if not any(export.recipe.needs_moments for export in run.exports):
         return []
-    windows, reads = run.spec.quantize.calibration_windows, [data, student]
-    cost = plan.inference_cost([run.student_config], windows * run.spec.data.context, machine)
+    windows, reads = run.spec.quantize.calibration_windows, [text, student]
+    cost = plan.inference_cost([run.student_config], windows * _calibration_context(run), machine)
     job = partial(work.calibrate, run)
     return [Stage("calibrate", "calibration", _key(reads, _CALIBRATION, windows), cost, job, _folders(reads))]
 
 
-def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, machine: Machine) -> Stage:
+def _calibration_context(run: Run) -> int:
+    return (run.spec.calibration or run.spec.data).context
+
+
+def _quantized(run: Run, wanted: Quantization, data: Stage, text: Stage, student: Stage, machine: Machine) -> Stage:
+    """A quantized student.
+
+    Args:
+        text: what the integers are chosen on.
+    """
     settings, config, method = run.spec.quantize, run.student_config, wanted.method
-    reads = [student] if method == "rtn" else [data, student]
+    budget = wanted.recipe.bits is not None
+    reads = [text, student] if budget or method != "rtn" else [student]
+    if method == "qad" and text is not data:
+        reads.insert(0, data)
     facts = [
         wanted.recipe.model_dump(),
         method,
-        settings.calibration_windows if method != "rtn" else None,
+        settings.calibration_windows if text in reads else None,
         [algorithms.QAD, algorithms.TRAINING, settings.qad.outcome(), run.spec.seed] if method == "qad" else None,
     ]
-    key = _key(reads, _METHODS[method], facts)
+    code = dict.fromkeys([*_METHODS[method], *(_BUDGET if budget else ())])
+    key = _key(reads, code, facts)
     job, state = partial(work.quantize, run, wanted), None
     if method == "rtn":
         cost = plan.export_cost(config, 5)
@@ -250,7 +276,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, student: Stage, mach
         cost = plan.training_cost(config, taught, settings.qad, run.spec.data.context, machine)
         cost = _with_measured_time(cost, settings.qad, run, state)
     else:
-        cost = plan.calibration_cost(config, settings.calibration_windows * run.spec.data.context, machine)
+        cost = plan.calibration_cost(config, settings.calibration_windows * _calibration_context(run), machine)
     return Stage(f"quantize {wanted.name}", wanted.folder, key, cost, job, _folders(reads), state)
 
 

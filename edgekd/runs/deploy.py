@@ -22,6 +22,7 @@ def deployment(
     *,
     targets: Sequence[str] | None = None,
     recipes: Sequence[str] | None = None,
+    bits: float | None = None,
     method: Method = "gptq",
     text: Path | None = None,
     context: int | None = None,
@@ -49,7 +50,7 @@ def deployment(
         name=_name(model),
         student={"init": "checkpoint", "model": model},
         data=_data(text, min(512, most)),
-        quantize={"method": method},
+        quantize={"method": method, **({"bits": bits} if bits else {})},
         targets=list(_that_take(folder, sections, named=targets is not None)),
         verify=VerifySpec(context=min(256, most), greedy_tokens=min(32, most - 1)),
         bench=BenchSpec(prompt_tokens=prompts, decode_tokens=decode),
@@ -58,7 +59,7 @@ def deployment(
 
 def _data(text: Path | None, context: int) -> DataSpec:
     if text is None:
-        return DataSpec(source="stdlib", context=context)
+        return DataSpec(source="mixed", context=context)
     # A text of one's own may be short: each split must get some.
     return DataSpec(source="text", paths=[str(text)], context=context, validation_share=0.2, test_share=0.2)
 

@@ -40,8 +40,9 @@ def open_run(
 
         access_key(spec.teacher.served)
     _check_thresholds(run)
-    for source in spec.data.each.values():
-        source.files(base)
+    for text in filter(None, (spec.data, spec.calibration)):
+        for source in text.each.values():
+            source.files(base)
     for target in spec.targets:
         check(run.student_config, run.reader.folder, target)
     return run
@@ -83,6 +84,7 @@ def _check_lengths(run: Run) -> None:
     shortest = min(filter(None, (longest, *contexts)), default=None)
     wanted = {
         "data.context": (spec.data.context, longest),
+        "calibration.context": (spec.calibration.context if spec.calibration else 0, longest),
         "verify.context": (spec.verify.context, shortest),
         "verify.greedy_tokens": (spec.verify.greedy_tokens + 1, shortest),
         "bench.prompt_tokens": (max(spec.bench.prompt_tokens) + spec.bench.decode_tokens, shortest),

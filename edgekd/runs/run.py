@@ -200,6 +200,6 @@ def _quantizations(spec: Spec, recipes: Sequence[Recipe]) -> list[Quantization]:
     rounded: list[Method] = ["rtn"]
     return [
         Quantization(recipe, method)
-        for recipe in {recipe.name: recipe for recipe in recipes if recipe.on_grid}.values()
+        for recipe in {r.name: r.with_bits(spec.quantize.bits) for r in recipes if r.on_grid}.values()
         for method in (spec.quantize.methods if recipe.has_int4 else rounded)
     ]

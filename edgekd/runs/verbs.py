@@ -58,6 +58,7 @@ def quantize_model(
     assert calibration is not None
     from ..distill.checkpoint import drop_checkpoints
     from ..distill.data import Windows
+    from ..distill.evaluate import evenly_spaced
     from ..distill.qad import quantize_aware_distill
     from ..distill.signals import OnlineTeacher
 
@@ -76,7 +77,7 @@ def quantize_model(
         train,
         validation,
         qad,
-        calibration_windows=calibration_windows,
+        calibration=evenly_spaced(train, calibration_windows).ids.int(),
         signal=signal,
         seed=seed,
         work_dir=state,

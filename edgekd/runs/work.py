@@ -25,23 +25,24 @@ if TYPE_CHECKING:
     from ..distill.aligned import AlignedTeacher
     from ..distill.on_policy import Writing
     from ..distill.signals import OnlineTeacher, Teachers, TeacherSignal
+    from ..spec import DataSpec
 
 CUT = "cut"
+CALIBRATION_TEXT = "calibration-text"
 MOMENTS = "moments.safetensors"
 Tell = Callable[[float, str], None]
 """Takes the share of the work that is done, and a note."""
 
 
-def prepare_data(run: Run, out: Path, tell: Tell) -> Figures:
-    """Read, split and pack the text."""
+def prepare_data(run: Run, spec: DataSpec, out: Path, tell: Tell) -> Figures:
+    """Read, split and pack a text."""
     from ..distill.data import prepare
 
-    spec = run.spec
     return prepare(
-        spec.data,
+        spec,
         run.reader.tokenizer(),
         out,
-        seed=spec.seed,
+        seed=run.spec.seed,
         base=run.base,
         on_progress=lambda count: tell(0, f"{count} documents"),
     )
@@ -221,11 +222,12 @@ def _quality(parameters: int, by_source: Mapping[str, Mapping[str, float]]) -> M
 
 
 def _calibration_ids(run: Run) -> torch.Tensor:
-    """Windows of training text ``(N, T)``, evenly spaced."""
+    """Windows of calibration text ``(N, T)``, evenly spaced."""
     from ..distill.data import load_windows
     from ..distill.evaluate import evenly_spaced
 
-    return evenly_spaced(load_windows(run.path("data"), "train"), run.spec.quantize.calibration_windows).ids.int()
+    text = run.path(CALIBRATION_TEXT if run.spec.calibration else "data")
+    return evenly_spaced(load_windows(text, "train"), run.spec.quantize.calibration_windows).ids.int()
 
 
 def calibrate(run: Run, out: Path, tell: Tell) -> Figures:
@@ -245,7 +247,7 @@ def quantize(run: Run, quantization: Quantization, out: Path, tell: Tell) -> Fig
 
     out.rmdir()
     method = quantization.method
-    ids = None if method == "rtn" else _calibration_ids(run)
+    ids = None if method == "rtn" and quantization.recipe.bits is None else _calibration_ids(run)
     return quantize_folder(run.student, out, quantization.recipe, method=method, ids=ids, on_progress=tell)
 
 
@@ -266,7 +268,7 @@ def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path,
         load_windows(data, "train"),
         load_windows(data, "validation"),
         spec.quantize.qad,
-        calibration_windows=spec.quantize.calibration_windows,
+        calibration=_calibration_ids(run),
         signal=OnlineTeacher(imitated, vocabulary_size(run.reader.tokenizer())),
         seed=spec.seed,
         work_dir=state,

@@ -48,7 +48,7 @@ def open_source(
     record = opened.record
     if record.student_digest != checkpoint.digest:
         raise EdgekdError(f"{quantized} was quantized from another student.", "Quantize this one.")
-    if any(kind != recipe.kind_of(name, opened.shape(name)) for name, kind in opened.kinds.items()):
+    if not all(recipe.takes(name, opened.shape(name), kind) for name, kind in opened.kinds.items()):
         raise EdgekdError(
             f"{quantized} was quantized for the recipe {record.recipe}, not {recipe.name}.",
             f"Take --recipe {record.recipe}.",

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from edgekd.distill.data import Windows
+from edgekd.distill.evaluate import evenly_spaced
 from edgekd.distill.qad import FakeQuantized, quantize_aware_distill, start_from_gptq
 from edgekd.distill.signals import OnlineTeacher
 from edgekd.distill.train import PRECISION, evaluate
@@ -58,7 +59,7 @@ def distill(student: Path, out: Path, recipe: str = "portable-int4", **settings)
         windows(512, 1),
         windows(8, 2),
         spec,
-        calibration_windows=8,
+        calibration=evenly_spaced(windows(512, 1), 8).ids,
         signal=OnlineTeacher(load_model(student), VOCAB),
         seed=0,
         work_dir=out.with_name(out.name + ".training"),

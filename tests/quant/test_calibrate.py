@@ -14,6 +14,13 @@ from edgekd.errors import EdgekdError
 from edgekd.quant.calibrate import Walk, second_moments
 from edgekd.student import load_model
 
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with float32, to float32's digits; bfloat16 has a test of its own."""
+    monkeypatch.setattr("edgekd.matmul.has_bfloat16", lambda: False)
+
+
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -228,3 +235,16 @@ def test_a_layer_that_passes_its_outputs_on_records_what_entered(tmp_path: Path)
             torch.testing.assert_close(torch.cat(recorded[name]), torch.cat(inputs[name]).bfloat16())
     for a, b in zip(expected.head_inputs(), walk.head_inputs(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "gemma2", "granite", "olmo2", "phi3"])
+def test_in_bfloat16_the_walk_stays_near(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekd.matmul.has_bfloat16", lambda: True)
+    make(tmp_path, kind, pad_token_id=0)
+    ids = windows()
+    moments = second_moments(tmp_path, ids)
+    monkeypatch.setattr("edgekd.matmul.has_bfloat16", lambda: False)
+    exact = second_moments(tmp_path, ids)
+    assert any(not torch.equal(moments[name], expected) for name, expected in exact.items())
+    for name, expected in exact.items():
+        torch.testing.assert_close(moments[name].mean(), expected.mean(), rtol=0.01, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from ...checkpoint import INDEX_FILE, Checkpoint
 from ...errors import DoesNotFit, EdgekdError
 from ...files import atomic_folder, write_json
 from ...student import check_model
-from ..grid import GROUP, check_finite, pack_int4
-from ..recipe import Kind, Recipe
+from ..grid import check_finite, pack_int4
+from ..recipe import Kind, Recipe, stored_bits
 from .layout import (
     DTYPES,
     RECORD_FILE,
@@ -248,16 +249,9 @@ def _plan(source: Checkpoint, recipe: Recipe) -> _Plan:
 
 def _bits_per_weight(source: Checkpoint, kinds: dict[str, Kind], stored: dict[str, list[Stored]]) -> float:
     """Bits of integers, scales and plain tensors as an artifact needs them, per weight."""
-    bits = weights = 0.0
-    for name, kind in kinds.items():
-        shape = torch.Size(source.shape(name))
-        count = shape.numel()
-        weights += count
-        if kind == "plain":
-            bits += 8 * stored[name][0].size_bytes
-        else:
-            bits += 4 * count + 16 * count / GROUP if kind == "int4" else 8 * count + 16 * shape[0]
-    return bits / weights
+    shapes = {name: source.shape(name) for name in kinds}
+    bits = sum(stored_bits(k, shapes[n], 8 * stored[n][0].dtype.itemsize) for n, k in kinds.items())
+    return bits / sum(map(math.prod, shapes.values()))
 
 
 def _copy_rest(source: Checkpoint, folder: Path, kinds: dict[str, Kind]) -> None:
