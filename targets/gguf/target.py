@@ -68,7 +68,8 @@ __all__ = [
 
 TITLE, EXTRA = "GGUF", "gguf"
 PACKAGES = ("llama-cpp-python", "gguf")
-FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.h: llama_ftype
+FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25}
+"""llama.h: llama_ftype."""
 MAIN_FILE = "model.gguf"
 FEATURES = arch_.FEATURES
 _CACHE_BYTES = 2  # llama.cpp's cache is float16 unless told otherwise
