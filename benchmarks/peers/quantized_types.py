@@ -1,4 +1,4 @@
-"""llama.cpp's own types and the portable grid of one model, at their bits: KL to the model in float32, all in llama.cpp.
+"""One model in llama.cpp's own types and on the portable grid: bits per weight, and KL to it in float32, in llama.cpp.
 
     python -m edgekd.benchmarks.peers.quantized_types MODEL --out FOLDER \\
         --recipe gguf-iq4_nl --recipe gguf-q4_k_s --recipe portable-int4 --recipe portable-mixed --bits 5.85
