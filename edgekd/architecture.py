@@ -394,6 +394,11 @@ class Architecture:
         found = {f"mlp.{role}_proj.weight": Weight(role, (count, self.hidden)) for role, count in rows.items()}
         return found | {"mlp.down_proj.weight": Weight("down", (self.hidden, wide))}
 
+    def layer_matrices(self) -> list[str]:
+        """Names of the matrices in a decoder layer: ``q_proj``."""
+        parts = self._layer(0, attends=True)
+        return [name.split(".")[-2] for name, weight in parts.items() if len(weight.shape) == 2]
+
     def parameters(self) -> int:
         """Number of weights; a tied head counts once."""
         return sum(math.prod(weight.shape) for weight in self.weights().values())

@@ -71,15 +71,25 @@ def _open(
         if seed is not None:
             raise SpecError("--seed and --seeds are both given.", "Give --seeds alone: its first counts as --seed.")
         first, *more = _numbers(seeds)
-    loaded = load_spec(spec, seed=first, model=spec_model())
-    if allow_skipped:
-        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
     shipped = not Path(spec).is_file() and builtin_spec(spec) is not None
     words = ["edgekd", "run", spec, *(["--seed", str(seed)] if seed is not None else [])]
     words += ["--seeds", seeds] if seeds else []
     words += ["--allow-skipped"] * allow_skipped
     base = Path() if shipped else Path(spec).parent
-    return open_run(loaded, base=base, out=out, words=words, more_seeds=more)
+    with _in_turn():
+        loaded = load_spec(spec, seed=first, model=spec_model())
+        if allow_skipped:
+            loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
+        return open_run(loaded, base=base, out=out, words=words, more_seeds=more)
+
+
+def _in_turn() -> contextlib.AbstractContextManager[None]:
+    """Of several processes that torchrun started, the first does the body before the others."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return contextlib.nullcontext()
+    from .distill.ranks import joined
+
+    return joined().in_turn()
 
 
 def _numbers(seeds: str) -> list[int]:
@@ -172,6 +182,8 @@ def _do(opened: Run, report_only: bool, check: bool, as_json: bool) -> None:
 
     with watching() as watcher:
         results = do_run(opened, watcher, report_only=report_only, check=check)
+    if results is None:
+        return
     if as_json:
         return print_json(results.model_dump())
     for line in artifact_lines(results):
@@ -227,6 +239,8 @@ def distill(
         raise SpecError(f"{spec}: it has no teacher, nothing is distilled.", f"Go on with: edgekd run {spec}")
     with watching() as watcher:
         results = do_run(opened, watcher, until="quality", check=check)
+    if results is None:
+        return
     quality = results.quality
     assert quality is not None
     if as_json:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import errno
 import os
 
-_TRAIN_PACKAGES = {"torch", "transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets", "tensorboard"}
+_TRAIN_PACKAGES = {
+    *("torch", "transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets", "tensorboard"),
+    *("peft", "torchao"),
+}
 
 
 _FULL = (
@@ -70,6 +73,10 @@ class GateFailed(EdgekdError):
     """A measured figure missed its threshold: what, where, by how much."""
 
     exit_code = 1
+
+
+class Agreed(EdgekdError):
+    """Every process of a training raises it in the same place: the first tells it, and the others end after it."""
 
 
 class Fault(EdgekdError):

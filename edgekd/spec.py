@@ -105,6 +105,11 @@ class TeacherSpec(OneTeacher):
     more: Annotated[list[OneTeacher], Field(max_length=100)] = Field(
         [], description="Further teachers with the same tokenizer, each with the keys above."
     )
+    weights: Literal["float32", "bfloat16", "int4"] = Field(
+        "float32",
+        description="As the student hears it; int4: the layers' matrices on edgekd's grid, rounded to nearest, and the "
+        "rest in bfloat16. Quality is measured against the teacher in float32.",
+    )
     signal: Literal["online", "cached"] = Field(
         "online",
         description="online: it runs beside the student. cached: it reads the windows of the training first, and what "
@@ -348,6 +353,42 @@ class MatchSpec(_Strict):
         return self
 
 
+class LoraSpec(_Strict):
+    """Adapters that learn in place of the weights (Hu et al. 2021); they are merged into the student."""
+
+    r: Few = Field(16, description="Rank of an adapter.")
+    alpha: Few | None = Field(None, description="An adapter counts alpha / r times. Default: 2 r.")
+    targets: Annotated[list[Name], Field(min_length=1, max_length=100)] | None = Field(
+        None, description="Matrices of the decoder layers, such as q_proj. Default: all."
+    )
+
+
+class MemorySpec(_Strict):
+    """What spares memory while the student learns; `edgekd plan` says how much."""
+
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="bfloat16: weights and gradients take half, and each step is rounded at random, so that small ones "
+        "count in the mean; with adamw8bit or lora.",
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: Adam's moments in a byte each.")
+    checkpoint_activations: bool = Field(
+        False, description="Compute each layer again in the backward pass: a third more work, a fraction of the memory."
+    )
+    lora: LoraSpec | None = None
+
+    @model_validator(mode="after")
+    def _small_steps_count(self) -> MemorySpec:
+        if self.weights == "bfloat16" and self.optimizer == "adamw" and not self.lora:
+            raise ValueError("weights bfloat16 would lose adamw's small steps: set optimizer to adamw8bit, or lora")
+        return self
+
+    @property
+    def outcome(self) -> dict[str, object]:
+        """What of it decides what comes out, where it is not the default."""
+        return self.model_dump(exclude={"checkpoint_activations"}, exclude_defaults=True)
+
+
 class DistillSpec(TrainingSpec):
     """How the student learns."""
 
@@ -355,6 +396,18 @@ class DistillSpec(TrainingSpec):
     match: MatchSpec | None = Field(None, description="Also compare what layers give, by a learned projection.")
 
     baseline: bool = Field(True, description="Also train the same student on labels alone, same tokens and steps.")
+    memory: MemorySpec = MemorySpec()
+
+    def outcome(self, *exclude: str) -> dict[str, object]:
+        """See ``TrainingSpec.outcome``."""
+        spared = {"memory": self.memory.outcome} if self.memory.outcome else {}
+        return super().outcome("memory", *exclude) | spared
+
+    @model_validator(mode="after")
+    def _has_one_precision(self) -> Self:
+        if self.memory.weights == "bfloat16" and self.precision == "float32":
+            raise ValueError("precision float32 cannot be had of memory.weights bfloat16")
+        return self
 
 
 class QadSpec(TrainingSpec):

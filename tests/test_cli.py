@@ -222,6 +222,9 @@ def test_an_unknown_target_and_recipe(project):
         ("verify: {context: 32}", "verify: {context: 500}", "verify.context"),
         ("prompt_tokens: [8]", "prompt_tokens: [124]", "bench.prompt_tokens"),
         ("verify: {", "verify: {thresholds: {q4_O: {kl_mean_max: 0.1}}, ", "verify.thresholds.q4_O"),
+        ("distill: {", "distill: {memory: {lora: {targets: [q_prj]}}, ", "q_prj is no matrix of the student's layers"),
+        ("distill: {", "distill: {memory: {lora: {targets: [lm_head]}}, ", "lm_head is the embedding too"),
+        ("distill: {", "distill: {memory: {weights: bfloat16}, ", "would lose adamw's small steps"),
     ],
 )
 def test_what_would_fail_after_the_long_work_is_refused_before(project, old, new, said):
@@ -230,6 +233,24 @@ def test_what_would_fail_after_the_long_work_is_refused_before(project, old, new
     (project / "spec.yaml").write_text(text.replace(old, new, 1))
     refused(edgekd("run", "spec.yaml", cwd=project), said)
     assert not (project / "runs").exists()
+
+
+def test_a_context_beyond_the_teachers_is_refused(project):
+    shutil.copytree(project / "teacher", project / "student")
+    path = project / "student" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 1024}))
+    text = BASE.format(teacher="teacher").replace("{init: cut, layers: 2}", "{init: checkpoint, model: student}")
+    (project / "spec.yaml").write_text(text.replace("context: 32, val", "context: 129, val"))
+    refused(edgekd("run", "spec.yaml", cwd=project), "data.context", "129 tokens are more than the context of 128")
+
+
+@pytest.mark.parametrize("memory", ["{lora: {r: 4}}", "{optimizer: adamw8bit}"])
+def test_what_spares_memory_must_be_installed(project, memory):
+    text = BASE.format(teacher="teacher").replace("distill: {", f"distill: {{memory: {memory}, ")
+    (project / "spec.yaml").write_text(text)
+    package = "peft" if "lora" in memory else "torchao"
+    with mock.patch.dict(sys.modules, {package: None}):
+        refused(edgekd("run", "spec.yaml", cwd=project), f"{package} is not installed", '"edgekd[train]"')
 
 
 @pytest.mark.parametrize(("package", "extra"), [("gguf", "gguf"), ("accelerate", "train")])

@@ -153,6 +153,11 @@ class Cache:
         learned = self.windows.loss_mask[torch.tensor(self.order), 1:].sum(dtype=torch.int64)
         return int(learned) * bytes_per_token(self.vocab_size)
 
+    @property
+    def digest(self) -> str:
+        """Of what its shards hold, once it is whole."""
+        return digest([read_sealed(self.path(shard).with_suffix(".json")) for shard in range(self.shards)])
+
     def of(self, shard: int) -> Sequence[int]:
         """The windows of a shard."""
         return self.order[shard * self.per_shard : (shard + 1) * self.per_shard]

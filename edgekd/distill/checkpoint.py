@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import EdgekdError
 from ..files import file_sha256, read_sealed, remove, sweep, write_sealed, write_text
 from ..manifest import first_complaint
+from .learner import set_rate
 from .ranks import ALONE, Ranks
 
 _PIECE_TENSORS = 32
@@ -166,12 +167,22 @@ def _state(
     state = {
         "model": {f"model/{name}": parameter.detach() for name, parameter in parameters.items()},
         "optimizer": {
-            f"optimizer/{name}:{key}": tensor.detach() if tensor.ndim else tensor.detach().view(1)
+            f"optimizer/{name}:{key}{part}": tensor.detach() if tensor.ndim else tensor.detach().view(1)
             for name, parameter in parameters.items()
-            for key, tensor in optimizer.state.get(parameter, {}).items()
+            for key, value in optimizer.state.get(parameter, {}).items()
+            for part, tensor in _parts(value).items()
         },
     }
     return state if best is None else {**state, "best": {f"best/{name}": tensor for name, tensor in best.items()}}
+
+
+def _parts(value: Tensor) -> dict[str, Tensor]:
+    """The tensors that hold a value, by the ending of their names: of a moment in 8 bits its codes and scales. The
+    table that codes stand in is always the same."""
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
+        return {"": value}
+    names, _ = value.__tensor_flatten__()
+    return {f".{name}": getattr(value, name) for name in names if name != "qmap"}
 
 
 def _write(tensors: dict[str, Tensor], folder: Path, name: str, ranks: Ranks) -> None:
@@ -193,15 +204,12 @@ def _write(tensors: dict[str, Tensor], folder: Path, name: str, ranks: Ranks) ->
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:
     """Have the optimizer make its state, which a step at rate zero does; the weights stay as they are."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    set_rate(optimizer, 0.0)  # each step sets its own
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def drop_checkpoints(work_dir: Path) -> None:

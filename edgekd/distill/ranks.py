@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import EdgekdError
+from ..errors import Agreed, EdgekdError
 from ..files import atomic_folder
 
 _PATIENCE = timedelta(days=30)  # the others wait while the first does what one process does alone
@@ -66,6 +66,26 @@ class Ranks:
         """Until all are here."""
         self.tell()
 
+    def follow(self) -> str:
+        """The first process's next words. Where it has ended, so does this one, without a word: it has said why.
+
+        Raises:
+            SystemExit: the first process has ended.
+        """
+        try:
+            return self.tell()
+        except RuntimeError:
+            raise SystemExit(EdgekdError.exit_code) from None
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process does the body, then the others: what each of them would refuse is refused once."""
+        if not self.first:
+            self.follow()
+        yield
+        if self.first:
+            self.wait()
+
     def check_alike(self, key: str) -> None:
         """Refuse processes that would train different things.
 
@@ -73,11 +93,11 @@ class Ranks:
             key: hex digest of what the training hangs on.
 
         Raises:
-            EdgekdError: in every process, if one has another.
+            Agreed: if one has another.
         """
         differs = float(self.tell(key) != key)
         if self.sum(torch.tensor([differs], dtype=torch.float64)).item():
-            raise EdgekdError(
+            raise Agreed(
                 f"The {self.count} processes do not agree on spec, seed, data, teacher or student.",
                 "Give all of them the same spec and the same files.",
             )
@@ -101,10 +121,10 @@ class Ranks:
         """How many of a step's windows each process reads.
 
         Raises:
-            EdgekdError: they cannot be shared evenly.
+            Agreed: they cannot be shared evenly.
         """
         if windows % self.count:
-            raise EdgekdError(
+            raise Agreed(
                 f"distill.batch_size: a step's {windows} windows (times gradient_accumulation) cannot be shared by "
                 f"{self.count} processes.",
                 f"Make their number a multiple of {self.count}.",

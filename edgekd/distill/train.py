@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import EdgekdError, SpecError
+from ..errors import Agreed, SpecError
 from ..spec import OF_TEACHER, MatchSpec
 from . import versions
 from .checkpoint import Event, Progress, RunLog, copy_of_weights, load_checkpoint, save_checkpoint, set_weights
 from .data import Windows
 from .evaluate import evaluate, evenly_spaced
 from .head import Outputs, WithHead
-from .learner import adamw, clip, learning
+from .learner import PLAIN, adamw, clip, learning, set_rate
 from .losses import Settings, needs_teacher, summed_losses
 from .matching import Matching
 from .mixture import mixed_indices
@@ -41,7 +41,7 @@ from .ranks import ALONE, Ranks
 from .signals import OnlineTeacher, TeacherSignal
 
 if TYPE_CHECKING:
-    from ..spec import TrainingSpec
+    from ..spec import MemorySpec, TrainingSpec
 
 VALIDATION_TOKENS = 16_384
 """Read at each validation while training: evenly spaced windows, the same every time."""
@@ -91,6 +91,7 @@ def train(
     precision_file: Path | None = None,
     writing: Writing | None = None,
     match: MatchSpec | None = None,
+    memory: MemorySpec = PLAIN,
     ranks: Ranks = ALONE,
 ) -> Trained:
     """Train ``model`` in place, going on from the newest checkpoint in ``work_dir``.
@@ -109,6 +110,7 @@ def train(
         precision_file: of ``choose_precision``, for trainings that are to take the same; default: one in ``work_dir``.
         writing: how the student writes text that it learns from too.
         match: what its layers are compared with, of a teacher that is an ``OnlineTeacher``.
+        memory: what is spared while it learns. Without adapters, ``method`` must follow it.
         ranks: the processes that train it together, each of which calls this with the same arguments. The first one
             alone writes and tells. Their number changes rounding and nothing else, and may change between two goes.
 
@@ -131,16 +133,18 @@ def train(
     key = _run_key(model, windows, spec, weights, signal.vocab_size if signal else None, taught, seed)
     ranks.check_alike(key)
     validation = evenly_spaced(validation, max(1, VALIDATION_TOKENS // context))
-    with learning(model, ranks) as student, _deterministic(ranks.device):
+    with learning(model, ranks, memory, seed) as student, _deterministic(ranks.device):
         if match:
             assert isinstance(signal, OnlineTeacher)
             signal.model.to(ranks.device)  # type: ignore[arg-type]
             student.add_module("matching", Matching(student.model, signal.model, match, seed))
-        method = method or Descent(adamw(student, spec), partial(learning_rate, spec))
+        method = method or Descent(adamw(student, spec, memory), partial(learning_rate, spec))
         run = _Run(
             ranks, student, method.optimizer, method.rate, windows, spec, weights, signal, seed, "float32", writing
         )
-        precision = choose_precision(spec, partial(_pass, run), precision_file or work_dir / PRECISION, ranks)
+        precision: Precision = "bfloat16"
+        if memory.weights == "float32":
+            precision = choose_precision(spec, partial(_pass, run), precision_file or work_dir / PRECISION, ranks)
         progress = _go_on(replace(run, precision=precision), validation, work_dir, key, on_event)
     model.eval()
     return {
@@ -321,8 +325,7 @@ def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool
     torch.manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
     run.model.train()
     rate = run.rate(step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(run.optimizer, rate)
     texts = run.texts(step)
     weights = texts.weights | (run.matching.weights if run.matching else {})
     # One mean over all tokens of the step, so that neither accumulation nor the number of processes changes it.
@@ -337,7 +340,7 @@ def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool
     *means, stopping = (ranks.sum(sums) / torch.tensor([learned] * len(weights) + [1])).tolist()
     loss = sum(weight * mean for weight, mean in zip(weights.values(), means, strict=True))
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise EdgekdError(f"Step {step + 1}: the loss or its gradient is not finite.", "Lower distill.learning_rate.")
+        raise Agreed(f"Step {step + 1}: the loss or its gradient is not finite.", "Lower distill.learning_rate.")
     run.optimizer.step()
     run.optimizer.zero_grad()
     seconds = time.perf_counter() - began

@@ -72,6 +72,8 @@ class Stage:
     """Folders of the stages whose files it reads."""
     state: Path | None = None
     """Where its training keeps checkpoints."""
+    together: bool = False
+    """Whether all processes that torchrun started do it; the others are the first one's."""
     phase: Literal["work", "bench"] = "work"
     """Benchmarks come last: nothing else should run while they do, and a failed gate stops before them."""
 
@@ -204,7 +206,8 @@ def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Mac
     state = run.state / f"{name}-{key[:12]}"
     cost = _with_measured_time(cost, spec.distill, run, state)
     job = partial(work.train_student, run, seed, distilled, state)
-    return Stage(_of(name, run, seed), run.trained(seed)[name], key, cost, job, _folders(read), state)
+    folder = run.trained(seed)[name]
+    return Stage(_of(name, run, seed), folder, key, cost, job, _folders(read), state, together=True)
 
 
 def _taken(run: Run) -> Stage:

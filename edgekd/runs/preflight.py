@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..architecture import read_architecture, read_decoder
-from ..errors import EdgekdError, SpecError
+from ..errors import EdgekdError, MissingExtra, SpecError
 from ..spec import Spec
 from ..student import check_model
 from ..targets import check
@@ -31,6 +32,7 @@ def open_run(
     run = resolve(spec, base=base, folder=folder, words=words, more_seeds=more_seeds)
     run.reader.check()
     _check_tokenizers(run)
+    _check_memory(run)
     if more_seeds and not run.trains:
         raise SpecError("--seeds: the spec has no teacher, nothing is trained.", "Leave it out.")
     _check_lengths(run)
@@ -77,13 +79,29 @@ def _check_spelling(run: Run) -> None:
         check_byte_level(model.tokenizer(), model.folder)
 
 
+def _check_memory(run: Run) -> None:
+    """Refuse adapters where the student has no matrix for them, and what is not installed."""
+    memory = run.spec.distill.memory
+    for package in ["peft"] * bool(memory.lora) + ["torchao"] * (memory.optimizer == "adamw8bit"):
+        if find_spec(package) is None:
+            raise MissingExtra(package, "train")
+    arch = read_architecture(run.student_config)
+    there = arch.layer_matrices()
+    for name in (memory.lora and memory.lora.targets) or ():
+        if name not in there:
+            why = "is the embedding too, and an adapter would part the two" if arch.tied else "takes no adapter"
+            why = why if name in ("lm_head", "embed_tokens") else "is no matrix of the student's layers"
+            raise SpecError(f"key 'distill.memory.lora.targets': {name} {why}.", f"There are: {', '.join(there)}.")
+
+
 def _check_lengths(run: Run) -> None:
     """Refuse lengths that the student, or an artifact's context, cannot hold."""
     spec, longest = run.spec, read_decoder(run.student_config).max_position_embeddings
     contexts = [target.context_of(longest) if longest else target.context for target in spec.targets]
     shortest = min(filter(None, (longest, *contexts)), default=None)
+    heard = run.teacher and run.teacher.checkpoint.decoder.max_position_embeddings
     wanted = {
-        "data.context": (spec.data.context, longest),
+        "data.context": (spec.data.context, min(filter(None, (longest, heard)), default=None)),
         "calibration.context": (spec.calibration.context if spec.calibration else 0, longest),
         "verify.context": (spec.verify.context, shortest),
         "verify.greedy_tokens": (spec.verify.greedy_tokens + 1, shortest),

@@ -13,6 +13,7 @@ from ..student import check_model, load_model, load_tokenizer, resolve_model, st
 from ..targets import label, load_recipe, section, stand_in
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ..quant.recipe import Recipe
@@ -48,9 +49,9 @@ class Model:
         """Its tokenizer."""
         return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
-    def model(self) -> PreTrainedModel:
-        """The model in float32."""
-        return load_model(self.folder, trust_remote_code=self.trust_remote_code)
+    def model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model, in float32 unless ``dtype`` says otherwise."""
+        return load_model(self.folder, dtype, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)

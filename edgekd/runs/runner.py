@@ -14,16 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock, Timeout
 
-from ..errors import EdgekdError
+from ..errors import Agreed, EdgekdError
 from ..files import atomic_folder, check_writable, remove, sweep
 from ..results import StageFigures
 from .chain import Stage
 from .records import Record, damage, outputs_of, read_record, write_record
 from .run import Run
+
+if TYPE_CHECKING:
+    from ..distill.ranks import Ranks
 
 _LOG = logging.getLogger(__name__)
 
@@ -114,22 +117,44 @@ def held(run: Run, chain: Sequence[Stage]) -> Iterator[None]:
         raise EdgekdError(f"{run.folder}: another edgekd is at work in it.", "Wait, or choose --out.") from error
 
 
-def do_stages(run: Run, chain: Sequence[Stage], faults: Mapping[str, str], watcher: Watcher) -> dict[str, Record]:
+def do_stages(
+    run: Run, chain: Sequence[Stage], faults: Mapping[str, str], watcher: Watcher, ranks: Ranks
+) -> dict[str, Record]:
     """Do what is to be done of stages, the others' records read; by the folder of each.
 
     Args:
         faults: ``to_do``'s.
+        ranks: the processes of which this is the first.
     """
-    return {stage.folder: _do(run, stage, faults, watcher) for stage in chain}
+    return {stage.folder: _do(run, stage, faults, watcher, ranks) for stage in chain}
 
 
-def _do(run: Run, stage: Stage, faults: Mapping[str, str], watcher: Watcher) -> Record:
+def take_part(run: Run, chain: Sequence[Stage], ranks: Ranks, trainings: str) -> None:
+    """Do the stages that the first process names, with it, until it names none.
+
+    Args:
+        trainings: digest of what they do, which must be the first process's too.
+
+    Raises:
+        SystemExit: it has ended, or all of them stop; then it has said why.
+    """
+    stages = {stage.name: stage for stage in chain}
+    try:
+        ranks.check_alike(trainings)
+        while name := ranks.follow():
+            stages[name].work(run.path(stages[name].folder), lambda share, note: None)
+    except (Agreed, KeyboardInterrupt):
+        ranks.follow()
+        raise
+
+
+def _do(run: Run, stage: Stage, faults: Mapping[str, str], watcher: Watcher, ranks: Ranks) -> Record:
     """The record of a stage, which is done now if it was not."""
     path = _record_path(run, stage.folder)
     fault = faults[stage.name] if stage.name in faults else _changed_input(run, read_record(path))
     if fault:
         _LOG.warning("%s. Doing again: %s.", fault.removesuffix("."), stage.name)
-    record = read_record(path) if fault is None else _make(run, stage, watcher)
+    record = read_record(path) if fault is None else _make(run, stage, watcher, ranks)
     watcher.end(stage.name, record.seconds, skipped=fault is None)
     if stage.state:
         from ..distill.checkpoint import drop_checkpoints
@@ -138,12 +163,14 @@ def _do(run: Run, stage: Stage, faults: Mapping[str, str], watcher: Watcher) -> 
     return record
 
 
-def _make(run: Run, stage: Stage, watcher: Watcher) -> Record:
+def _make(run: Run, stage: Stage, watcher: Watcher, ranks: Ranks) -> Record:
     """Temporary folder, rename, record: killed between any two, the stage is not done."""
     path = _record_path(run, stage.folder)
     watcher.begin(stage.name)
     began = time.monotonic()
     with atomic_folder(run.path(stage.folder), replace=True) as folder:
+        if stage.together:
+            ranks.tell(stage.name)
         figures = stage.work(folder, partial(watcher.progress, stage.name))
         outputs = outputs_of(folder)
         remove(path)

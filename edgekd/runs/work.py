@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shutil import disk_usage
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import DoesNotFit
 from ..files import digest, read_json, write_json
@@ -15,15 +15,16 @@ from ..proof import ModelQuality, Quality, QuantizedComparison
 from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
 from . import verbs
 from .records import Figures
-from .run import Export, Quantization, Run
+from .run import Export, Model, Quantization, Run
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ..distill.aligned import AlignedTeacher
     from ..distill.on_policy import Writing
+    from ..distill.ranks import Ranks
     from ..distill.signals import OnlineTeacher, Teachers, TeacherSignal
     from ..spec import DataSpec
 
@@ -61,13 +62,15 @@ def choose_cut(run: Run, out: Path, tell: Tell) -> Figures:
 
 
 def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, tell: Tell) -> Figures:
-    """Train the student; on labels alone where it is not distilled."""
+    """Train the student; on labels alone where it is not distilled. All processes that torchrun started do it
+    together, and the first of them writes."""
     from ..distill.checkpoint import validation_curve
     from ..distill.cut import read_kept
     from ..distill.data import load_windows
+    from ..distill.ranks import joined
     from ..distill.train import PRECISION, train
 
-    spec, data = run.spec, run.path("data")
+    spec, data, ranks = run.spec, run.path("data"), joined()
     teacher = run.reader
     tokenizer, trusted = teacher.tokenizer(), teacher.trust_remote_code
     kept = read_kept(run.path(CUT)) if run.chooses_cut else None
@@ -78,15 +81,18 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
         load_windows(data, "train"),
         load_windows(data, "validation"),
         spec.distill,
-        signal=_signal(run, seed, tell) if distilled else None,
+        signal=_signal(run, seed, ranks, tell) if distilled else None,
         seed=seed,
         work_dir=state,
         on_event=verbs.telling(tell),
         precision_file=run.state / PRECISION,
         writing=_writing(run, tokenizer, generation) if distilled else None,
         match=spec.distill.match if distilled else None,
+        memory=spec.distill.memory,
+        ranks=ranks,
     )
-    save_model(model, tokenizer, out, generation)
+    if ranks.first:
+        save_model(model, tokenizer, out, generation)
     return {**figures, "curve": validation_curve(state / "log.jsonl")}
 
 
@@ -102,8 +108,9 @@ def _writing(run: Run, tokenizer: PreTrainedTokenizerFast, generation: Path | No
     return Writing(spec, ends, run.spec.data.context)
 
 
-def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
-    """The teacher as the training hears it; a cached one is captured first, or what of it is missing."""
+def _signal(run: Run, seed: int, ranks: Ranks, tell: Tell) -> TeacherSignal:
+    """The teacher as the training hears it; a cached one is captured first, or what of it is missing, by all
+    processes."""
     from ..distill.cache import Cache, CachedTeacher, capture, key_of
     from ..distill.data import load_windows
     from ..distill.train import windows_of_step
@@ -118,7 +125,7 @@ def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
         return ServedTeacher(run.spec.teacher.served, run.spec.teacher.model, vocab_size)
     windows = load_windows(run.path("data"), "train")
     if run.spec.teacher.signal == "online":
-        return _teachers(run, vocab_size, windows.sources)
+        return _teachers(run, vocab_size, windows.sources, run.spec.teacher.weights)
     read = spec.steps * spec.windows_a_step
     if windows.sources is None:
         read = min(read, len(windows))  # no window is read again before all have been
@@ -136,12 +143,21 @@ def _signal(run: Run, seed: int, tell: Tell) -> TeacherSignal:
                 "Free some, lower distill.steps, or set teacher.signal to online.",
             )
         tell(0, f"teacher: {size_bytes / 2**20:,.0f} MiB to capture")
-        capture(cache, _teachers(run, vocab_size, windows.sources), tell)
-    return CachedTeacher(cache)
+        capture(cache, _teachers(run, vocab_size, windows.sources, run.spec.teacher.weights), tell)
+    ranks.wait()
+    told = CachedTeacher(cache)
+    ranks.check_alike(cache.digest)
+    return told
 
 
 def taught_by(run: Run) -> list[object]:
-    """What the student's training hangs on beside the first teacher: the others, and who teaches what."""
+    """What the student's training hangs on beside the first teacher: the others, who teaches what, and weights that
+    are not the checkpoint's."""
+    spec = run.spec.teacher
+    return [*_others(run), *([spec.weights] if spec and spec.weights != "float32" else [])]
+
+
+def _others(run: Run) -> list[object]:
     spec = run.spec.teacher
     if spec is not None and spec.served:
         return [[spec.served.url, spec.model, spec.served.top_logprobs]]
@@ -153,7 +169,25 @@ def taught_by(run: Run) -> list[object]:
     return [[[teacher.checkpoint.digest for teacher in run.teachers[1:]], shares]]
 
 
-def _teachers(run: Run, vocab_size: int, sources: torch.Tensor | None) -> OnlineTeacher | Teachers | AlignedTeacher:
+def _heard(teacher: Model, weights: Literal["float32", "bfloat16", "int4"]) -> PreTrainedModel:
+    """A teacher with the weights that the student is to hear."""
+    import torch
+
+    from ..distill.cut import decoder_layers
+    from ..distill.narrow import narrowed
+
+    if weights == "float32":
+        return teacher.model()
+    model = teacher.model(torch.bfloat16)
+    return narrowed(model, decoder_layers(model)) if weights == "int4" else model
+
+
+def _teachers(
+    run: Run,
+    vocab_size: int,
+    sources: torch.Tensor | None,
+    weights: Literal["float32", "bfloat16", "int4"] = "float32",
+) -> OnlineTeacher | Teachers | AlignedTeacher:
     """The teacher, or all of them, in memory.
 
     Args:
@@ -167,8 +201,8 @@ def _teachers(run: Run, vocab_size: int, sources: torch.Tensor | None) -> Online
         from ..distill.aligned import AlignedTeacher
 
         (one,) = run.teachers
-        return AlignedTeacher(one.model(), one.tokenizer(), run.reader.tokenizer(), one.folder)
-    models = [OnlineTeacher(teacher.model(), vocab_size) for teacher in run.teachers]
+        return AlignedTeacher(_heard(one, weights), one.tokenizer(), run.reader.tokenizer(), one.folder)
+    models = [OnlineTeacher(_heard(teacher, weights), vocab_size) for teacher in run.teachers]
     if len(models) == 1:
         return models[0]
     return Teachers(models, [spec.shares(source) for source in run.spec.data.each], sources)
