@@ -197,27 +197,36 @@ def plan(
     out: OutOption = None,
     seed: SeedOption = None,
     seeds: SeedsOption = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="24GB", help="Plan the training for a GPU of so much memory.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the stages, what is done already, and the RAM, disk and time each will need. Does no work."""
-    from dataclasses import asdict
+    """Show the stages, what is done already, and the RAM, disk and time each will need; and which ways of training
+    would fit. Does no work."""
+    from dataclasses import asdict, replace
 
-    from .console import plan_table
+    from .benchmarks.pick import limit_of
+    from .console import plan_table, training_table
     from .plan import PlannedStage, measure_machine, refuse_what_cannot_fit
-    from .runs.chain import planned_caches, stages
+    from .runs.chain import planned_caches, planned_capture, planned_trainings, stages
     from .runs.runner import to_do
 
     opened = _open(spec, out, seed, seeds=seeds)
     machine = measure_machine(opened.folder)
+    if gpu is not None:
+        machine = replace(machine, gpu_bytes=round(limit_of("memory", gpu)))
     chain = stages(opened, machine)
     left = to_do(opened, chain)
     rows = [PlannedStage.of(stage.name, stage.name not in left, stage.cost) for stage in chain]
-    caches = planned_caches(opened)
+    caches, ways, capture = planned_caches(opened), planned_trainings(opened, machine), planned_capture(opened, machine)
     if as_json:
-        stage_rows, cache_rows = ([asdict(row) for row in part] for part in (rows, caches))
-        print_json({"folder": str(opened.folder), "stages": stage_rows, "caches": cache_rows})
+        stage_rows, cache_rows, way_rows = ([asdict(row) for row in part] for part in (rows, caches, ways))
+        told = {"stages": stage_rows, "caches": cache_rows, "trainings": way_rows, "device": machine.device}
+        print_json({"folder": str(opened.folder), **told, "capture": asdict(capture) if capture else None})
     else:
         plan_table(opened.folder, rows, caches)
+        training_table(ways, capture, machine)
     refuse_what_cannot_fit({s.name: s.cost for s in chain if s.name in left}, machine, opened.folder)
 
 

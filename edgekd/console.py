@@ -27,7 +27,7 @@ from rich.table import Table
 from .conversation import Message, TooLong, check_prompt, fitted_chat, text_ids
 from .conversation import render_chat as render_chat  # where scripts that people have import it from
 from .errors import EdgekdError
-from .formats import plain, significant, size
+from .formats import duration, plain, significant, size
 from .proof import METRICS
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .benchmarks.predict import Estimate, Prediction
     from .doctor import Check
     from .manifest import Contract
-    from .plan import PlannedCache, PlannedStage
+    from .memory import Proposal
+    from .plan import Machine, PlannedCache, PlannedCapture, PlannedStage
     from .proof import Audit, Benchmark, Figure, Parity, Quality, TaskScore
     from .results import Results
     from .session import Session
@@ -168,6 +169,17 @@ def plan_table(folder: Path, rows: Sequence[PlannedStage], caches: Sequence[Plan
     for cache in caches:
         each, whole = plain(size(cache.bytes_per_1000_tokens)), plain(size(cache.bytes_at_context))
         typer.echo(f"{cache.target}: cache {each} for 1,000 tokens, {whole} for its context of {cache.context:,}")
+
+
+def training_table(ways: Sequence[Proposal], capture: PlannedCapture | None, machine: Machine) -> None:
+    """Ways to train, their peak memory, and whether there is so much; and what a cached teacher will take."""
+    budget = f"a GPU of {size(machine.gpu_bytes)}" if machine.gpu_bytes else f"this machine's {size(machine.ram_bytes)}"
+    if ways:
+        typer.echo(plain(f"training, peak memory within {budget}:"))
+    for way in ways:
+        typer.echo(plain(f"  {way.setting}: {'yes' if way.fits else 'no'}, {size(way.bytes)}"))
+    if capture:
+        typer.echo(plain(f"teacher's cache: {size(capture.disk_bytes)} at most, {duration(capture.seconds)} once"))
 
 
 def quality_table(quality: Quality) -> None:

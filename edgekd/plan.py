@@ -1,7 +1,8 @@
 """What a stage will need, before any work: RAM, disk and time, and whether the machine has them.
 
-Every figure here is an estimate from the model's shape; the constants were fitted to runs of the quickstart and are
-meant to be right within a factor of two, high rather than low for memory.
+Every figure here is an estimate from the model's shape. The peak of a training is computed (``memory``), right within
+15 %; the other constants were fitted to runs of the quickstart and are meant to be right within a factor of two, high
+rather than low for memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import psutil
 
 from .architecture import read_architecture
 from .errors import DoesNotFit
-from .spec import TrainingSpec
+from .memory import CONTEXT_BYTES, Device, Training, teacher_bytes, training_peak
+from .spec import DistillSpec, MemorySpec, TeacherSpec, TrainingSpec
 
 GIB = 2**30
 _PROCESS_RAM = int(0.6 * GIB)  # interpreter, torch and transformers before any model
@@ -35,6 +37,7 @@ class Cost:
     seconds: float
     source: str = "estimated:shape"
     """Of the seconds."""
+    gpu_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,15 @@ class PlannedCache:
 
 
 @dataclass(frozen=True)
+class PlannedCapture:
+    """What a cached teacher will write before the training, at most."""
+
+    tokens: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Machine:
     """What there is."""
 
@@ -81,18 +93,32 @@ class Machine:
     """Matrix products in float32, measured for a moment."""
     training_flops_per_s: float
     """The faster of float32 and bfloat16, which is what training takes."""
+    gpu_bytes: int = 0
+    """Memory of the GPU that trains; 0: the CPU does."""
+
+    @property
+    def device(self) -> Device:
+        """What trains."""
+        return "cuda" if self.gpu_bytes else "cpu"
 
 
 def measure_machine(folder: Path) -> Machine:
     """RAM of the machine, free disk where ``folder`` lies or will lie, and its speed at matrix products."""
     while not folder.exists():
         folder = folder.absolute().parent
-    single, half = _flops_per_s("float32"), _flops_per_s("bfloat16")
-    return Machine(psutil.virtual_memory().total, shutil.disk_usage(folder).free, single, max(single, half))
+    single, half = flops_per_s("float32"), flops_per_s("bfloat16")
+    ram, disk = psutil.virtual_memory().total, shutil.disk_usage(folder).free
+    return Machine(ram, disk, single, max(single, half), _gpu_bytes())
 
 
-def _flops_per_s(dtype: str) -> float:
-    """The best of a few matrix products."""
+def _gpu_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
+def flops_per_s(dtype: str) -> float:
+    """Of this machine's processor: the best of a few matrix products."""
     import torch
 
     size = 1024
@@ -105,26 +131,58 @@ def _flops_per_s(dtype: str) -> float:
     return 2 * size**3 / min(samples)
 
 
+def training_of(
+    spec: TrainingSpec, context: int, masked: bool, teacher: TeacherSpec | None, machine: Machine
+) -> Training:
+    """A training as the spec says it.
+
+    Args:
+        masked: whether documents share windows and do not see each other.
+        teacher: None for one on labels alone.
+    """
+    spared = spec.memory if isinstance(spec, DistillSpec) else MemorySpec()
+    # Where the spec leaves it open, it is measured when training begins; GPUs have units for it.
+    faster = machine.device == "cuda" or machine.training_flops_per_s > 4 / 3 * machine.flops_per_s
+    half = spec.precision == "bfloat16" or (spec.precision == "auto" and faster)
+    return Training(
+        batch_size=spec.batch_size,
+        context=context,
+        spared=spared,
+        autocast=half and spared.weights == "float32",
+        accumulates=spec.gradient_accumulation > 1,
+        masked=masked,
+        teacher=teacher.weights if teacher and teacher.signal == "online" and not teacher.served else None,
+        keeps_best=spec.patience is not None,
+    )
+
+
+def training_flops(student: Mapping[str, object], teacher: Mapping[str, object] | None, context: int) -> int:
+    """Operations of a token: backward costs twice forward; a token attends to half the window on average."""
+    operations = 3 * read_architecture(student).flops_per_token(context // 2)
+    return operations + (read_architecture(teacher).flops_per_token(context // 2) if teacher else 0)
+
+
 def training_cost(
     student: Mapping[str, object],
     teacher: Mapping[str, object] | None,
     spec: TrainingSpec,
-    context: int,
+    training: Training,
     machine: Machine,
 ) -> Cost:
-    """Cost of training: weights, gradients and two Adam moments in fp32, activations, logits, and the teacher."""
-    arch, weights = read_architecture(student), read_architecture(student).parameters()
-    taught = read_architecture(teacher) if teacher else None
-    tokens = spec.batch_size * context
-    activations = tokens * arch.layers * (12 * arch.hidden + 4 * arch.intermediate)
-    logits = tokens * arch.vocab_size * (3 if taught else 2)
-    # Backward costs twice forward; a token attends to half the window on average.
-    operations = 3 * arch.flops_per_token(context // 2) + (taught.flops_per_token(context // 2) if taught else 0)
-    steps = spec.steps * spec.gradient_accumulation
+    """Cost of a training, its checkpoints and the log."""
+    arch = read_architecture(student)
+    taught = read_architecture(teacher) if teacher and training.teacher else None
+    peak = training_peak(arch, taught, training, machine.device).bytes
+    loaded = CONTEXT_BYTES["cpu"] + 4 * arch.parameters()
+    if taught:
+        loaded += teacher_bytes(taught, "float32" if training.teacher == "float32" else "bfloat16")
+    tokens = spec.steps * spec.windows_a_step * training.context
+    operations = tokens * training_flops(student, teacher if taught else None, training.context)
     return Cost(
-        ram_bytes=_PROCESS_RAM + 4 * (4 * weights + (taught.parameters() if taught else 0) + activations + logits),
-        disk_bytes=4 * 5 * weights,
-        seconds=5 + steps * tokens * operations / (machine.training_flops_per_s * _TRAINING_SHARE),
+        ram_bytes=peak if machine.device == "cpu" else loaded,
+        disk_bytes=4 * 5 * arch.parameters(),
+        seconds=5 + operations / (machine.training_flops_per_s * _TRAINING_SHARE),
+        gpu_bytes=peak if machine.device == "cuda" else 0,
     )
 
 
@@ -184,6 +242,12 @@ def refuse_what_cannot_fit(costs: Mapping[str, Cost], machine: Machine, folder: 
                 f"stage {name} needs about {cost.ram_bytes / GIB:.1f} GiB of RAM, the machine has "
                 f"{machine.ram_bytes / GIB:.1f} GiB.",
                 "Lower distill.batch_size or data.context, or choose a smaller teacher or student.",
+            )
+        if machine.gpu_bytes and cost.gpu_bytes > machine.gpu_bytes:
+            raise DoesNotFit(
+                f"stage {name} needs about {cost.gpu_bytes / GIB:.1f} GiB on the GPU, which has "
+                f"{machine.gpu_bytes / GIB:.1f} GiB.",
+                "See what would fit with: edgekd plan SPEC",
             )
     disk = sum(cost.disk_bytes for cost in costs.values())
     if disk > machine.disk_free_bytes:

@@ -14,6 +14,7 @@ from edgekd import plan
 from edgekd.architecture import Decoder, read_architecture, read_config, read_decoder
 from edgekd.distill.signals import check_same_tokenizer
 from edgekd.errors import EdgekdError
+from edgekd.memory import Training
 from edgekd.spec import StudentSpec, TrainingSpec
 from edgekd.student import load_tokenizer, student_config, vocabulary_size
 from edgekd.targets.onnx.target import FEATURES
@@ -52,6 +53,7 @@ BAD = [
     },
 ]
 MACHINE = plan.Machine(ram_bytes=2**36, disk_free_bytes=2**40, flops_per_s=1e11, training_flops_per_s=1e11)
+TRAINING = Training(8, 64, teacher="float32")
 FRESH = {"init": "config", "architecture": "llama", "hidden_size": 32, "intermediate_size": 48, "layers": 1}
 
 
@@ -68,7 +70,7 @@ def test_any_value_of_any_key_has_an_answer(key: str, tiny_teacher: Path) -> Non
         lambda config: check_features(read_architecture(config), FEATURES, "ONNX", 64),
         lambda config: plan.inference_cost([config], 100, MACHINE),
         lambda config: plan.calibration_cost(config, 100, MACHINE),
-        lambda config: plan.training_cost(config, config, TrainingSpec(), 64, MACHINE),
+        lambda config: plan.training_cost(config, config, TrainingSpec(), TRAINING, MACHINE),
         lambda config: student_config(fresh, config),
         lambda config: student_config(cut, config),
     ]
@@ -123,7 +125,7 @@ def test_every_family_is_read_as_transformers_reads_it(theirs: Any, tmp_path: Pa
     student = student_config(spec_of(**FRESH, heads=2, kv_heads=1), config)
     assert student["vocab_size"] == theirs.vocab_size
     assert student["max_position_embeddings"] == theirs.max_position_embeddings
-    assert plan.training_cost(student, config, TrainingSpec(), 64, MACHINE).ram_bytes > 0
+    assert plan.training_cost(student, config, TrainingSpec(), TRAINING, MACHINE).ram_bytes > 0
 
 
 def test_a_nested_language_model_is_read() -> None:

@@ -21,8 +21,9 @@ from ..architecture import read_architecture
 from ..distill import mixed
 from ..distill import versions as algorithms
 from ..files import digest, file_sha256
-from ..plan import Cost, Machine, PlannedCache
-from ..spec import CUT_TOKENS, OF_TEACHER, DataSpec, Method, TrainingSpec
+from ..memory import Proposal, proposals, teacher_bytes
+from ..plan import Cost, Machine, PlannedCache, PlannedCapture
+from ..spec import CUT_TOKENS, OF_TEACHER, DataSpec, Method, TeacherSpec, TrainingSpec
 from ..targets import cache_value_bytes, code_of, versions
 from . import work
 from .records import Figures
@@ -105,6 +106,31 @@ def planned_caches(run: Run) -> list[PlannedCache]:
             context = target.context_of(longest)
             rows.append(PlannedCache.of(target.target, run.student_config, context, value_bytes))
     return rows
+
+
+def planned_capture(run: Run, machine: Machine) -> PlannedCapture | None:
+    """What a cached teacher will take, if the spec has one."""
+    spec = run.spec
+    if spec.teacher is None or spec.teacher.signal != "cached":
+        return None
+    from ..distill.cache import bytes_per_token
+
+    rows = run.reader.checkpoint.architecture.vocab_size
+    tokens = spec.distill.steps * spec.distill.windows_a_step * spec.data.context
+    seconds = plan.inference_cost([run.reader.config], tokens, machine).seconds
+    return PlannedCapture(tokens, tokens * bytes_per_token(rows), seconds)
+
+
+def planned_trainings(run: Run, machine: Machine) -> list[Proposal]:
+    """The student's training as the spec says it and as it could say, each with its peak memory."""
+    spec = run.spec
+    if not spec.teacher:
+        return []
+    student = read_architecture(run.student_config)
+    teacher = run.teacher.checkpoint.architecture if run.teacher else None
+    written = plan.training_of(spec.distill, spec.data.context, spec.data.isolate, spec.teacher, machine)
+    budget = machine.gpu_bytes or machine.ram_bytes
+    return proposals(student, teacher, written, machine.device, budget)
 
 
 def _key(reads: Iterable[Stage], code: Iterable[str], *facts: object) -> str:
@@ -198,11 +224,15 @@ def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Mac
     taught_by = work.taught_by(run) if distilled else []
     reader = run.reader.checkpoint.digest
     key = _key(read, [], algorithm, spec.student.model_dump(), initial, seed, reader, settings, *taught_by)
-    taught = (run.teacher or run.reader).config if distilled else None
-    cost = plan.training_cost(run.student_config, taught, spec.distill, spec.data.context, machine)
-    more = run.teachers[1:] if distilled else []
-    further = sum(4 * read_architecture(teacher.config).parameters() for teacher in more)
-    cost = replace(cost, ram_bytes=cost.ram_bytes + further)
+    teacher = spec.teacher if distilled else None
+    training = plan.training_of(spec.distill, spec.data.context, spec.data.isolate, teacher, machine)
+    taught = (run.teacher or run.reader).config
+    cost = plan.training_cost(run.student_config, taught, spec.distill, training, machine)
+    heard = training.teacher
+    further = [teacher_bytes(other.checkpoint.architecture, heard) for other in run.teachers[1:]] if heard else []
+    cost = replace(cost, ram_bytes=cost.ram_bytes + sum(further))
+    if teacher and (capture := planned_capture(run, machine)):
+        cost = replace(cost, disk_bytes=cost.disk_bytes + capture.disk_bytes, seconds=cost.seconds + capture.seconds)
     state = run.state / f"{name}-{key[:12]}"
     cost = _with_measured_time(cost, spec.distill, run, state)
     job = partial(work.train_student, run, seed, distilled, state)
@@ -276,7 +306,9 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, text: Stage, student
         state = run.state / f"qad-{wanted.recipe.name}-{key[:12]}"
         job = partial(work.quantize_aware, run, wanted, state)
         taught = config if settings.qad.teacher == "student" else run.reader.config
-        cost = plan.training_cost(config, taught, settings.qad, run.spec.data.context, machine)
+        heard, data_spec = TeacherSpec(model=str(run.reader.folder)), run.spec.data
+        training = plan.training_of(settings.qad, data_spec.context, data_spec.isolate, heard, machine)
+        cost = plan.training_cost(config, taught, settings.qad, training, machine)
         cost = _with_measured_time(cost, settings.qad, run, state)
     else:
         cost = plan.calibration_cost(config, settings.calibration_windows * _calibration_context(run), machine)
