@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +37,13 @@ class Event:
     step: int
     steps: int
     figures: Mapping[str, float]
+    unknown: Sequence[str] = ()
+    """Figures that nobody could know; null in the line."""
 
     def line(self) -> str:
         """Its JSON."""
-        return json.dumps({"event": self.event, "step": self.step, "steps": self.steps, **self.figures}) + "\n"
+        told = {"event": self.event, "step": self.step, "steps": self.steps, **self.figures}
+        return json.dumps(told | dict.fromkeys(self.unknown)) + "\n"
 
 
 class Progress(BaseModel):
@@ -301,7 +304,8 @@ def _event(line: str) -> Event | None:
     if not (isinstance(kind, str) and isinstance(step, int)):
         return None
     steps = steps if isinstance(steps, int) else step
-    return Event(kind, step, steps, {name: value for name, value in told.items() if isinstance(value, int | float)})
+    figures = {name: value for name, value in told.items() if isinstance(value, int | float)}
+    return Event(kind, step, steps, figures, [name for name, value in told.items() if value is None])
 
 
 def validation_curve(path: Path) -> list[dict[str, float]]:

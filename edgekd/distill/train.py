@@ -27,6 +27,7 @@ from ..errors import Agreed, SpecError
 from ..spec import OF_TEACHER, MatchSpec
 from . import versions
 from .checkpoint import Event, Progress, RunLog, copy_of_weights, load_checkpoint, save_checkpoint, set_weights
+from .compiled import COMPILED, perhaps_compiled
 from .data import Windows
 from .evaluate import evaluate, evenly_spaced
 from .head import Outputs, WithHead
@@ -39,6 +40,7 @@ from .pack import Batch
 from .precision import Precision, choose_precision
 from .ranks import ALONE, Ranks
 from .signals import OnlineTeacher, TeacherSignal
+from .speed import peak_flops_per_s
 
 if TYPE_CHECKING:
     from ..spec import MemorySpec, TrainingSpec
@@ -92,6 +94,7 @@ def train(
     writing: Writing | None = None,
     match: MatchSpec | None = None,
     memory: MemorySpec = PLAIN,
+    flops_per_token: float | None = None,
     ranks: Ranks = ALONE,
 ) -> Trained:
     """Train ``model`` in place, going on from the newest checkpoint in ``work_dir``.
@@ -110,6 +113,7 @@ def train(
         precision_file: of ``choose_precision``, for trainings that are to take the same; default: one in ``work_dir``.
         writing: how the student writes text that it learns from too.
         match: what its layers are compared with, of a teacher that is an ``OnlineTeacher``.
+        flops_per_token: operations of student and teacher, of which ``mfu`` is told; None: it is unknown.
         memory: what is spared while it learns. Without adapters, ``method`` must follow it.
         ranks: the processes that train it together, each of which calls this with the same arguments. The first one
             alone writes and tells. Their number changes rounding and nothing else, and may change between two goes.
@@ -145,7 +149,15 @@ def train(
         precision: Precision = "bfloat16"
         if memory.weights == "float32":
             precision = choose_precision(spec, partial(_pass, run), precision_file or work_dir / PRECISION, ranks)
-        progress = _go_on(replace(run, precision=precision), validation, work_dir, key, on_event)
+        peak = peak_flops_per_s(ranks.device, precision) if flops_per_token else None
+        share = flops_per_token / (peak * ranks.count) if flops_per_token and peak else None
+        run = replace(run, precision=precision, share_per_token=share)
+        passes = (spec.steps * spec.windows_a_step) // (ranks.count * spec.batch_size)
+        one_pass = partial(_pass, run, precision, spec.batch_size)
+        # Text that is written has another length each time, and layers that are listened to do not stand alone.
+        layers = [] if writing or match else _layers(student, ranks)
+        with perhaps_compiled(layers, one_pass, passes, work_dir / COMPILED, precision):
+            progress = _go_on(run, validation, work_dir, key, on_event)
     model.eval()
     return {
         "steps": progress.step,
@@ -252,6 +264,8 @@ class _Run:
     seed: int
     precision: Precision
     writing: Writing | None = None
+    share_per_token: float | None = None
+    """Seconds of the processors' whole work for a token: what a second's tokens are multiplied by for ``mfu``."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -354,12 +368,21 @@ def _step(run: _Run, progress: Progress, interrupted: bool) -> tuple[Event, bool
         "gradient_norm": norm,
         "tokens_per_s": tokens / seconds,
     }
-    return Event("step", progress.step, spec.steps, figures), bool(stopping)
+    if run.share_per_token is not None:
+        figures["mfu"] = run.share_per_token * tokens / seconds
+    unknown = ["mfu"] * (run.share_per_token is None)
+    return Event("step", progress.step, spec.steps, figures, unknown), bool(stopping)
 
 
-def _pass(run: _Run, precision: Precision) -> None:
+def _layers(student: WithHead, ranks: Ranks) -> list[torch.nn.Module]:
+    """What may be compiled: the decoder layers; none where they are sharded, or weights are put into them (``qad``)."""
+    body = getattr(student.model, "get_decoder", None)
+    return [*body().layers] if body and ranks.count == 1 and hasattr(body(), "layers") else []
+
+
+def _pass(run: _Run, precision: Precision, windows: int = _TIMED_WINDOWS) -> None:
     """A forward and a backward pass over a few windows, of which nothing stays."""
-    count = min(_TIMED_WINDOWS, run.spec.batch_size, len(run.windows))
+    count = min(windows, run.spec.batch_size, len(run.windows))
     index = windows_of_step(run.seed, 0, run.windows, count)
     batch = run.windows.batch(index, run.ranks.device)
     total, _ = replace(run, precision=precision).losses(batch, index, run.weights)

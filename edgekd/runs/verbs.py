@@ -326,8 +326,9 @@ def telling(tell: Callable[[float, str], None]) -> Callable[[Event], None]:
 
     def on_event(event: Event) -> None:
         if event.event == "step":
-            loss, speed = event.figures["loss"], event.figures["tokens_per_s"]
-            tell(event.step / event.steps, f"loss {loss:.3f}  {speed:,.0f} tok/s")
+            loss, speed, mfu = (event.figures.get(key) for key in ("loss", "tokens_per_s", "mfu"))
+            used = "" if mfu is None else f"  MFU {mfu:.0%}"
+            tell(event.step / event.steps, f"loss {loss:.3f}  {speed:,.0f} tok/s{used}")
 
     return on_event
 

@@ -11,6 +11,7 @@ from ..errors import DoesNotFit
 from ..files import digest, read_json, write_json
 from ..manifest import load_artifact
 from ..matmul import fast_float32
+from ..plan import training_flops
 from ..proof import ModelQuality, Quality, QuantizedComparison
 from ..student import generation_config, init_student, load_model, save_model, vocabulary_size
 from . import verbs
@@ -89,6 +90,7 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
         writing=_writing(run, tokenizer, generation) if distilled else None,
         match=spec.distill.match if distilled else None,
         memory=spec.distill.memory,
+        flops_per_token=_operations(run, distilled),
         ranks=ranks,
     )
     if ranks.first:
@@ -106,6 +108,16 @@ def _writing(run: Run, tokenizer: PreTrainedTokenizerFast, generation: Path | No
     told = read_json(generation).get("eos_token_id") if generation else None
     ends = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])} - {None}
     return Writing(spec, ends, run.spec.data.context)
+
+
+def _operations(run: Run, distilled: bool) -> int | None:
+    """Of a training's token: the student's, and the teacher's where it runs beside it; None where how often several
+    teachers, or the student's writing, run is not known."""
+    spec = run.spec.teacher
+    if distilled and (len(run.teachers) > 1 or run.spec.distill.on_policy):
+        return None
+    heard = run.teacher.config if distilled and run.teacher and spec and spec.signal == "online" else None
+    return training_flops(run.student_config, heard, run.spec.data.context)
 
 
 def _signal(run: Run, seed: int, ranks: Ranks, tell: Tell) -> TeacherSignal:

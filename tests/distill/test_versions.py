@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from edgekd.distill import train as loop
 from edgekd.distill import versions
+from edgekd.distill.cache import decode, encode
 from edgekd.distill.cut import choose
 from edgekd.distill.data import Windows, load_windows, prepare
 from edgekd.distill.evaluate import evenly_spaced
@@ -113,6 +114,7 @@ EVALUATED = {
     }
 }
 TEXTS = {2: {"text": "c84a37099515b7c4", "chat": "eaf81ab37b602015"}}
+CACHES = {1: [40, 64, 0.22491484, -0.85304360, -1.4280095]}
 CUTS = {1: [[0, 1, 2], 1563, [4138, 4292, 4000]]}
 STUDENTS = {1: [1.1788909, -0.66484665]}
 QADS = {3: [0.623872, 0.004145]}
@@ -170,6 +172,20 @@ def test_text(tmp_path, kind):
         for tensor in found.tensors:
             digest.update(tensor.contiguous().numpy().tobytes())
     assert digest.hexdigest()[:16] == TEXTS[versions.TEXT][kind], told(versions.TEXT)
+
+
+def test_caches():
+    """Ids and weights of the likeliest and of the draws, packed and read again."""
+    teacher = 2 * torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(3))
+    uniform = torch.rand(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    rows = encode(teacher, 1.5, uniform)
+    ids, logs, weights = decode(rows, VOCAB)
+    drawn = torch.randn(3, ids.numel(), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = [
+        (a @ b.double().flatten() / b.double().norm()).item() for a, b in zip(drawn, (ids, logs, weights), strict=True)
+    ]
+    # A draw's place in the distribution may round to the next id on another CPU.
+    assert [*rows.shape, *found] == pytest.approx(CACHES[versions.CACHE], abs=5e-3), told(versions.CACHE)
 
 
 def folder_of(made: Qwen3ForCausalLM, tiny_teacher: Path, out: Path) -> Path:
