@@ -75,7 +75,8 @@ def trained(folder: Path, spec: Mapping[str, object], seed: int) -> dict[str, fl
 
 def _of_training(out: Path) -> dict[str, float]:
     """Tokens and seconds of a training, from its stage's record."""
-    told: Json = read_sealed(out / ".edgekd" / "student.json")["figures"]
+    told = read_sealed(out / ".edgekd" / "student.json")["figures"]
+    assert isinstance(told, dict)
     return {name: told[name] for name in ("tokens", "train_s")}
 
 

@@ -7,7 +7,8 @@ token is several of the teacher's, the probability of just these is its own. (UL
 probabilities instead; GOLD merges the tokens of such spans.)
 
 It is no unbiased estimate: a token of the teacher that is shorter than the student would have cut counts for the
-student's short token, but for the text that is really there. Where nothing is known, the text itself is the teacher.
+student's short token, but for the text that is really there. Where nothing is known, or the text itself would be
+impossible, the text is the teacher.
 
 Shapes: ``B`` windows of ``T`` tokens; ``V`` ids of the student, ``U`` of the teacher, spelled with at most ``M``.
 """
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 LEAST = 0.01
 """Of the teacher's probability, that of the tokens which go on as the text has: below, the text alone is believed."""
+NOTHING = 1e-9
+"""A reading that gives the text itself no more is none."""
 _END = b"\x00<end of text>"
 
 
@@ -134,7 +137,8 @@ class Aligned:
         self._merge(found, index)
         found.clamp_min_(0)
         mass = found.sum(-1, keepdim=True)
-        told = (mass.squeeze(-1) >= LEAST) & (at >= 0)
+        of_text = found.gather(-1, self.labels[index, None]).squeeze(-1)
+        told = (mass.squeeze(-1) >= LEAST) & (of_text > NOTHING) & (at >= 0)
         text = nn.functional.one_hot(self.labels[index], self.vocab_size).to(found)
         return torch.where(told[:, None], found / mass.clamp_min(1e-9), text).log().clamp_min(FLOOR)
 
@@ -222,13 +226,12 @@ class AlignedTeacher:
                     behind[flat, : len(since)] = torch.tensor(since, dtype=torch.int64)
                 if len(path) > 1:
                     paths[flat] = [(document * width + base + i, token) for i, token in enumerate(path)]
-        path = torch.full((rows * length, max(map(len, paths.values()), default=1), 2), -1)
+        together = torch.full((rows * length, max(map(len, paths.values()), default=1), 2), -1)
         for flat, steps in paths.items():
-            path[flat, : len(steps)] = torch.tensor(steps)
+            together[flat, : len(steps)] = torch.tensor(steps)
         said = self._teacher.teach(theirs.to(device))
-        labels = ids.roll(-1, 1).flatten()
-        table, at, behind, path = (t.to(device) for t in (self._table, at, behind, path))
-        return Aligned(said, table, self.vocab_size, labels, at, behind, path)
+        table, *of_places = (t.to(device) for t in (self._table, ids.roll(-1, 1).flatten(), at, behind, together))
+        return Aligned(said, table, self.vocab_size, *of_places)
 
     def _check_room(self, width: int) -> None:
         most = getattr(self.model.config, "max_position_embeddings", None) or width

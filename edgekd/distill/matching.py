@@ -63,11 +63,11 @@ class Matching(nn.Module):
         self._heard: dict[tuple[int, str, int], Tensor] = {}
         ours, theirs = (_layers(model) for model in self._models)
         self.pairs = layer_pairs(len(ours), len(theirs), spec.layers)
-        widths = [int(getattr(model, "config").hidden_size) for model in self._models]  # noqa: B009
+        width, wanted = (_width(model) for model in self._models)
         generator = torch.Generator().manual_seed(seed)
         self.projections = nn.ParameterDict(
             {
-                f"{name}-{layer}": nn.Parameter(_projection(*widths, generator))
+                f"{name}-{layer}": nn.Parameter(_projection(width, wanted, generator))
                 for name in self.weights
                 for layer, _ in self.pairs
             }
@@ -116,6 +116,11 @@ class Matching(nn.Module):
 def _layers(model: Any) -> Sequence[Any]:
     layers: Sequence[Any] = model.get_decoder().layers
     return layers
+
+
+def _width(model: Any) -> int:
+    width: int = model.config.hidden_size
+    return width
 
 
 def _projection(student: int, teacher: int, generator: torch.Generator) -> Tensor:

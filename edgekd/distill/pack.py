@@ -77,9 +77,8 @@ class Windows:
 
     def at(self, index: Tensor) -> Self:
         """Some of them, in this order."""
-        optional = {"begins": self.begins, "sources": self.sources}
-        chosen = {name: tensor if tensor is None else tensor[index] for name, tensor in optional.items()}
-        return replace(self, ids=self.ids[index], loss_mask=self.loss_mask[index], **chosen)
+        begins, sources = (None if tensor is None else tensor[index] for tensor in (self.begins, self.sources))
+        return replace(self, ids=self.ids[index], loss_mask=self.loss_mask[index], begins=begins, sources=sources)
 
     def by_source(self) -> dict[str, Self]:
         """Those of each source, by its name; empty where there is but one."""

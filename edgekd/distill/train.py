@@ -317,7 +317,7 @@ class _Run:
         with self.autocast():
             texts = [writing.write(self.model.model, self.windows, micro, *given) for micro in micros]
         learned = sum(int(text.batch.mask.sum()) for text in texts)
-        told = {"written_tokens": learned, "texts_dropped": sum(text.dropped for text in texts)}
+        told: dict[str, float] = {"written_tokens": learned, "texts_dropped": sum(text.dropped for text in texts)}
         weights = {str(name): weight for name, weight in writing.spec.loss.items()}
         batches = zip(micros, (text.batch for text in texts), strict=True)
         return _Texts(batches, weights, learned, sum(text.batch.ids.numel() for text in texts), told)

@@ -106,7 +106,7 @@ def by_hand(of, teacher, student, ids):
                 together = math.prod(p[row][theirs[row + 1]] for row in range(base, last))
                 mass[words[theirs[base + 1]][0]] -= together
                 mass[follows] += together
-        if sum(mass) < LEAST:
+        if sum(mass) < LEAST or mass[follows] < 1e-9:
             mass = [0.0] * len(mass)
             mass[follows] = 1.0
         found.append([x / sum(mass) for x in mass])
