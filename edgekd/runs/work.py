@@ -241,7 +241,7 @@ def measure_quality(run: Run, seed: int, out: Path, tell: Tell) -> Figures:
     measured: dict[str, ModelQuality] = {}
     if seed == run.spec.seed and signal:
         tell(0, "teacher")
-        said = [evaluate_signal(of_part, part) for of_part, part in zip(heard, parts.values(), strict=True)]
+        said = [evaluate_signal(of_part, part) for of_part, part in zip(heard, parts.values(), strict=True) if of_part]
         teachers = signal.teachers if isinstance(signal, Teachers) else [signal]
         measured["teacher"] = _quality(
             sum(t.model.num_parameters() for t in teachers), dict(zip(parts, said, strict=True))
