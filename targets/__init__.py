@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
@@ -203,9 +203,8 @@ def runtime_build(target: str) -> str:
 def arithmetic(artifact: Artifact) -> Arithmetic:
     """The precision in which an artifact's runtime multiplies with its matrices."""
     manifest = artifact.manifest
-    own = getattr(load_target(manifest.target), "arithmetic", lambda *_: "float32")
-    found: Arithmetic = own(load_recipe(manifest.recipe, manifest.target), manifest.details or {})
-    return found
+    own: Callable[..., Arithmetic] | None = getattr(load_target(manifest.target), "arithmetic", None)
+    return own(load_recipe(manifest.recipe, manifest.target), manifest.details or {}) if own else "float32"
 
 
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: TargetSpec) -> None:

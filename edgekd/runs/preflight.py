@@ -99,17 +99,14 @@ def _check_lengths(run: Run) -> None:
     spec, longest = run.spec, read_decoder(run.student_config).max_position_embeddings
     contexts = [target.context_of(longest) if longest else target.context for target in spec.targets]
     shortest = min(filter(None, (longest, *contexts)), default=None)
-    heard = run.teacher and run.teacher.checkpoint.decoder.max_position_embeddings
+    heard = [teacher.checkpoint.decoder.max_position_embeddings for teacher in run.teachers]
     wanted = {
-        "data.context": (spec.data.context, min(filter(None, (longest, heard)), default=None)),
+        "data.context": (spec.data.context, min(filter(None, (longest, *heard)), default=None)),
         "calibration.context": (spec.calibration.context if spec.calibration else 0, longest),
         "verify.context": (spec.verify.context, shortest),
         "verify.greedy_tokens": (spec.verify.greedy_tokens + 1, shortest),
         "bench.prompt_tokens": (max(spec.bench.prompt_tokens) + spec.bench.decode_tokens, shortest),
     }
-    for teacher in run.teachers:
-        if (most := teacher.checkpoint.decoder.max_position_embeddings) and spec.data.context > most:
-            wanted["data.context"] = (spec.data.context, most)
     for key, (tokens, most) in wanted.items():
         if most and tokens > most:
             raise SpecError(f"key '{key}': {tokens} tokens are more than the context of {most}.", "Lower it.")
