@@ -203,8 +203,8 @@ def runtime_build(target: str) -> str:
 def arithmetic(artifact: Artifact) -> Arithmetic:
     """The precision in which an artifact's runtime multiplies with its matrices."""
     manifest = artifact.manifest
-    own: Callable[..., Arithmetic] | None = getattr(load_target(manifest.target), "arithmetic", None)
-    return own(load_recipe(manifest.recipe, manifest.target), manifest.details or {}) if own else "float32"
+    own: Callable[..., Arithmetic] = getattr(load_target(manifest.target), "arithmetic", lambda *_: "float32")
+    return own(load_recipe(manifest.recipe, manifest.target), manifest.details or {})
 
 
 def check(config: Mapping[str, object], tokenizer_folder: Path, spec: TargetSpec) -> None:
