@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 
+from ...checkpoint import Checkpoint
 from ...manifest import Artifact, load_artifact
 from ...matmul import fast_float32
 from ...proof import Comparison
@@ -26,7 +27,7 @@ from ...targets import export, load_recipe, load_target, open_artifact
 Text = Literal["mixed", "stdlib"]
 TEXTS: tuple[Text, ...] = ("mixed", "stdlib")
 RECIPES = ["gguf-q4_0", "gguf-iq4_nl", "gguf-q4_k_s", "gguf-q4_k_m", "portable-int4", "portable-mixed"]
-_CONTEXT, _HELD_OUT = 512, (16, 256)
+_CONTEXT, _HELD_OUT, _HELD_OUT_CONTEXT = 512, 16, 256
 
 
 def main(
@@ -44,7 +45,7 @@ def main(
         artifact = _artifact(model, name, text, windows, bits, out)
         found = [_compared(model, artifact, ids) for ids in held_out.values()]
         shown = " | ".join(
-            f"{one.kl_mean:.4f} (median window {np.median(one.samples['kl_mean']):.4f})" for one in found
+            f"{one.kl_mean:.3g} (median window {np.median(one.samples['kl_mean']):.3g})" for one in found
         )
         typer.echo(f"| {name} | {artifact.manifest.bits_per_weight:.2f} | {shown} |")
 
@@ -55,16 +56,22 @@ def _prepared(model: Path, text: Text, out: Path) -> Path:
 
     folder = out / text
     if not (folder / "test.safetensors").is_file():
-        spec = DataSpec(source=text, context=_CONTEXT)
+        spec = DataSpec(source=text, context=_context(model))
         prepare(spec, load_tokenizer(model), folder, seed=0, base=Path())
     return folder
+
+
+def _context(model: Path) -> int:
+    """Tokens of a window, which the model may not hold."""
+    return min(_CONTEXT, Checkpoint(model).architecture.context_length)
 
 
 def _held_out(folder: Path) -> np.ndarray:
     from ...distill.data import load_windows
     from ...verify.reference import held_out_windows
 
-    return held_out_windows(load_windows(folder, "test").ids.int().numpy(), *_HELD_OUT)
+    ids = load_windows(folder, "test").ids.int().numpy()
+    return held_out_windows(ids, _HELD_OUT, min(_HELD_OUT_CONTEXT, ids.shape[1]))
 
 
 def _artifact(model: Path, recipe: str, text: Text, windows: int, bits: float | None, out: Path) -> Artifact:
@@ -86,7 +93,7 @@ def _artifact(model: Path, recipe: str, text: Text, windows: int, bits: float | 
         quantize(model, grid, chosen, method="gptq", ids=ids)
     if chosen.needs_moments and not moments.is_file():
         save_file(second_moments(model, ids), moments)
-    section = load_target("gguf").Options(target="gguf", recipes=[recipe], context=_CONTEXT)
+    section = load_target("gguf").Options(target="gguf", recipes=[recipe], context=_context(model))
     given = grid if chosen.on_grid else None
     return export(model, section, recipe, folder, name=label, quantized=given, moments=moments)
 
