@@ -8,12 +8,12 @@ real models and compare. Bytes are of one process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .architecture import Architecture
-from .spec import MemorySpec
+from .spec import MemorySpec, TeacherWeights
 
 Device = Literal["cpu", "cuda"]
 CONTEXT_BYTES: dict[Device, int] = {"cpu": 680 * 2**20, "cuda": 512 * 2**20}
@@ -40,8 +40,8 @@ class Training:
     accumulates: bool = False
     masked: bool = True
     """Whether documents share windows, and do not see each other."""
-    teacher: Literal["float32", "bfloat16", "int4"] | None = None
-    """Its weights; None: none is in memory."""
+    teacher: TeacherWeights | None = None
+    """The teachers' weights; None: none is in memory."""
     keeps_best: bool = False
     processes: int = 1
 
@@ -75,7 +75,7 @@ class Peak:
         return self.weights + self.gradients + self.moments + self.teacher + self.activations
 
 
-def training_peak(student: Architecture, teacher: Architecture | None, training: Training, device: Device) -> Peak:
+def training_peak(student: Architecture, teachers: Sequence[Architecture], training: Training, device: Device) -> Peak:
     """The peak of a training step, from the second on, when the moments are there."""
     spared, count = training.spared, student.parameters()
     learned = adapter_parameters(student, spared) if spared.lora else count
@@ -84,9 +84,6 @@ def training_peak(student: Architecture, teacher: Architecture | None, training:
     of_moments = 2 * (1 + 4 / 256) if spared.optimizer == "adamw8bit" else 8
     weights = wide * count + (4 * learned if spared.lora else 0)
     best = 4 * learned if training.keeps_best and (device == "cpu" or training.processes > 1) else 0
-    heard = 0
-    if teacher and training.teacher:
-        heard = teacher_bytes(teacher, training.teacher)
     of_pass, of_step = _pass_bytes(student, training, device), _step_bytes(student, training, device)
     first = of_pass + (of_gradient * learned // training.processes if training.accumulates else 0)
     last = of_gradient * learned // training.processes + max(of_step, _layer_bytes(student, training))
@@ -96,13 +93,13 @@ def training_peak(student: Architecture, teacher: Architecture | None, training:
         weights=(weights + best) // training.processes + shared,
         gradients=gradients,
         moments=int(of_moments * learned) // training.processes,
-        teacher=heard,
+        teacher=sum(teacher_bytes(one, training.teacher) for one in teachers) if training.teacher else 0,
         activations=max(first, last) - gradients,
         base=CONTEXT_BYTES[device],
     )
 
 
-def teacher_bytes(teacher: Architecture, weights: Literal["float32", "bfloat16", "int4"]) -> int:
+def teacher_bytes(teacher: Architecture, weights: TeacherWeights) -> int:
     """Of a teacher's weights; in int4 the layers' matrices are, and the rest is bfloat16."""
     count = teacher.parameters()
     if weights == "int4":
@@ -207,13 +204,13 @@ _SPARING = MemorySpec(weights="bfloat16", optimizer="adamw8bit", checkpoint_acti
 
 
 def proposals(
-    student: Architecture, teacher: Architecture | None, written: Training, device: Device, budget: int
+    student: Architecture, teachers: Sequence[Architecture], written: Training, device: Device, budget: int
 ) -> list[Proposal]:
     """As the spec says, and what else there is to choose, each with its peak against a budget in bytes."""
     return [
         Proposal(name, peak, peak <= budget)
         for name, training in _ways(written)
-        for peak in [training_peak(student, teacher, training, device).bytes]
+        for peak in [training_peak(student, teachers, training, device).bytes]
     ]
 
 

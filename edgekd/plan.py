@@ -19,7 +19,7 @@ import psutil
 from .architecture import read_architecture
 from .errors import DoesNotFit
 from .memory import CONTEXT_BYTES, Device, Training, teacher_bytes, training_peak
-from .spec import DistillSpec, MemorySpec, TeacherSpec, TrainingSpec
+from .spec import DataSpec, DistillSpec, MemorySpec, TeacherWeights, TrainingSpec
 
 GIB = 2**30
 _PROCESS_RAM = int(0.6 * GIB)  # interpreter, torch and transformers before any model
@@ -131,14 +131,11 @@ def flops_per_s(dtype: str) -> float:
     return 2 * size**3 / min(samples)
 
 
-def training_of(
-    spec: TrainingSpec, context: int, masked: bool, teacher: TeacherSpec | None, machine: Machine
-) -> Training:
+def training_of(spec: TrainingSpec, data: DataSpec, heard: TeacherWeights | None, machine: Machine) -> Training:
     """A training as the spec says it.
 
     Args:
-        masked: whether documents share windows and do not see each other.
-        teacher: None for one on labels alone.
+        heard: the weights of the teachers beside the student; None: there are none.
     """
     spared = spec.memory if isinstance(spec, DistillSpec) else MemorySpec()
     # Where the spec leaves it open, it is measured when training begins; GPUs have units for it.
@@ -146,38 +143,37 @@ def training_of(
     half = spec.precision == "bfloat16" or (spec.precision == "auto" and faster)
     return Training(
         batch_size=spec.batch_size,
-        context=context,
+        context=data.context,
         spared=spared,
         autocast=half and spared.weights == "float32",
         accumulates=spec.gradient_accumulation > 1,
-        masked=masked,
-        teacher=teacher.weights if teacher and teacher.signal == "online" and not teacher.served else None,
+        masked=data.isolate,
+        teacher=heard,
         keeps_best=spec.patience is not None,
     )
 
 
-def training_flops(student: Mapping[str, object], teacher: Mapping[str, object] | None, context: int) -> int:
+def training_flops(student: Mapping[str, object], teachers: Sequence[Mapping[str, object]], context: int) -> int:
     """Operations of a token: backward costs twice forward; a token attends to half the window on average."""
-    operations = 3 * read_architecture(student).flops_per_token(context // 2)
-    return operations + (read_architecture(teacher).flops_per_token(context // 2) if teacher else 0)
+    return sum(read_architecture(config).flops_per_token(context // 2) for config in (*[student] * 3, *teachers))
 
 
 def training_cost(
     student: Mapping[str, object],
-    teacher: Mapping[str, object] | None,
+    teachers: Sequence[Mapping[str, object]],
     spec: TrainingSpec,
     training: Training,
     machine: Machine,
 ) -> Cost:
     """Cost of a training, its checkpoints and the log."""
     arch = read_architecture(student)
-    taught = read_architecture(teacher) if teacher and training.teacher else None
+    heard = teachers if training.teacher else []
+    taught = [read_architecture(config) for config in heard]
     peak = training_peak(arch, taught, training, machine.device).bytes
     loaded = CONTEXT_BYTES["cpu"] + 4 * arch.parameters()
-    if taught:
-        loaded += teacher_bytes(taught, "float32" if training.teacher == "float32" else "bfloat16")
+    loaded += sum(teacher_bytes(one, "float32" if training.teacher == "float32" else "bfloat16") for one in taught)
     tokens = spec.steps * spec.windows_a_step * training.context
-    operations = tokens * training_flops(student, teacher if taught else None, training.context)
+    operations = tokens * training_flops(student, heard, training.context)
     return Cost(
         ram_bytes=peak if machine.device == "cpu" else loaded,
         disk_bytes=4 * 5 * arch.parameters(),

@@ -48,6 +48,7 @@ LossName = Literal[
     "forward_kl", "reverse_kl", "skewed_kl", "skewed_reverse_kl", "jsd", "total_variation", "cross_entropy"
 ]
 MatchName = Literal["hidden", "attention"]
+TeacherWeights = Literal["float32", "bfloat16", "int4"]
 LayerNumber = Annotated[int, Field(ge=0, lt=2**12)]
 OF_TEACHER = ("loss", "temperature", "jsd_beta", "skew", "on_policy", "match")
 """Keys of a training that say nothing where there is no teacher."""
@@ -105,7 +106,7 @@ class TeacherSpec(OneTeacher):
     more: Annotated[list[OneTeacher], Field(max_length=100)] = Field(
         [], description="Further teachers with the same tokenizer, each with the keys above."
     )
-    weights: Literal["float32", "bfloat16", "int4"] = Field(
+    weights: TeacherWeights = Field(
         "float32",
         description="As the student hears it; int4: the layers' matrices on edgekd's grid, rounded to nearest, and the "
         "rest in bfloat16. Quality is measured against the teacher in float32.",
@@ -120,6 +121,11 @@ class TeacherSpec(OneTeacher):
     def each(self) -> Sequence[OneTeacher]:
         """Every teacher, the one whose tokenizer the student has first."""
         return [self, *self.more]
+
+    @property
+    def beside(self) -> TeacherWeights | None:
+        """Its weights in memory while the student learns; None: there are none."""
+        return self.weights if self.signal == "online" and not self.served else None
 
     def shares(self, source: str) -> list[float]:
         """What each teacher counts for in text of a source; together one, or nothing where nobody teaches it."""

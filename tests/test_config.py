@@ -70,7 +70,7 @@ def test_any_value_of_any_key_has_an_answer(key: str, tiny_teacher: Path) -> Non
         lambda config: check_features(read_architecture(config), FEATURES, "ONNX", 64),
         lambda config: plan.inference_cost([config], 100, MACHINE),
         lambda config: plan.calibration_cost(config, 100, MACHINE),
-        lambda config: plan.training_cost(config, config, TrainingSpec(), TRAINING, MACHINE),
+        lambda config: plan.training_cost(config, [config], TrainingSpec(), TRAINING, MACHINE),
         lambda config: student_config(fresh, config),
         lambda config: student_config(cut, config),
     ]
@@ -125,7 +125,7 @@ def test_every_family_is_read_as_transformers_reads_it(theirs: Any, tmp_path: Pa
     student = student_config(spec_of(**FRESH, heads=2, kv_heads=1), config)
     assert student["vocab_size"] == theirs.vocab_size
     assert student["max_position_embeddings"] == theirs.max_position_embeddings
-    assert plan.training_cost(student, config, TrainingSpec(), TRAINING, MACHINE).ram_bytes > 0
+    assert plan.training_cost(student, [config], TrainingSpec(), TRAINING, MACHINE).ram_bytes > 0
 
 
 def test_a_nested_language_model_is_read() -> None:

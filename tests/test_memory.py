@@ -136,29 +136,29 @@ PAPER = {
 @pytest.mark.parametrize("case", PAPER)
 def test_a_1_5b_student_of_a_7b_teacher_on_paper(case):
     gigabytes, training = PAPER[case]
-    assert training_peak(STUDENT, TEACHER, training, "cuda").bytes == pytest.approx(gigabytes * 1e9, rel=0.15)
+    assert training_peak(STUDENT, [TEACHER], training, "cuda").bytes == pytest.approx(gigabytes * 1e9, rel=0.15)
 
 
 def test_what_would_fit_24_gb():
-    told = proposals(STUDENT, TEACHER, Training(8, 512, teacher="float32"), "cuda", 24 * 10**9)
+    told = proposals(STUDENT, [TEACHER], Training(8, 512, teacher="float32"), "cuda", 24 * 10**9)
     fits = {proposal.setting: proposal.fits for proposal in told}
     assert told[0].setting == "as written" and told[0].bytes > 60e9 and not told[0].fits
     assert fits["… and teacher.signal: cached"] and fits["… and teacher.weights: int4"]
     assert not fits["memory.checkpoint_activations"]
-    cached = {p.setting: p.fits for p in proposals(STUDENT, TEACHER, Training(2, 512), "cuda", 24 * 10**9)}
+    cached = {p.setting: p.fits for p in proposals(STUDENT, [TEACHER], Training(2, 512), "cuda", 24 * 10**9)}
     assert cached["memory.lora"] and "teacher.signal: cached" not in cached
 
 
 @pytest.mark.parametrize(("spared", "each"), [(MemorySpec(), 16), (NARROW, 6 + 8 / 256)])
 def test_bytes_of_a_weight(spared, each):
-    peak = training_peak(STUDENT, None, Training(1, 16, spared, accumulates=True), "cuda")
+    peak = training_peak(STUDENT, [], Training(1, 16, spared, accumulates=True), "cuda")
     whole = peak.weights + peak.gradients + peak.moments
     assert whole == pytest.approx(each * STUDENT.parameters(), rel=1e-6)
 
 
 def test_adapters_counted_by_hand():
     lora = MemorySpec(lora=LoraSpec(r=8, targets=["q_proj", "down_proj"]))
-    peak = training_peak(STUDENT, None, Training(1, 16, lora, accumulates=True), "cuda")
+    peak = training_peak(STUDENT, [], Training(1, 16, lora, accumulates=True), "cuda")
     adapters = 28 * 8 * (1536 + 1536 + 8960 + 1536)
     assert (peak.moments, peak.gradients) == (8 * adapters, 4 * adapters)
     assert peak.weights == 4 * (STUDENT.parameters() + adapters)

@@ -9,7 +9,7 @@ from edgekd import plan
 from edgekd.architecture import read_architecture
 from edgekd.errors import DoesNotFit
 from edgekd.plan import PlannedCache
-from edgekd.spec import DistillSpec, TargetSpec, TeacherSpec
+from edgekd.spec import DataSpec, DistillSpec, TargetSpec
 
 SHAPE = {
     "vocab_size": 512,
@@ -45,8 +45,8 @@ def test_a_7b_shape_counts_about_7b():
 
 def test_training_a_7b_is_refused_on_a_small_machine():
     llama_2_7b = SHAPE | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    training = plan.training_of(DistillSpec(), 512, True, TeacherSpec(model="t"), MACHINE)
-    cost = plan.training_cost(llama_2_7b, SHAPE, DistillSpec(), training, MACHINE)
+    training = plan.training_of(DistillSpec(), DataSpec(source="stdlib"), "float32", MACHINE)
+    cost = plan.training_cost(llama_2_7b, [SHAPE], DistillSpec(), training, MACHINE)
     with pytest.raises(DoesNotFit, match=r"stage student needs about [\d.]+ GiB of RAM, the machine has 8.0 GiB"):
         plan.refuse_what_cannot_fit({"student": cost}, MACHINE, Path("runs/x"))
 

@@ -21,9 +21,9 @@ from ..architecture import read_architecture
 from ..distill import mixed
 from ..distill import versions as algorithms
 from ..files import digest, file_sha256
-from ..memory import Proposal, proposals, teacher_bytes
+from ..memory import Proposal, proposals
 from ..plan import Cost, Machine, PlannedCache, PlannedCapture
-from ..spec import CUT_TOKENS, OF_TEACHER, DataSpec, Method, TeacherSpec, TrainingSpec
+from ..spec import CUT_TOKENS, OF_TEACHER, DataSpec, Method, TrainingSpec
 from ..targets import cache_value_bytes, code_of, versions
 from . import work
 from .records import Figures
@@ -117,7 +117,7 @@ def planned_capture(run: Run, machine: Machine) -> PlannedCapture | None:
 
     rows = run.reader.checkpoint.architecture.vocab_size
     tokens = spec.distill.steps * spec.distill.windows_a_step * spec.data.context
-    seconds = plan.inference_cost([run.reader.config], tokens, machine).seconds
+    seconds = plan.inference_cost([teacher.config for teacher in run.teachers], tokens, machine).seconds
     return PlannedCapture(tokens, tokens * bytes_per_token(rows), seconds)
 
 
@@ -127,10 +127,10 @@ def planned_trainings(run: Run, machine: Machine) -> list[Proposal]:
     if not spec.teacher:
         return []
     student = read_architecture(run.student_config)
-    teacher = run.teacher.checkpoint.architecture if run.teacher else None
-    written = plan.training_of(spec.distill, spec.data.context, spec.data.isolate, spec.teacher, machine)
+    teachers = [teacher.checkpoint.architecture for teacher in run.teachers]
+    written = plan.training_of(spec.distill, spec.data, spec.teacher.beside, machine)
     budget = machine.gpu_bytes or machine.ram_bytes
-    return proposals(student, teacher, written, machine.device, budget)
+    return proposals(student, teachers, written, machine.device, budget)
 
 
 def _key(reads: Iterable[Stage], code: Iterable[str], *facts: object) -> str:
@@ -201,8 +201,8 @@ def _of_seed(run: Run, seed: int, read: Sequence[Stage], machine: Machine) -> li
     """
     data = read[0]
     trained = [_trained(run, seed, name, read, machine) for name in run.trained(seed)]
-    teacher, student = run.reader.config, run.student_config
-    models = [teacher, teacher, *[student] * len(trained)]
+    teachers = [teacher.config for teacher in run.teachers]
+    models = [*teachers, *teachers, *[run.student_config] * len(trained)]
     cost = plan.inference_cost(models, run.spec.data.max_test_tokens, machine)
     reads, job = [data, *trained], partial(work.measure_quality, run, seed)
     name = _of("quality", run, seed)
@@ -224,14 +224,11 @@ def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Mac
     taught_by = work.taught_by(run) if distilled else []
     reader = run.reader.checkpoint.digest
     key = _key(read, [], algorithm, spec.student.model_dump(), initial, seed, reader, settings, *taught_by)
-    teacher = spec.teacher if distilled else None
-    training = plan.training_of(spec.distill, spec.data.context, spec.data.isolate, teacher, machine)
-    taught = (run.teacher or run.reader).config
-    cost = plan.training_cost(run.student_config, taught, spec.distill, training, machine)
-    heard = training.teacher
-    further = [teacher_bytes(other.checkpoint.architecture, heard) for other in run.teachers[1:]] if heard else []
-    cost = replace(cost, ram_bytes=cost.ram_bytes + sum(further))
-    if teacher and (capture := planned_capture(run, machine)):
+    heard = spec.teacher.beside if distilled and spec.teacher else None
+    training = plan.training_of(spec.distill, spec.data, heard, machine)
+    teachers = [teacher.config for teacher in run.teachers]
+    cost = plan.training_cost(run.student_config, teachers, spec.distill, training, machine)
+    if distilled and (capture := planned_capture(run, machine)):
         cost = replace(cost, disk_bytes=cost.disk_bytes + capture.disk_bytes, seconds=cost.seconds + capture.seconds)
     state = run.state / f"{name}-{key[:12]}"
     cost = _with_measured_time(cost, spec.distill, run, state)
@@ -306,9 +303,8 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, text: Stage, student
         state = run.state / f"qad-{wanted.recipe.name}-{key[:12]}"
         job = partial(work.quantize_aware, run, wanted, state)
         taught = config if settings.qad.teacher == "student" else run.reader.config
-        heard, data_spec = TeacherSpec(model=str(run.reader.folder)), run.spec.data
-        training = plan.training_of(settings.qad, data_spec.context, data_spec.isolate, heard, machine)
-        cost = plan.training_cost(config, taught, settings.qad, training, machine)
+        training = plan.training_of(settings.qad, run.spec.data, "float32", machine)
+        cost = plan.training_cost(config, [taught], settings.qad, training, machine)
         cost = _with_measured_time(cost, settings.qad, run, state)
     else:
         cost = plan.calibration_cost(config, settings.calibration_windows * _calibration_context(run), machine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shutil import disk_usage
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ..errors import DoesNotFit
 from ..files import digest, read_json, write_json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..distill.on_policy import Writing
     from ..distill.ranks import Ranks
     from ..distill.signals import OnlineTeacher, Teachers, TeacherSignal
-    from ..spec import DataSpec
+    from ..spec import DataSpec, TeacherWeights
 
 CUT = "cut"
 CALIBRATION_TEXT = "calibration-text"
@@ -116,7 +116,7 @@ def _operations(run: Run, distilled: bool) -> int | None:
     spec = run.spec.teacher
     if distilled and (len(run.teachers) > 1 or run.spec.distill.on_policy):
         return None
-    heard = run.teacher.config if distilled and run.teacher and spec and spec.signal == "online" else None
+    heard = [teacher.config for teacher in run.teachers] if distilled and spec and spec.beside else []
     return training_flops(run.student_config, heard, run.spec.data.context)
 
 
@@ -181,7 +181,7 @@ def _others(run: Run) -> list[object]:
     return [[[teacher.checkpoint.digest for teacher in run.teachers[1:]], shares]]
 
 
-def _heard(teacher: Model, weights: Literal["float32", "bfloat16", "int4"]) -> PreTrainedModel:
+def _heard(teacher: Model, weights: TeacherWeights) -> PreTrainedModel:
     """A teacher with the weights that the student is to hear."""
     import torch
 
@@ -195,10 +195,7 @@ def _heard(teacher: Model, weights: Literal["float32", "bfloat16", "int4"]) -> P
 
 
 def _teachers(
-    run: Run,
-    vocab_size: int,
-    sources: torch.Tensor | None,
-    weights: Literal["float32", "bfloat16", "int4"] = "float32",
+    run: Run, vocab_size: int, sources: torch.Tensor | None, weights: TeacherWeights = "float32"
 ) -> OnlineTeacher | Teachers | AlignedTeacher:
     """The teacher, or all of them, in memory.
 

@@ -72,7 +72,7 @@ if __name__ == "__main__":
         memory=spared,
     )
     arch = read_architecture(model.config.to_dict())
-    heard = read_architecture(signal.model.config.to_dict()) if signal else None
+    heard = [read_architecture(signal.model.config.to_dict())] if signal else []
     training = Training(BATCH, CONTEXT, spared, teacher="float32" if teacher else None)
     computed = training_peak(arch, heard, training, "cpu").allocated
     print(json.dumps({"measured": peak_rss_bytes() - before, "computed": computed}))

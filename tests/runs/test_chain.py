@@ -1,5 +1,6 @@
 """The chain of a run: what each stage's key hangs on, and what it is planned to need."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 import edgekd
 from edgekd import plan, targets
+from edgekd.checkpoint import Checkpoint
 from edgekd.runs.chain import Stage, stages
 from edgekd.runs.preflight import open_run
 from edgekd.spec import Spec
@@ -27,7 +29,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def chain(folder: Path, teacher: Path, seeds: tuple[int, ...] = (), **changes: Any) -> dict[str, Stage]:
+def chain(
+    folder: Path, teacher: Path, /, seeds: tuple[int, ...] = (), machine: plan.Machine = MACHINE, **changes: Any
+) -> dict[str, Stage]:
     """Every stage by its name."""
     spec = {
         "name": "tiny",
@@ -39,7 +43,7 @@ def chain(folder: Path, teacher: Path, seeds: tuple[int, ...] = (), **changes: A
         "bench": {"prompt_tokens": [8], "decode_tokens": 4},
     }
     run = open_run(Spec.model_validate(spec | changes), base=folder, more_seeds=seeds)
-    return {stage.name: stage for stage in stages(run, MACHINE)}
+    return {stage.name: stage for stage in stages(run, machine)}
 
 
 def changed(before: dict[str, Stage], after: dict[str, Stage]) -> set[str]:
@@ -197,3 +201,15 @@ def test_the_log_of_a_training_that_has_begun_tells_the_time_left(folder, tiny_t
     log.write_text("".join(lines))
     begun = chain(folder, tiny_teacher, distill=distill)["student"].cost
     assert (begun.seconds, begun.source) == (60 * 8 * 32 / 128, "measured:steps")
+
+
+def test_further_teachers_are_planned_where_they_lie(folder, tiny_teacher):
+    """On a GPU, and in the RAM that they are loaded to."""
+    machine, one = replace(MACHINE, gpu_bytes=2**36), {"model": str(tiny_teacher)}
+    alone, three = (
+        chain(folder, tiny_teacher, machine=machine, teacher=one | {"more": [one] * count})["student"].cost
+        for count in (0, 2)
+    )
+    weights = 4 * Checkpoint(tiny_teacher).architecture.parameters()
+    assert three.gpu_bytes == alone.gpu_bytes + 2 * weights and three.ram_bytes == alone.ram_bytes + 2 * weights
+    assert three.seconds > alone.seconds
