@@ -179,7 +179,8 @@ def training_table(ways: Sequence[Proposal], capture: PlannedCapture | None, mac
     for way in ways:
         typer.echo(plain(f"  {way.setting}: {'yes' if way.fits else 'no'}, {size(way.bytes)}"))
     if capture:
-        typer.echo(plain(f"teacher's cache: {size(capture.disk_bytes)} at most, {duration(capture.seconds)} once"))
+        once = f"once {duration(capture.seconds)} in {size(capture.gpu_bytes or capture.ram_bytes)} of memory"
+        typer.echo(plain(f"teacher's cache: {size(capture.disk_bytes)} at most, {once}"))
 
 
 def quality_table(quality: Quality) -> None:

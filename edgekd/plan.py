@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from .architecture import read_architecture
+from .architecture import Architecture, read_architecture
 from .errors import DoesNotFit
 from .memory import CONTEXT_BYTES, Device, Training, teacher_bytes, training_peak
 from .spec import DataSpec, DistillSpec, MemorySpec, TeacherWeights, TrainingSpec
@@ -81,6 +81,8 @@ class PlannedCapture:
     tokens: int
     disk_bytes: int
     seconds: float
+    ram_bytes: int
+    gpu_bytes: int
 
 
 @dataclass(frozen=True)
@@ -170,16 +172,40 @@ def training_cost(
     heard = teachers if training.teacher else []
     taught = [read_architecture(config) for config in heard]
     peak = training_peak(arch, taught, training, machine.device).bytes
-    loaded = CONTEXT_BYTES["cpu"] + 4 * arch.parameters()
-    loaded += sum(teacher_bytes(one, "float32" if training.teacher == "float32" else "bfloat16") for one in taught)
     tokens = spec.steps * spec.windows_a_step * training.context
     operations = tokens * training_flops(student, heard, training.context)
     return Cost(
-        ram_bytes=peak if machine.device == "cpu" else loaded,
+        ram_bytes=peak if machine.device == "cpu" else _loaded_bytes(arch, taught, training.teacher or "float32"),
         disk_bytes=4 * 5 * arch.parameters(),
         seconds=5 + operations / (machine.training_flops_per_s * _TRAINING_SHARE),
         gpu_bytes=peak if machine.device == "cuda" else 0,
     )
+
+
+def capture_of(
+    student: Mapping[str, object],
+    teachers: Sequence[Mapping[str, object]],
+    weights: TeacherWeights,
+    tokens: int,
+    disk_bytes: int,
+    machine: Machine,
+) -> PlannedCapture:
+    """What capturing the teachers takes, while the student waits for it in RAM."""
+    taught = [read_architecture(config) for config in teachers]
+    on_gpu = CONTEXT_BYTES["cuda"] + sum(teacher_bytes(one, weights) for one in taught)
+    return PlannedCapture(
+        tokens,
+        disk_bytes,
+        inference_cost(teachers, tokens, machine).seconds,
+        ram_bytes=_loaded_bytes(read_architecture(student), taught, weights),
+        gpu_bytes=on_gpu if machine.device == "cuda" else 0,
+    )
+
+
+def _loaded_bytes(student: Architecture, teachers: Sequence[Architecture], weights: TeacherWeights) -> int:
+    """RAM of models that have been read, before a GPU has them."""
+    read = "float32" if weights == "float32" else "bfloat16"
+    return CONTEXT_BYTES["cpu"] + 4 * student.parameters() + sum(teacher_bytes(one, read) for one in teachers)
 
 
 def with_measured_time(cost: Cost, speeds: Sequence[float], tokens_left: int) -> Cost:

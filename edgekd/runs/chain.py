@@ -117,8 +117,9 @@ def planned_capture(run: Run, machine: Machine) -> PlannedCapture | None:
 
     rows = run.reader.checkpoint.architecture.vocab_size
     tokens = spec.distill.steps * spec.distill.windows_a_step * spec.data.context
-    seconds = plan.inference_cost([teacher.config for teacher in run.teachers], tokens, machine).seconds
-    return PlannedCapture(tokens, tokens * bytes_per_token(rows), seconds)
+    teachers = [teacher.config for teacher in run.teachers]
+    disk_bytes = tokens * bytes_per_token(rows)
+    return plan.capture_of(run.student_config, teachers, spec.teacher.weights, tokens, disk_bytes, machine)
 
 
 def planned_trainings(run: Run, machine: Machine) -> list[Proposal]:
@@ -229,7 +230,13 @@ def _trained(run: Run, seed: int, name: str, read: Sequence[Stage], machine: Mac
     teachers = [teacher.config for teacher in run.teachers]
     cost = plan.training_cost(run.student_config, teachers, spec.distill, training, machine)
     if distilled and (capture := planned_capture(run, machine)):
-        cost = replace(cost, disk_bytes=cost.disk_bytes + capture.disk_bytes, seconds=cost.seconds + capture.seconds)
+        cost = replace(
+            cost,
+            ram_bytes=max(cost.ram_bytes, capture.ram_bytes),
+            gpu_bytes=max(cost.gpu_bytes, capture.gpu_bytes),
+            disk_bytes=cost.disk_bytes + capture.disk_bytes,
+            seconds=cost.seconds + capture.seconds,
+        )
     state = run.state / f"{name}-{key[:12]}"
     cost = _with_measured_time(cost, spec.distill, run, state)
     job = partial(work.train_student, run, seed, distilled, state)

@@ -9,6 +9,7 @@ import pytest
 import edgekd
 from edgekd import plan, targets
 from edgekd.checkpoint import Checkpoint
+from edgekd.memory import CONTEXT_BYTES
 from edgekd.runs.chain import Stage, stages
 from edgekd.runs.preflight import open_run
 from edgekd.spec import Spec
@@ -213,3 +214,11 @@ def test_further_teachers_are_planned_where_they_lie(folder, tiny_teacher):
     weights = 4 * Checkpoint(tiny_teacher).architecture.parameters()
     assert three.gpu_bytes == alone.gpu_bytes + 2 * weights and three.ram_bytes == alone.ram_bytes + 2 * weights
     assert three.seconds > alone.seconds
+
+
+def test_a_teacher_must_fit_where_it_is_captured(folder, tiny_teacher):
+    machine, teacher = replace(MACHINE, gpu_bytes=2**36), {"model": str(tiny_teacher), "signal": "cached"}
+    found = chain(folder, tiny_teacher, machine=machine, teacher=teacher)
+    weights = 4 * Checkpoint(tiny_teacher).architecture.parameters()
+    assert found["student"].cost.ram_bytes == found["baseline"].cost.ram_bytes + weights
+    assert found["student"].cost.gpu_bytes >= CONTEXT_BYTES["cuda"] + weights
