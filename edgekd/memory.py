@@ -204,30 +204,44 @@ _SPARING = MemorySpec(weights="bfloat16", optimizer="adamw8bit", checkpoint_acti
 
 
 def proposals(
-    student: Architecture, teachers: Sequence[Architecture], written: Training, device: Device, budget: int
+    student: Architecture,
+    teachers: Sequence[Architecture],
+    written: Training,
+    device: Device,
+    budget: int,
+    *,
+    cacheable: bool = True,
+    shareable: bool = True,
 ) -> list[Proposal]:
-    """As the spec says, and what else there is to choose, each with its peak against a budget in bytes."""
+    """As the spec says, and what else there is to choose, each with its peak against a budget in bytes.
+
+    Args:
+        cacheable: whether the teacher may be a cached one.
+        shareable: whether two processes may train together.
+    """
     return [
         Proposal(name, peak, peak <= budget)
-        for name, training in _ways(written)
+        for name, training in _ways(written, cacheable, shareable)
         for peak in [training_peak(student, teachers, training, device).bytes]
     ]
 
 
-def _ways(written: Training) -> Iterator[tuple[str, Training]]:
+def _ways(written: Training, cacheable: bool, shareable: bool) -> Iterator[tuple[str, Training]]:
     spared = written.spared
     yield "as written", written
-    if written.teacher:
+    if written.teacher and cacheable:
         yield "teacher.signal: cached", replace(written, teacher=None)
+    if written.teacher:
         yield "teacher.weights: int4", replace(written, teacher="int4")
     yield "memory.checkpoint_activations", replace(written, spared=_with(spared, checkpoint_activations=True))
     yield "memory.lora", replace(written, spared=_with(spared, lora={"r": 16}))
-    if written.processes == 1:
-        sparing = replace(written, spared=_SPARING, autocast=False)
-        yield "memory: bfloat16, adamw8bit, checkpointed", sparing
-        if written.teacher:
-            yield "… and teacher.signal: cached", replace(sparing, teacher=None)
-            yield "… and teacher.weights: int4", replace(sparing, teacher="int4")
+    sparing = replace(written, spared=_SPARING, autocast=False)
+    yield "memory: bfloat16, adamw8bit, checkpointed", sparing
+    if written.teacher and cacheable:
+        yield "… and teacher.signal: cached", replace(sparing, teacher=None)
+    if written.teacher:
+        yield "… and teacher.weights: int4", replace(sparing, teacher="int4")
+    if shareable:
         yield "torchrun, two processes", replace(written, processes=2)
 
 

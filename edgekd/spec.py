@@ -404,6 +404,16 @@ class DistillSpec(TrainingSpec):
     baseline: bool = Field(True, description="Also train the same student on labels alone, same tokens and steps.")
     memory: MemorySpec = MemorySpec()
 
+    @property
+    def cacheable(self) -> bool:
+        """Whether what a cached teacher tells is enough."""
+        return not (self.on_policy or self.match or self.loss.keys() - OF_PART)
+
+    def shareable(self, processes: int) -> bool:
+        """Whether so many processes can train together."""
+        alone = self.on_policy or self.match or self.memory.optimizer == "adamw8bit"
+        return not alone and self.windows_a_step % processes == 0
+
     def outcome(self, *exclude: str) -> dict[str, object]:
         """See ``TrainingSpec.outcome``."""
         spared = {"memory": self.memory.outcome} if self.memory.outcome else {}

@@ -24,7 +24,7 @@ from transformers import (
 from edgekd.architecture import read_architecture
 from edgekd.distill import losses
 from edgekd.memory import CHUNK_BYTES, CHUNK_TOKENS, Training, proposals, saved_bytes, teacher_bytes, training_peak
-from edgekd.spec import LoraSpec, MemorySpec
+from edgekd.spec import DistillSpec, LoraSpec, MatchSpec, MemorySpec, OnPolicySpec
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -147,6 +147,27 @@ def test_what_would_fit_24_gb():
     assert not fits["memory.checkpoint_activations"]
     cached = {p.setting: p.fits for p in proposals(STUDENT, [TEACHER], Training(2, 512), "cuda", 24 * 10**9)}
     assert cached["memory.lora"] and "teacher.signal: cached" not in cached
+
+
+@pytest.mark.parametrize(
+    ("distill", "cacheable", "shareable"),
+    [
+        ({}, True, True),
+        ({"on_policy": OnPolicySpec()}, False, False),
+        ({"match": MatchSpec()}, False, False),
+        ({"loss": {"reverse_kl": 1.0}}, False, True),
+        ({"batch_size": 3}, True, False),
+        ({"memory": NARROW}, True, False),
+    ],
+)
+def test_no_way_is_told_that_is_refused(distill, cacheable, shareable):
+    spec = DistillSpec(**distill)
+    assert (spec.cacheable, spec.shareable(2)) == (cacheable, shareable)
+    written = Training(8, 512, teacher="float32")
+    told = proposals(STUDENT, [TEACHER], written, "cpu", 2**40, cacheable=cacheable, shareable=shareable)
+    settings = [proposal.setting for proposal in told]
+    assert any("cached" in setting for setting in settings) == cacheable
+    assert any("torchrun" in setting for setting in settings) == shareable
 
 
 @pytest.mark.parametrize(("spared", "each"), [(MemorySpec(), 16), (NARROW, 6 + 8 / 256)])

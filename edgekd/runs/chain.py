@@ -131,7 +131,8 @@ def planned_trainings(run: Run, machine: Machine) -> list[Proposal]:
     teachers = [teacher.checkpoint.architecture for teacher in run.teachers]
     written = plan.training_of(spec.distill, spec.data, spec.teacher.beside, machine)
     budget = machine.gpu_bytes or machine.ram_bytes
-    return proposals(student, teachers, written, machine.device, budget)
+    cacheable, shareable = spec.distill.cacheable, spec.distill.shareable(2)
+    return proposals(student, teachers, written, machine.device, budget, cacheable=cacheable, shareable=shareable)
 
 
 def _key(reads: Iterable[Stage], code: Iterable[str], *facts: object) -> str:
