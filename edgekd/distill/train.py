@@ -131,7 +131,7 @@ def train(
         raise SpecError(f"data.context: {context} is longer than the student's {longest} positions.", "Lower it.")
     ranks.share(spec.windows_a_step)
     if ranks.count > 1 and (writing or match):
-        raise SpecError("distill.on_policy and distill.match: they train in one process.", "Leave torchrun out.")
+        raise Agreed("distill.on_policy and distill.match: they train in one process.", "Leave torchrun out.")
     work_dir.mkdir(parents=True, exist_ok=True)
     taught = needs_teacher(weights) or bool(writing or match)
     key = _run_key(model, windows, spec, weights, signal.vocab_size if signal else None, taught, seed)

@@ -10,7 +10,7 @@ from edgekd.distill.pack import Windows
 from edgekd.distill.ranks import Ranks
 from edgekd.distill.signals import OnlineTeacher
 from edgekd.distill.train import train
-from edgekd.errors import SpecError
+from edgekd.errors import Agreed
 from edgekd.spec import DistillSpec, MatchSpec, Spec
 
 VOCAB = 64
@@ -158,7 +158,7 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 def test_several_processes_are_refused(tmp_path):
-    with pytest.raises(SpecError, match="they train in one process"):
+    with pytest.raises(Agreed, match="they train in one process"):
         trained(tmp_path, model(0), model(9), match=MATCH, ranks=Ranks(0, 2))
 
 

@@ -12,7 +12,7 @@ from edgekd.distill.pack import Windows
 from edgekd.distill.ranks import Ranks
 from edgekd.distill.signals import OnlineTeacher
 from edgekd.distill.train import train
-from edgekd.errors import SpecError
+from edgekd.errors import Agreed
 from edgekd.spec import DistillSpec, OnPolicySpec, Spec
 
 VOCAB, END = 64, 5
@@ -210,7 +210,7 @@ def test_another_way_of_writing_is_another_run(tmp_path):
 
 
 def test_several_processes_are_refused(tmp_path):
-    with pytest.raises(SpecError, match="they train in one process"):
+    with pytest.raises(Agreed, match="they train in one process"):
         trained(tmp_path, model(0), OnlineTeacher(model(9), VOCAB), ranks=Ranks(0, 2))
 
 

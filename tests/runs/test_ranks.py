@@ -44,6 +44,7 @@ def project(tmp_path_factory, tiny_teacher):
         "cached": {"signal": "cached"},
         "long": {"steps": 100},
         "odd": {"batch": 3},
+        "alone": {"rate": "1e-3, on_policy: {max_new_tokens: 4}"},
     }.items():
         (folder / f"{name}.yaml").write_text(SPEC.format(teacher=tiny_teacher, **PLAIN | more))
     return folder
@@ -135,6 +136,9 @@ def test_what_cannot_be_done_is_said_once(project):
     assert code != 0
     (sentence,) = sentences(err)
     assert "a step's 3 windows" in sentence and "2 processes" in sentence
+    code, _, err = done(start(project, "alone", "alone"))
+    (sentence,) = sentences(err)
+    assert code != 0 and "they train in one process" in sentence
     code, _, err = done(start(project, "missing", "missing"))
     assert code != 0 and sentences(err) == ["error: missing.yaml: no such spec. Write one with: edgekd init"]
 
