@@ -126,6 +126,12 @@ class WithHead(nn.Module):
         return Outputs(hidden, Head(linear.weight, linear.bias, *self._scale_and_cap))
 
 
+def layers_of(model: Any) -> nn.ModuleList:
+    """The decoder layers of a model of transformers."""
+    layers: nn.ModuleList = model.get_decoder().layers
+    return layers
+
+
 def with_head(model: nn.Module) -> WithHead:
     """``model`` as ``WithHead``, which it may be already."""
     return model if isinstance(model, WithHead) else WithHead(model)

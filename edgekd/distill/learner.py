@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import Agreed
 from ..spec import MemorySpec
-from .head import WithHead, with_head
+from .head import WithHead, layers_of, with_head
 from .ranks import Ranks, sharded, whole
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def learning(model: nn.Module, ranks: Ranks, memory: MemorySpec = PLAIN, seed: i
         yield with_head(model.to(ranks.device))
     else:
         student = copy.deepcopy(with_head(model))
-        trained: Any = student.model
-        sharded(student, trained.get_decoder().layers, ranks)
+        trained = student.model
+        sharded(student, layers_of(trained), ranks)
         yield student
         with torch.no_grad():
             for mine, parameter in zip(model.parameters(), trained.parameters(), strict=True):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .head import layers_of
+
 if TYPE_CHECKING:
     from ..spec import MatchSpec
 
@@ -61,7 +63,7 @@ class Matching(nn.Module):
         self.weights = dict(spec.weights)
         self._models = (student, teacher)  # in a tuple, so that they are no part of this module
         self._heard: dict[tuple[int, str, int], Tensor] = {}
-        ours, theirs = (_layers(model) for model in self._models)
+        ours, theirs = (layers_of(model) for model in self._models)
         self.pairs = layer_pairs(len(ours), len(theirs), spec.layers)
         width, wanted = (_width(model) for model in self._models)
         generator = torch.Generator().manual_seed(seed)
@@ -82,7 +84,7 @@ class Matching(nn.Module):
             for layer in sorted({pair[side] for pair in self.pairs}):
                 for name in self.weights:
                     hook = partial(self._hear, (side, name, layer))
-                    handles.append(POINTS[name](_layers(model)[layer]).register_forward_hook(hook))
+                    handles.append(POINTS[name](layers_of(model)[layer]).register_forward_hook(hook))
         try:
             yield
         finally:
@@ -111,11 +113,6 @@ class Matching(nn.Module):
         with torch.autocast(ours.device.type, enabled=False):
             weight = self.projections[f"{name}-{pair[0]}"]
             return relative_error(ours.to(weight.dtype) @ weight, theirs.to(weight.dtype)).sum()
-
-
-def _layers(model: Any) -> Sequence[Any]:
-    layers: Sequence[Any] = model.get_decoder().layers
-    return layers
 
 
 def _width(model: Any) -> int:

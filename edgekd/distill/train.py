@@ -140,7 +140,6 @@ def train(
     with learning(model, ranks, memory, seed) as student, _deterministic(ranks.device):
         if match:
             assert isinstance(signal, OnlineTeacher)
-            signal.model.to(ranks.device)  # type: ignore[arg-type]
             student.add_module("matching", Matching(student.model, signal.model, match, seed))
         method = method or Descent(adamw(student, spec, memory), partial(learning_rate, spec))
         run = _Run(

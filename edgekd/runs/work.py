@@ -185,13 +185,13 @@ def _heard(teacher: Model, weights: TeacherWeights) -> PreTrainedModel:
     """A teacher with the weights that the student is to hear."""
     import torch
 
-    from ..distill.cut import decoder_layers
+    from ..distill.head import layers_of
     from ..distill.narrow import narrowed
 
     if weights == "float32":
         return teacher.model()
     model = teacher.model(torch.bfloat16)
-    return narrowed(model, decoder_layers(model)) if weights == "int4" else model
+    return narrowed(model, layers_of(model)) if weights == "int4" else model
 
 
 def _teachers(
