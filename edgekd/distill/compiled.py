@@ -4,7 +4,6 @@ earn what compiling takes."""
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,10 @@ from torch import nn
 
 from ..errors import EdgekdError
 from ..files import read_json, write_json
+from .precision import fastest
 
 COMPILED = "compiled.json"
-"""Remembers in a folder what ``choose_compiled`` chose."""
+"""Remembers in a folder what ``perhaps_compiled`` chose."""
 _LOG = logging.getLogger(__name__)
 _WORTH_SECONDS = 900.0  # compiling forward, backward and validation takes minutes on a CPU
 _FEWEST_PASSES = 200  # a training of fewer is not even timed
@@ -48,16 +48,14 @@ def _choose(layers: Sequence[nn.Module], one_pass: Callable[[], None], passes: i
         return before
     if passes < _FEWEST_PASSES:
         return False
-    eager = _seconds(one_pass, 1)
+    eager = fastest(one_pass, 1)
     if eager * passes < _WORTH_SECONDS or not has_compiler(next(layers[0].parameters()).device.type):
         return False
-    eager = min(eager, _seconds(one_pass, _PASSES))
+    eager = min(eager, fastest(one_pass, _PASSES))
     _compile(layers, True)
     try:
-        began = time.perf_counter()
-        one_pass()
-        first = time.perf_counter() - began
-        compiled = _seconds(one_pass, _PASSES)
+        first = fastest(one_pass, 1)
+        compiled = fastest(one_pass, _PASSES)
     except Exception as error:  # a compiler raises what it likes; the training goes on without
         _LOG.warning("torch.compile: %s. The training goes on without it.", str(error).strip().split("\n")[0][:200])
         first = compiled = float("inf")
@@ -99,13 +97,3 @@ def has_compiler(device: str) -> bool:
         return bool(get_cpp_compiler())
     except InvalidCxxCompiler:
         return False
-
-
-def _seconds(one_pass: Callable[[], None], passes: int) -> float:
-    """The fastest of a few passes."""
-    samples = []
-    for _ in range(passes):
-        began = time.perf_counter()
-        one_pass()
-        samples.append(time.perf_counter() - began)
-    return min(samples)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,10 +55,15 @@ def _remembered(file: Path) -> str:
 
 
 def _seconds(one_pass: Callable[[Precision], None], precision: Precision) -> float:
-    """The fastest of a few passes; the first of them also warms up."""
+    """The first pass also warms up."""
+    return fastest(partial(one_pass, precision), _PASSES)
+
+
+def fastest(one_pass: Callable[[], None], passes: int) -> float:
+    """Seconds of the fastest of a few passes."""
     samples = []
-    for _ in range(_PASSES):
+    for _ in range(passes):
         began = time.perf_counter()
-        one_pass(precision)
+        one_pass()
         samples.append(time.perf_counter() - began)
     return min(samples)
