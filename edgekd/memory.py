@@ -18,7 +18,7 @@ from .spec import MemorySpec, TeacherWeights
 Device = Literal["cpu", "cuda"]
 CONTEXT_BYTES: dict[Device, int] = {"cpu": 680 * 2**20, "cuda": 512 * 2**20}
 """Interpreter, torch and transformers in RAM; CUDA's own context on a GPU, which torch does not count."""
-CHUNK_BYTES: dict[Device, int] = {"cpu": 1 << 22, "cuda": 1 << 28}
+CHUNK_BYTES: dict[str, int] = {"cpu": 1 << 22, "cuda": 1 << 28}
 """float32 logits made at a time."""
 CHUNK_TOKENS = 64
 """At least: each chunk reads the whole head, and with a few tokens that would be all it does."""

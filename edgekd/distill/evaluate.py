@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..memory import CHUNK_TOKENS
 from .data import Windows
 from .head import Outputs, with_head
-from .losses import CHUNK_TOKENS, Teaching, chunk_rows, cross_entropy, forward_kl, log_probs
+from .losses import Teaching, chunk_rows, cross_entropy, forward_kl, log_probs
 from .ranks import ALONE, Ranks
 from .signals import TeacherSignal
 

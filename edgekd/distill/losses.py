@@ -18,15 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..memory import CHUNK_BYTES, CHUNK_TOKENS
 from .head import Head, Outputs, bent, product, wide, working_dtype
 
 FLOOR = -1e30
 """Stands for the log of zero: 0 · FLOOR is 0, where 0 · (-inf) is not a number."""
-
-CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""float32 logits made at a time."""
-CHUNK_TOKENS = 64
-"""At least: each chunk reads the whole head, and with a few tokens that would be all it does."""
 
 
 class AtIds(NamedTuple):
