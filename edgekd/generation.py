@@ -164,10 +164,7 @@ class Generator:
                 continue
             rows = self.cache.feed(piece, all_logits=True)
             before = [logits, *rows[:-1]]
-            told += [
-                _told(i, row, None if row is None else sampling.top_logprobs)
-                for i, row in zip(piece, before, strict=True)
-            ]
+            told += [_told(i, row, sampling.top_logprobs) for i, row in zip(piece, before, strict=True)]
             logits = rows[-1].copy()
         return logits, told
 
