@@ -567,11 +567,7 @@ class Spec(_Strict):
             raise ValueError(f"teacher: student.init {self.student.init} needs one; without, init is checkpoint")
         if self.teacher:
             self._check_routes(self.teacher)
-        beyond = self.distill.loss.keys() - OF_PART
-        if self.teacher and self.teacher.signal == "cached" and beyond:
-            names = ", ".join(sorted(beyond))
-            raise ValueError(f"distill.loss: {names} cannot be had of a cached teacher (teacher.signal)")
-        if self.teacher:
+            self._check_cached(self.teacher)
             self._check_served(self.teacher)
             self._check_aligned(self.teacher)
             self._check_inside(self.teacher)
@@ -581,37 +577,52 @@ class Spec(_Strict):
             raise ValueError("quantize.qad.teacher: the spec has no teacher")
         return self
 
+    def _check_cached(self, teacher: TeacherSpec) -> None:
+        beyond = self.distill.loss.keys() - OF_PART
+        if teacher.signal == "cached" and beyond:
+            names = ", ".join(sorted(beyond))
+            raise ValueError(f"distill.loss: {names} cannot be had of a cached teacher (teacher.signal)")
+
     def _check_served(self, teacher: TeacherSpec) -> None:
         """Refuse what a server's log-probabilities cannot give."""
         if not teacher.served:
             return
-        refused = {
-            "teacher.more: a served teacher stands alone": teacher.more,
-            "teacher.alignment: a served teacher has the student's tokenizer": teacher.alignment == "text",
-            "teacher.signal: a served teacher is asked as the training goes": teacher.signal != "online",
-            "student.init: a served teacher's student is a checkpoint, whose tokenizer the text is read by": (
-                self.student.init != "checkpoint"
-            ),
-            "distill.temperature: a server's log-probabilities are those of temperature 1": self.distill.temperature
-            != 1,
-            "distill.match: a server shows nothing of the inside of its model": self.distill.match,
-            "quantize.qad.teacher: a served teacher teaches the student alone": self.quantize.qad.teacher == "teacher",
-        }
-        if words := next((words for words, true in refused.items() if true), None):
-            raise ValueError(words)
+        spec = self.distill
+        _refuse(
+            {
+                "teacher.more: a served teacher stands alone": teacher.more,
+                "teacher.alignment: a served teacher has the student's tokenizer": teacher.alignment == "text",
+                "teacher.signal: a served teacher is asked as the training goes": teacher.signal != "online",
+                "teacher.weights: a server's model has the weights that it has": teacher.weights != "float32",
+                "student.init: a served teacher's student is a checkpoint, whose tokenizer the text is read by": (
+                    self.student.init != "checkpoint"
+                ),
+                "distill.temperature: a server's log-probabilities are those of temperature 1": spec.temperature != 1,
+                "distill.match: a server shows nothing of the inside of its model": spec.match,
+                "quantize.qad.teacher: a served teacher teaches the student alone": (
+                    self.quantize.qad.teacher == "teacher"
+                ),
+            }
+        )
 
     def _check_aligned(self, teacher: TeacherSpec) -> None:
         """Refuse what a teacher of another tokenizer cannot give."""
-        losses = {*self.distill.loss, *(self.distill.on_policy.loss if self.distill.on_policy else [])}
-        refused = {
-            "teacher.more: a teacher of another tokenizer stands alone": bool(teacher.more),
-            "student.init: a student with its own tokenizer is a checkpoint": self.student.init != "checkpoint",
-            "distill.match: layers of another tokenizer's tokens cannot be compared": self.distill.match is not None,
-            "distill.loss: of a teacher of another tokenizer reverse_kl is infinite": "reverse_kl" in losses,
-            "quantize.qad.teacher: it teaches the student alone": self.quantize.qad.teacher == "teacher",
-        }
-        if teacher.alignment == "text" and (words := next((words for words, true in refused.items() if true), None)):
-            raise ValueError(words)
+        if teacher.alignment != "text":
+            return
+        spec = self.distill
+        infinite = "of a teacher of another tokenizer reverse_kl is infinite"
+        _refuse(
+            {
+                "teacher.more: a teacher of another tokenizer stands alone": teacher.more,
+                "student.init: a student with its own tokenizer is a checkpoint": self.student.init != "checkpoint",
+                "distill.match: layers of another tokenizer's tokens cannot be compared": spec.match,
+                f"distill.loss: {infinite}": "reverse_kl" in spec.loss,
+                f"distill.on_policy.loss: {infinite}; name another": (
+                    spec.on_policy and "reverse_kl" in spec.on_policy.loss
+                ),
+                "quantize.qad.teacher: it teaches the student alone": self.quantize.qad.teacher == "teacher",
+            }
+        )
 
     def _check_inside(self, teacher: TeacherSpec) -> None:
         """Refuse what needs the teacher itself where something else speaks for it, and texts that nobody can write."""
@@ -635,6 +646,12 @@ class Spec(_Strict):
             raise ValueError(f"teacher.sources: {unknown:.100} is none of data.sources")
         if untaught := next((name for name in self.data.each if not sum(teacher.shares(name))), None):
             raise ValueError(f"teacher.sources: nobody teaches {untaught:.100}; leave one teacher's sources out")
+
+
+def _refuse(faults: Mapping[str, object]) -> None:
+    """Raise the first sentence that is true."""
+    if words := next((words for words, true in faults.items() if true), None):
+        raise ValueError(words)
 
 
 def spec_of(targets: Mapping[str, type[TargetSpec]]) -> type[Spec]:

@@ -338,6 +338,7 @@ BASE = {
         ({"quantize": {"qad": {"teacher": "teacher"}}}, "teaches the student alone"),
         ({"teacher": BASE["teacher"] | {"more": [{"model": "y"}]}}, "stands alone"),
         ({"teacher": BASE["teacher"] | {"signal": "cached"}}, "as the training goes"),
+        ({"teacher": BASE["teacher"] | {"weights": "int4"}}, "has the weights that it has"),
         ({"teacher": {"model": "m", "served": {"url": "ftp://x"}}}, "pattern"),
         ({"teacher": {"model": "m", "served": {"url": "http://user:pass@host/v1"}}}, "pattern"),
         ({"teacher": {"model": "m", "served": {"url": "http://h/v1", "key_variable": "sk-123"}}}, "pattern"),
