@@ -430,7 +430,7 @@ class QadSpec(TrainingSpec):
     """How the quantized student learns: the training loop with the grid in its weights."""
 
     teacher: Literal["student", "teacher"] = Field(
-        "student", description="Whom it imitates: the student before quantization, or the teacher."
+        "student", description="Whom it imitates: the student before quantization, or the teacher (of several, all)."
     )
     loss: dict[LossName, LossWeight] = {"forward_kl": 1.0}
     steps: Count = 300

@@ -310,9 +310,9 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, text: Stage, student
     elif method == "qad":
         state = run.state / f"qad-{wanted.recipe.name}-{key[:12]}"
         job = partial(work.quantize_aware, run, wanted, state)
-        taught = config if settings.qad.teacher == "student" else run.reader.config
+        heard = [config] if settings.qad.teacher == "student" else [teacher.config for teacher in run.teachers]
         training = plan.training_of(settings.qad, run.spec.data, "float32", machine)
-        cost = plan.training_cost(config, [taught], settings.qad, training, machine)
+        cost = plan.training_cost(config, heard, settings.qad, training, machine)
         cost = _with_measured_time(cost, settings.qad, run, state)
     else:
         cost = plan.calibration_cost(config, settings.calibration_windows * _calibration_context(run), machine)

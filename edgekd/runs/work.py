@@ -303,16 +303,21 @@ def quantize_aware(run: Run, quantization: Quantization, state: Path, out: Path,
 
     out.rmdir()
     spec, data = run.spec, run.path("data")
-    imitated = run.reader.model() if spec.quantize.qad.teacher == "teacher" else load_model(run.student)
+    windows, vocab_size = load_windows(data, "train"), vocabulary_size(run.reader.tokenizer())
+    signal: TeacherSignal = (
+        _teachers(run, vocab_size, windows.sources)
+        if spec.quantize.qad.teacher == "teacher"
+        else OnlineTeacher(load_model(run.student), vocab_size)
+    )
     return quantize_aware_distill(
         run.student,
         out,
         quantization.recipe,
-        load_windows(data, "train"),
+        windows,
         load_windows(data, "validation"),
         spec.quantize.qad,
         calibration=_calibration_ids(run),
-        signal=OnlineTeacher(imitated, vocabulary_size(run.reader.tokenizer())),
+        signal=signal,
         seed=spec.seed,
         work_dir=state,
         on_event=verbs.telling(tell),

@@ -5,11 +5,16 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from test_cli import edgekd, refused
 
+from edgekd.distill import qad
 from edgekd.distill.data import load_windows
 from edgekd.distill.evaluate import evaluate
 from edgekd.distill.signals import OnlineTeacher
+from edgekd.runs import work
+from edgekd.runs.preflight import open_run
+from edgekd.spec import Spec
 from edgekd.student import load_model
 
 pytest.importorskip("llama_cpp")
@@ -83,6 +88,26 @@ def test_weights_redo_what_hangs_on_them(project):
     assert not done["student"] and done["baseline"] and done["data"]
     done = plan(project, lambda text: text.replace("weight: 3.0", "weight: 4.0"))
     assert not done["data"] and not done["baseline"]
+
+
+def tell(share, note):
+    pass
+
+
+def test_a_quantized_student_hears_them_too(project, tmp_path, monkeypatch):
+    whole = yaml.safe_load(SPEC.replace("recipes: [fp16]", "recipes: [portable-int4]"))
+    spec = Spec.model_validate(whole | {"quantize": {"method": "qad", "qad": {"teacher": "teacher"}}})
+    heard = {}
+    monkeypatch.setattr(qad, "quantize_aware_distill", lambda *_, **given: heard.update(given) or {})
+    run = open_run(spec, base=project, out=tmp_path / "run")
+    for folder in (run.folder, tmp_path / "out"):
+        folder.mkdir()
+    work.prepare_data(run, spec.data, run.path("data"), tell)
+    work.quantize_aware(run, run.quantizations[-1], tmp_path / "state", tmp_path / "out", tell)
+    signal, windows = heard["signal"], load_windows(run.path("data"), "train")
+    assert torch.equal(signal.sources, windows.sources) and signal.shares == [[1 / 3, 2 / 3], [0.0, 1.0]]
+    weights = [next(teacher.model.parameters()) for teacher in signal.teachers]
+    torch.testing.assert_close(weights[1], 1.5 * weights[0])
 
 
 REFUSALS = {
