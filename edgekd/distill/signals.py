@@ -164,7 +164,9 @@ class Teachers:
                 yield _Part(said, place, share)
 
 
-def check_same_tokenizer(teacher_folder: Path, student_folder: Path, *, trust_remote_code: bool = False) -> int:
+def check_same_tokenizer(
+    teacher_folder: Path, student_folder: Path, *, trust_remote_code: bool = False, trust_student: bool = False
+) -> int:
     """Prove that both models read text as the same ids: a student's, or another teacher's.
 
     Compared are the id of every token string, the merges, the normalizer and the pre-tokenizer. Embedding rows
@@ -172,6 +174,7 @@ def check_same_tokenizer(teacher_folder: Path, student_folder: Path, *, trust_re
 
     Args:
         trust_remote_code: of the teacher.
+        trust_student: of the other.
 
     Returns:
         The number ``V`` of shared ids: one more than the largest.
@@ -180,7 +183,7 @@ def check_same_tokenizer(teacher_folder: Path, student_folder: Path, *, trust_re
         EdgekdError: names the first difference, or an embedding with fewer rows than ids.
     """
     teacher = load_tokenizer(teacher_folder, trust_remote_code=trust_remote_code)
-    student = load_tokenizer(student_folder)
+    student = load_tokenizer(student_folder, trust_remote_code=trust_student)
     remedy = (
         "Distilling on logits needs one vocabulary: use models with one tokenizer, or set teacher.alignment to text, "
         "by which a student that is a checkpoint keeps its own."

@@ -65,9 +65,11 @@ def _check_tokenizers(run: Run) -> None:
         return _check_spelling(run)
     from ..distill.signals import check_same_tokenizer
 
+    trusted = run.teacher.trust_remote_code
     for other in [*run.teachers[1:], *([run.initial] if run.initial else [])]:
-        check_model(other.folder, trust_remote_code=other.trust_remote_code)
-        check_same_tokenizer(run.teacher.folder, other.folder, trust_remote_code=run.teacher.trust_remote_code)
+        trusts = other.trust_remote_code
+        check_model(other.folder, trust_remote_code=trusts)
+        check_same_tokenizer(run.teacher.folder, other.folder, trust_remote_code=trusted, trust_student=trusts)
 
 
 def _check_spelling(run: Run) -> None:

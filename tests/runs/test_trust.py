@@ -4,7 +4,12 @@ import json
 import shutil
 
 import pytest
+import yaml
 from test_cli import edgekd, refused
+
+from edgekd.errors import EdgekdError
+from edgekd.runs.preflight import open_run
+from edgekd.spec import Spec
 
 pytest.importorskip("llama_cpp")
 
@@ -50,6 +55,16 @@ def project(tmp_path, tiny_teacher, monkeypatch):
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"def f{i}(x):\n    return x + {i}\n" * 20)
     return tmp_path
+
+
+def test_a_further_teachers_trust_counts_too(project):
+    further = {"model": "teacher", "trust_remote_code": True}
+    spec = yaml.safe_load(SPEC.format(trusted="false", student="{init: cut, layers: 2}"))
+    spec |= {"teacher": {"model": "student", "more": [further]}}
+    assert len(open_run(Spec.model_validate(spec), base=project, out=project / "run").teachers) == 2
+    further["trust_remote_code"] = False
+    with pytest.raises(EdgekdError, match=r"the tokenizer has 321 ids, the embedding 320 rows"):
+        open_run(Spec.model_validate(spec), base=project, out=project / "run")
 
 
 @pytest.mark.parametrize("student", ["{init: cut, layers: 2}", "{init: checkpoint, model: student}"])
