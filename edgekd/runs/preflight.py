@@ -87,9 +87,11 @@ def _check_memory(run: Run) -> None:
     for package in ["peft"] * bool(memory.lora) + ["torchao"] * (memory.optimizer == "adamw8bit"):
         if find_spec(package) is None:
             raise MissingExtra(package, "train")
+    if not memory.lora or not memory.lora.targets:
+        return
     arch = read_architecture(run.student_config)
     there = arch.layer_matrices()
-    for name in (memory.lora and memory.lora.targets) or ():
+    for name in memory.lora.targets:
         if name not in there:
             why = "is the embedding too, and an adapter would part the two" if arch.tied else "takes no adapter"
             why = why if name in ("lm_head", "embed_tokens") else "is no matrix of the student's layers"
