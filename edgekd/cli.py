@@ -79,7 +79,9 @@ def _open(
     with _in_turn():
         loaded = load_spec(spec, seed=first, model=spec_model())
         if allow_skipped:
-            loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"allow_skipped": True})})
+            texts = {name: text for name in ("data", "calibration") if (text := getattr(loaded, name))}
+            allowed = {name: text.model_copy(update={"allow_skipped": True}) for name, text in texts.items()}
+            loaded = loaded.model_copy(update=allowed)
         return open_run(loaded, base=base, out=out, words=words, more_seeds=more)
 
 

@@ -459,3 +459,12 @@ def test_an_artifact_of_somebody_else_is_refused_before_the_work(project, monkey
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     result = edgekd(*verb[:1], "artifact", *verb[1:], cwd=project)
     refused(result, "artifact belongs to another user", "Copy it")
+
+
+def test_skipped_rows_are_allowed_of_every_text(project, monkeypatch):
+    monkeypatch.chdir(project)
+    with (project / "spec.yaml").open("a") as file:
+        file.write("calibration: {source: text, paths: [text/*.txt], context: 32}\n")
+    for allowed in (False, True):
+        spec = cli._open("spec.yaml", project / "out", None, allowed).spec
+        assert (spec.data.allow_skipped, spec.calibration.allow_skipped) == (allowed, allowed)
