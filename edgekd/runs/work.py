@@ -111,12 +111,13 @@ def _writing(run: Run, tokenizer: PreTrainedTokenizerFast, generation: Path | No
 
 
 def _operations(run: Run, distilled: bool) -> int | None:
-    """Of a training's token: the student's, and the teacher's where it runs beside it; None where how often several
-    teachers, or the student's writing, run is not known."""
-    spec = run.spec.teacher
-    if distilled and (len(run.teachers) > 1 or run.spec.distill.on_policy):
-        return None
+    """Of a training's token: the student's, and the teacher's where it runs beside it; None where it is not known how
+    often several teachers, or the student's writing, run, how many tokens another tokenizer makes, or what adapters
+    leave of the backward pass."""
+    spec, distill = run.spec.teacher, run.spec.distill
     heard = [teacher.config for teacher in run.teachers] if distilled and spec and spec.beside else []
+    if len(heard) > 1 or (heard and not run.same_ids) or (distilled and distill.on_policy) or distill.memory.lora:
+        return None
     return training_flops(run.student_config, heard, run.spec.data.context)
 
 

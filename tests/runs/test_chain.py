@@ -10,8 +10,10 @@ import edgekd
 from edgekd import plan, targets
 from edgekd.checkpoint import Checkpoint
 from edgekd.memory import CONTEXT_BYTES
+from edgekd.runs import work
 from edgekd.runs.chain import Stage, stages
 from edgekd.runs.preflight import open_run
+from edgekd.runs.run import resolve
 from edgekd.spec import Spec
 
 for module in ("llama_cpp", "onnxruntime", "coremltools"):
@@ -30,10 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def chain(
-    folder: Path, teacher: Path, /, seeds: tuple[int, ...] = (), machine: plan.Machine = MACHINE, **changes: Any
-) -> dict[str, Stage]:
-    """Every stage by its name."""
+def spec_of(teacher: Path, /, **changes: Any) -> Spec:
     spec = {
         "name": "tiny",
         "teacher": {"model": str(teacher)},
@@ -43,7 +42,14 @@ def chain(
         "verify": {"windows": 2, "context": 32},
         "bench": {"prompt_tokens": [8], "decode_tokens": 4},
     }
-    run = open_run(Spec.model_validate(spec | changes), base=folder, more_seeds=seeds)
+    return Spec.model_validate(spec | changes)
+
+
+def chain(
+    folder: Path, teacher: Path, /, seeds: tuple[int, ...] = (), machine: plan.Machine = MACHINE, **changes: Any
+) -> dict[str, Stage]:
+    """Every stage by its name."""
+    run = open_run(spec_of(teacher, **changes), base=folder, more_seeds=seeds)
     return {stage.name: stage for stage in stages(run, machine)}
 
 
@@ -222,3 +228,22 @@ def test_a_teacher_must_fit_where_it_is_captured(folder, tiny_teacher):
     weights = 4 * Checkpoint(tiny_teacher).architecture.parameters()
     assert found["student"].cost.ram_bytes == found["baseline"].cost.ram_bytes + weights
     assert found["student"].cost.gpu_bytes >= CONTEXT_BYTES["cuda"] + weights
+
+
+@pytest.mark.parametrize(
+    ("teacher", "distill", "known"),
+    [
+        ({}, {}, True),
+        ({"signal": "cached"}, {}, True),
+        ({"more": [{"model": "builtin:pycode-16m"}]}, {}, False),
+        ({"more": [{"model": "builtin:pycode-16m"}], "signal": "cached"}, {}, True),
+        ({"alignment": "text"}, {}, False),
+        ({}, {"on_policy": {"max_new_tokens": 8}}, False),
+        ({}, {"memory": {"lora": {}}}, False),
+    ],
+)
+def test_operations_are_told_where_they_are_known(folder, tiny_teacher, teacher, distill, known):
+    named, student = {"model": str(tiny_teacher)}, {"init": "checkpoint", "model": str(tiny_teacher)}
+    spec = spec_of(tiny_teacher, teacher=named | teacher, student=student, distill=distill)
+    run = resolve(spec, base=folder, folder=folder / "run", words=[], more_seeds=[])
+    assert (work._operations(run, True) is not None) == known
