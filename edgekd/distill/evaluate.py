@@ -137,11 +137,13 @@ def pooled(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def evenly_spaced(windows: Windows, count: int) -> Windows:
     """At most ``count`` windows of a split, the same every time; of a mixture as many of each source, or one."""
-    if windows.sources is not None:
-        members = [(windows.sources == i).nonzero().squeeze(-1) for i in range(len(windows.mixture))]
-        each = max(1, count // len(members))
-        return windows.at(
-            torch.cat([of[torch.arange(min(each, len(of))) * len(of) // min(each, len(of))] for of in members])
-        )
-    index = torch.arange(min(count, len(windows))) * len(windows) // min(count, len(windows))
-    return windows.at(index)
+    if windows.sources is None:
+        return windows.at(_spread(len(windows), count))
+    members = [windows.of_source(place) for place in range(len(windows.mixture))]
+    each = max(1, count // len(members))
+    return windows.at(torch.cat([of[_spread(len(of), each)] for of in members]))
+
+
+def _spread(total: int, count: int) -> Tensor:
+    """At most ``count`` of ``total`` places, evenly spaced."""
+    return torch.arange(min(count, total)) * total // min(count, total)

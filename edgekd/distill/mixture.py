@@ -23,14 +23,13 @@ def mixed_indices(seed: int, step: int, windows: Windows, size: int) -> Tensor:
 
     Every window of a source is read once before any of that source is read again.
     """
-    assert windows.sources is not None
     places = np.arange(step * size, (step + 1) * size)
     plan, ranks, counts = _block(tuple(windows.mixture.values()))
     sources = plan[places % BLOCK]
     ordinals = places // BLOCK * counts[sources] + ranks[places % BLOCK]
     found = np.empty(size, np.int64)
     for source in np.unique(sources):
-        members = (windows.sources == int(source)).nonzero().squeeze(-1).numpy()
+        members = windows.of_source(int(source)).numpy()
         mine = sources == source
         epochs, at = np.divmod(ordinals[mine], len(members))
         orders = {epoch: _permutation(seed, epoch, int(source), len(members)) for epoch in np.unique(epochs).tolist()}

@@ -80,11 +80,16 @@ class Windows:
         begins, sources = (None if tensor is None else tensor[index] for tensor in (self.begins, self.sources))
         return replace(self, ids=self.ids[index], loss_mask=self.loss_mask[index], begins=begins, sources=sources)
 
+    def of_source(self, place: int) -> Tensor:
+        """The numbers of those of a source, by its place in ``mixture``."""
+        assert self.sources is not None
+        return (self.sources == place).nonzero().squeeze(-1)
+
     def by_source(self) -> dict[str, Self]:
         """Those of each source, by its name; empty where there is but one."""
         if self.sources is None:
             return {}
-        return {name: self.at((self.sources == i).nonzero().squeeze(-1)) for i, name in enumerate(self.mixture)}
+        return {name: self.at(self.of_source(place)) for place, name in enumerate(self.mixture)}
 
     def batch(self, index: Tensor | slice, device: torch.device | None = None) -> Batch:
         """Some of them to read."""
