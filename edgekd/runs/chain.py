@@ -204,8 +204,9 @@ def _of_seed(run: Run, seed: int, read: Sequence[Stage], machine: Machine) -> li
     data = read[0]
     trained = [_trained(run, seed, name, read, machine) for name in run.trained(seed)]
     teachers = [teacher.config for teacher in run.teachers]
-    models = [*teachers, *teachers, *[run.student_config] * len(trained)]
-    cost = plan.inference_cost(models, run.spec.data.max_test_tokens, machine)
+    models, tokens = [*teachers, *[run.student_config] * len(trained)], run.spec.data.max_test_tokens
+    asked = plan.inference_cost([*teachers, *models], tokens, machine)  # the teachers twice
+    cost = replace(plan.inference_cost(models, tokens, machine), seconds=asked.seconds)
     reads, job = [data, *trained], partial(work.measure_quality, run, seed)
     name = _of("quality", run, seed)
     key = _key(reads, [_PROOF], algorithms.EVALUATION)
@@ -305,7 +306,7 @@ def _quantized(run: Run, wanted: Quantization, data: Stage, text: Stage, student
     code = dict.fromkeys([*_METHODS[method], *(_BUDGET if budget else ())])
     key = _key(reads, code, facts)
     job, state = partial(work.quantize, run, wanted), None
-    if method == "rtn":
+    if method == "rtn" and not budget:
         cost = plan.export_cost(config, 5)
     elif method == "qad":
         state = run.state / f"qad-{wanted.recipe.name}-{key[:12]}"
