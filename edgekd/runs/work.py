@@ -8,7 +8,7 @@ from shutil import disk_usage
 from typing import TYPE_CHECKING
 
 from ..errors import DoesNotFit
-from ..files import digest, read_json, write_json
+from ..files import digest, write_json
 from ..manifest import load_artifact
 from ..matmul import fast_float32
 from ..plan import training_flops
@@ -99,14 +99,14 @@ def train_student(run: Run, seed: int, distilled: bool, state: Path, out: Path, 
 
 
 def _writing(run: Run, tokenizer: PreTrainedTokenizerFast, generation: Path | None) -> Writing | None:
-    """How the student writes text that it learns from too."""
+    """How the student writes text that it learns from too, which ends where an artifact's would."""
     from ..distill.on_policy import Writing
+    from ..targets.shared.tokenizer import eos_ids
 
     spec = run.spec.distill.on_policy
     if spec is None:
         return None
-    told = read_json(generation).get("eos_token_id") if generation else None
-    ends = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])} - {None}
+    ends = eos_ids(tokenizer, generation.parent if generation else run.reader.folder)
     return Writing(spec, ends, run.spec.data.context)
 
 

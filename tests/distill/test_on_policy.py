@@ -1,5 +1,7 @@
 """What the student writes: drawn as its distribution says, judged there alone, the same after a crash."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,10 @@ from edgekd.distill.pack import Windows
 from edgekd.distill.ranks import Ranks
 from edgekd.distill.signals import OnlineTeacher
 from edgekd.distill.train import train
-from edgekd.errors import Agreed
+from edgekd.errors import Agreed, EdgekdError
+from edgekd.runs import work
 from edgekd.spec import DistillSpec, OnPolicySpec, Spec
+from edgekd.student import load_tokenizer
 
 VOCAB, END = 64, 5
 
@@ -243,3 +247,14 @@ def test_a_cached_teacher_cannot_judge():
     spec = BASE | {"teacher": {"model": "builtin:pycode-16m", "signal": "cached"}}
     with pytest.raises(ValidationError, match="cannot judge what the student writes"):
         Spec.model_validate(spec | {"distill": {"loss": {"forward_kl": 1.0}, "on_policy": {"max_new_tokens": 8}}})
+
+
+def test_a_text_ends_where_an_artifacts_does(tiny_teacher, tmp_path):
+    spec = Spec.model_validate(BASE | {"distill": {"on_policy": {"max_new_tokens": 8}}})
+    run, tokenizer = SimpleNamespace(spec=spec), load_tokenizer(tiny_teacher)
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"eos_token_id": [7, 9]}')
+    assert {*work._writing(run, tokenizer, generation).eos_ids} >= {tokenizer.eos_token_id, 7, 9}
+    generation.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(EdgekdError, match="not an id or a list of ids"):
+        work._writing(run, tokenizer, generation)
