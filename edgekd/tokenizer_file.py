@@ -35,6 +35,16 @@ _PLAIN_TEXT = "Hello, world! Grüße 你好 🚀 \x00"
 _RUN = 4000
 
 
+def _byte_alphabet() -> dict[str, int]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+"""The byte that each character of a byte-level vocabulary stands for (GPT-2's alphabet)."""
+
+
 def hard_texts(path: Path | None) -> list[str]:
     """Long runs of one character, over which regular expressions backtrack: of common ones, and of those that the
     expressions of a ``tokenizer.json`` name."""

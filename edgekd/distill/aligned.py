@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import EdgekdError
 from ..student import vocabulary_size
+from ..tokenizer_file import BYTE_OF
 from .losses import FLOOR, Teaching, log_probs
 from .pack import documents
 from .signals import OnlineTeacher
@@ -62,11 +62,10 @@ class Spelling:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer, self.size = tokenizer, vocabulary_size(tokenizer)
         special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-        byte_of = _byte_of()
         self.bytes: list[bytes] = [b""] * self.size
         for token, i in tokenizer.get_vocab().items():
-            plain = token in special or not set(token) <= byte_of.keys()
-            self.bytes[i] = token.encode() if plain else bytes(byte_of[c] for c in token)
+            plain = token in special or not set(token) <= BYTE_OF.keys()
+            self.bytes[i] = token.encode() if plain else bytes(BYTE_OF[c] for c in token)
         self.special = {self.bytes[i]: i for i in special.values()}
         if tokenizer.eos_token_id is not None:
             self.special = {text: i for text, i in self.special.items() if i != tokenizer.eos_token_id}
@@ -81,7 +80,7 @@ class Spelling:
         try:
             found: list[int] = self.tokenizer.backend_tokenizer.encode(text.decode(), add_special_tokens=False).ids
         except UnicodeDecodeError:
-            char_of = {byte: c for c, byte in _byte_of().items()}
+            char_of = {byte: c for c, byte in BYTE_OF.items()}
             try:
                 pieces = self.tokenizer.backend_tokenizer.model.tokenize("".join(char_of[b] for b in text))
             except Exception:  # tokenizers' own, where a byte has no token
@@ -298,11 +297,3 @@ def _is_cut(text: bytes) -> bool:
     except UnicodeDecodeError as error:
         return error.end == len(text)
     return False
-
-
-@lru_cache(maxsize=1)
-def _byte_of() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (GPT-2's alphabet)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -14,7 +14,7 @@ from ...errors import BadArtifact, EdgekdError, MissingExtra, Unsupported
 from ...files import Json, read_json
 from ...manifest import Contract
 from ...student import load_tokenizer
-from ...tokenizer_file import read_tokenizer_file, tokenizer_errors
+from ...tokenizer_file import BYTE_OF, read_tokenizer_file, tokenizer_errors
 from .artifact import TokenizerProof
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class JsonTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = [token.content for token in added.values() if token.special]
         vocabulary = self._tokenizer.get_vocab()
-        self._lost = {byte for char, byte in _BYTES.items() if self._level and char not in vocabulary}
+        self._lost = {byte for char, byte in BYTE_OF.items() if self._level and char not in vocabulary}
         self._added = {index: (token.content, token.special) for index, token in added.items()}
 
     def tokenize(self, text: str, *, start: bool = True) -> list[int]:
@@ -300,7 +300,7 @@ class JsonTokenizer:
         if text is None:
             return b""
         if self._level:
-            return bytes(_BYTES[char] for char in text) if _BYTES.keys() >= set(text) else text.encode()
+            return bytes(BYTE_OF[char] for char in text) if BYTE_OF.keys() >= set(text) else text.encode()
         byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text)
         return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
 
@@ -368,13 +368,3 @@ def _byte_level(data: Any) -> bool:
     """Whether the tokens are written in GPT-2's alphabet of bytes."""
     steps = json.dumps([data.get("decoder"), data.get("pre_tokenizer")])
     return '"ByteLevel"' in steps
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character → byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
