@@ -18,8 +18,18 @@ from itertools import islice
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from .errors import SpecError
 from .strict_yaml import read_yaml
@@ -89,6 +99,14 @@ class ServedSpec(_Strict):
         None, description="The environment variable that holds the key which the server asks for."
     )
     timeout_s: Annotated[float, Field(gt=0, le=86400)] = Field(300, description="Longest wait for one answer.")
+
+    @field_validator("url")
+    @classmethod
+    def _has_host(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if not parts.hostname or parts.port == 0:  # a port that is none raises
+            raise ValueError("it names no host, or no port")
+        return url
 
 
 class TeacherSpec(OneTeacher):

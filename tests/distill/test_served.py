@@ -341,6 +341,10 @@ BASE = {
         ({"teacher": BASE["teacher"] | {"weights": "int4"}}, "has the weights that it has"),
         ({"teacher": {"model": "m", "served": {"url": "ftp://x"}}}, "pattern"),
         ({"teacher": {"model": "m", "served": {"url": "http://user:pass@host/v1"}}}, "pattern"),
+        ({"teacher": {"model": "m", "served": {"url": "http://h:99999/v1"}}}, "Port out of range"),
+        ({"teacher": {"model": "m", "served": {"url": "http://h:0x50/v1"}}}, "[Pp]ort"),
+        ({"teacher": {"model": "m", "served": {"url": "http://[::/v1"}}}, "Invalid IPv6"),
+        ({"teacher": {"model": "m", "served": {"url": "http://:80/v1"}}}, "no host"),
         ({"teacher": {"model": "m", "served": {"url": "http://h/v1", "key_variable": "sk-123"}}}, "pattern"),
     ],
 )
