@@ -132,7 +132,7 @@ class ServedTeacher:
             raise self._error(
                 f"it gives {len(best)} log-probabilities of a token, not {top}", "Lower teacher.served.top_logprobs."
             )
-        known = {token: min(0.0, float(log)) for log, token in best if token < self.vocab_size}
+        known = {token: min(0.0, max(FLOOR, float(log))) for log, token in best if token < self.vocab_size}
         for other in count():  # in the place of padding: an id of no probability
             if len(known) == top:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from contextlib import contextmanager
@@ -190,6 +191,12 @@ FAULTS = {
     "it answers 404 no such model": lambda n, b, h: (404, {"error": {"message": "no such model"}}),
     "it answers 307": lambda n, b, h: (307, {}),
 }
+
+
+def test_a_token_that_cannot_be_has_no_probability_and_no_infinite_loss():
+    with server(places({"token_id:1": -0.7, "token_id:2": -0.9, "token_id:3": -math.inf})) as (url, _):
+        said = asking(url).teach(IDS, None)
+    assert said.log_probs.isfinite().all() and said.log_probs[0, 0, 2].exp() == 0
 
 
 @pytest.mark.parametrize("words", FAULTS)
