@@ -76,8 +76,9 @@ def _check_spelling(run: Run) -> None:
     """Refuse tokenizers whose tokens cannot be compared by their text."""
     from ..distill.aligned import check_byte_level
 
+    for teacher in run.teachers:
+        teacher.check()
     for model in (*run.teachers, run.reader):
-        model.check()
         check_byte_level(model.tokenizer(), model.folder)
 
 

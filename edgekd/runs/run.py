@@ -103,7 +103,7 @@ class Run:
     seeds: Sequence[int]
     """The spec's own first: its student is quantized and exported, the others' tell how much the seed moves."""
     teachers: Sequence[Model]
-    """The one whose tokenizer the student has first."""
+    """The one whose tokenizer the student has first; none where a server runs it."""
     initial: Model | None
     """The checkpoint that the student starts from, if there is one."""
     student_config: Mapping[str, object]
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def teacher(self) -> Model | None:
-        """The teacher whose tokenizer the student has; None: there is none, or a server runs it."""
+        """The first teacher; None: there is none, or a server runs it."""
         return self.teachers[0] if self.teachers else None
 
     def path(self, stage_folder: str) -> Path:

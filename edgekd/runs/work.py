@@ -342,10 +342,10 @@ def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
     from ..verify.reference import logits_of
 
     student, windows = load_model(run.student), _verify_windows(run)
-    if run.teacher and run.same_ids:
+    if run.same_ids:
         tell(0, "student")
-        shared = vocabulary_size(run.teacher.tokenizer())
-        taught = compare(logits_of(run.teacher.model(), shared), logits_of(student, shared), windows)
+        shared = vocabulary_size(run.reader.tokenizer())
+        taught = compare(logits_of(run.reader.model(), shared), logits_of(student, shared), windows)
         write_json(out / "student.json", taught.model_dump())
     for number, quantization in enumerate(run.quantizations, 1):
         tell(number / (1 + len(run.quantizations)), quantization.name)
