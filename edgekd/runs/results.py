@@ -110,7 +110,7 @@ def results(run: Run, records: Mapping[str, Record]) -> Results:
         seed: _measured(run, records, run.of_seed(seed, "quality"), "quality.json", Quality) for seed in run.seeds
     }
     curves = {name: records[name].figures.get("curve", []) for name in ("student", "baseline") if name in records}
-    taught = _measured(run, records, "ledger", "student.json", Comparison) if run.same_ids else None
+    taught = _measured(run, records, "ledger", "student.json", Comparison) if run.hops_from_teacher else None
     return Results(
         name=run.spec.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -124,6 +124,11 @@ class Run:
         return spec is not None and not spec.served and spec.alignment == "ids"
 
     @property
+    def hops_from_teacher(self) -> bool:
+        """Whether the ledger begins at the teacher: its ids are the student's, and no other taught beside it."""
+        return self.same_ids and len(self.teachers) == 1
+
+    @property
     def teacher(self) -> Model | None:
         """The first teacher; None: there is none, or a server runs it."""
         return self.teachers[0] if self.teachers else None

@@ -342,7 +342,7 @@ def measure_hops(run: Run, out: Path, tell: Tell) -> Figures:
     from ..verify.reference import logits_of
 
     student, windows = load_model(run.student), _verify_windows(run)
-    if run.same_ids:
+    if run.hops_from_teacher:
         tell(0, "student")
         shared = vocabulary_size(run.reader.tokenizer())
         taught = compare(logits_of(run.reader.model(), shared), logits_of(student, shared), windows)

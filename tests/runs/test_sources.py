@@ -110,6 +110,19 @@ def test_a_quantized_student_hears_them_too(project, tmp_path, monkeypatch):
     torch.testing.assert_close(weights[1], 1.5 * weights[0])
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_the_ledger_begins_at_a_teacher_that_taught_alone(project, tmp_path, several):
+    whole = yaml.safe_load(SPEC)
+    spec = Spec.model_validate(whole if several else whole | {"teacher": {"model": "first"}})
+    run = open_run(spec, base=project, out=tmp_path / "run")
+    for folder in (run.folder, tmp_path / "out"):
+        folder.mkdir()
+    work.prepare_data(run, spec.data, run.path("data"), tell)
+    shutil.copytree(project / "second", run.student)
+    work.measure_hops(run, tmp_path / "out", tell)
+    assert (tmp_path / "out" / "student.json").exists() == (not several)
+
+
 REFUSALS = {
     "teacher.sources: law is none of data.sources": lambda text: text.replace("sources: [code]", "sources: [law]"),
     "nobody teaches prose": lambda text: text.replace("weight: 2.0", "weight: 2.0, sources: [code]"),
