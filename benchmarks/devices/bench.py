@@ -111,7 +111,7 @@ def _prepared(
         check_context(artifact, spec)
     runner = choose_runner(path, artifacts)
     device = connect(device_name)
-    facts = facts_of(ask(device, f"{{ {FACTS}\n}} 2>/dev/null"))
+    facts = facts_of(ask(device, FACTS))
     check_program(
         path, read_program(path), facts, lambda name: "yes" in ask(device, f"[ -e {quote(name)} ] && echo yes; :")
     )
@@ -177,8 +177,8 @@ def prompts(open_session: OpenSession, artifact: Artifact, lengths: Sequence[int
 
 def _push(on: _On, artifact: Artifact, texts: Mapping[int, str]) -> tuple[str, dict[str, str], dict[int, str]]:
     """Send an artifact and its prompts; the beginning of all their names there, and their paths."""
-    prefix = file_sha256(artifact.main_file)[:8]
     contract, hashes = artifact.manifest.contract, artifact.manifest.files
+    prefix = hashes[artifact.manifest.main_file][:8]
     files = {
         name: on.place.push(artifact.path(name), f"{prefix}-{_plain(name)}", hashes[name])
         for name in _files(artifact, on.runner)

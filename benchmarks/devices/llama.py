@@ -16,9 +16,8 @@ from ..energy import EnergyRun
 from ..measure import CURVE_TOKENS, WARM_UP_TOKENS, ColdStart, CurvePoint, Repetition
 from ..memory import Phase, Usage
 from ..sustained import SLICES, change_point
-from .device import ask
 from .place import Place, reads_answers
-from .readings import STATE, State, battery_of, charged_meanwhile, noise_of, state_of, window_of
+from .readings import battery_of, charged_meanwhile, noise_of, window_of
 
 _BATCH_TOKENS = 512  # as edgekd's own session feeds llama.cpp
 _WATCH_S = 0.1
@@ -72,9 +71,9 @@ class LlamaSite:
             f"serve:{longest}:{decode_tokens}",
             "phase:decode",
         ]
-        before = self._state()
+        before = self.place.state()
         begun, loaded, told, _ = self._run(what, on, steps)
-        noise = noise_of(before, self._state())
+        noise = noise_of(before, self.place.state())
         load, first, _, *warm, prefill, decode, end = told
         phases = [_phase(told) for told in (load, prefill, end)]
         peaks = [phase.peak_rss for phase in [_phase(begun), *phases] if phase]
@@ -117,7 +116,7 @@ class LlamaSite:
     def energy(
         self, what: str, artifact: Artifact, prompt_tokens: int, decode_tokens: int, seconds: float
     ) -> EnergyRun | str:
-        battery, why_not = battery_of(self._state())
+        battery, why_not = battery_of(self.place.state())
         if battery is None:
             return why_not
         on, text = self._on(artifact), self._on(artifact).prompts[prompt_tokens]
@@ -150,9 +149,6 @@ class LlamaSite:
 
     def _on(self, artifact: Artifact) -> Pushed:
         return self.pushed[str(artifact.folder)]
-
-    def _state(self) -> State:
-        return state_of(ask(self.place.device, f"{{ {STATE}\n}} 2>/dev/null"))
 
     def _command(self, on: Pushed, steps: Sequence[str]) -> list[str]:
         numbers = (on.context, self.threads, min(_BATCH_TOKENS, on.context))

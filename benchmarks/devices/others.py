@@ -14,9 +14,8 @@ from ...proof import Benchmark, BenchSettings, Figure, Host, Noise, PhaseMemory,
 from ...spec import BenchSpec
 from ..harness import energies, of_runs, traffic_of, worst
 from ..metrics import tokens_per_s
-from .device import ask
 from .place import Place, reads_answers
-from .readings import STATE, Tick, noise_of, state_of
+from .readings import Tick, noise_of
 
 _MARK = "PyTorchObserver "
 _MILLISECONDS = "measured:llama_main, whole milliseconds"
@@ -60,10 +59,9 @@ class _Watched:
 
 def _noisy(place: Place, noises: list[Noise], work: Callable[[], None]) -> None:
     """Do some work between two looks at the device."""
-    script = f"{{ {STATE}\n}} 2>/dev/null"
-    before = state_of(ask(place.device, script))
+    before = place.state()
     work()
-    noises.append(noise_of(before, state_of(ask(place.device, script))))
+    noises.append(noise_of(before, place.state()))
 
 
 # --- llama-bench ------------------------------------------------------------------------------------------------------
@@ -186,10 +184,9 @@ def llama_main(job: Job, on_run: Callable[[int, int], None] | None = None) -> Be
 
 def _observed(job: Job, length: int, tokens: int) -> tuple[Json, Sequence[Tick]]:
     """What the runner says of the second of two equal requests."""
-    tokenizer = next(path for name, path in job.files.items() if name == "tokenizer.json")
     flags = {
         "model_path": job.model,
-        "tokenizer_path": tokenizer,
+        "tokenizer_path": job.files["tokenizer.json"],
         "temperature": 0,
         "seq_len": length + 1 + tokens,
         "cpu_threads": job.threads,

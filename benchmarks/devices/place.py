@@ -15,7 +15,7 @@ from ...errors import EdgekdError
 from ...files import file_sha256
 from ...formats import plain, size
 from .device import Device, Lost, ask, lease, run
-from .readings import Tick, tick_of
+from .readings import STATE, State, Tick, state_of, tick_of
 
 _SPARE_BYTES = 32 * 2**20
 _LOADER = 3  # PT_INTERP
@@ -56,6 +56,10 @@ class Place:
     def path(self, name: str) -> str:
         """Of a file in it."""
         return f"{self.folder}/{name}"
+
+    def state(self) -> State:
+        """What the device says of itself now."""
+        return state_of(ask(self.device, STATE))
 
     def check_room(self, needed: int) -> None:
         """Refuse what the device has no space for.

@@ -10,6 +10,7 @@ from ...proof import Host, Noise
 from ..energy import Window
 
 FACTS = """
+{
 tell() { [ -n "$2" ] && echo "$1=$2"; }
 first() { for f in "$@"; do [ -r "$f" ] && { tr -d '\\0' <"$f" | head -n 1; return; }; done; }
 tell system "$(uname -s)"; tell kernel "$(uname -r)"; tell machine "$(uname -m)"
@@ -21,10 +22,12 @@ tell cpus "$(ls -d /sys/devices/system/cpu/cpu[0-9]* | wc -l)"
 tell cores "$(cat /sys/devices/system/cpu/cpu[0-9]*/topology/core_cpus_list | sort -u | wc -l)"
 tell ram "$(sed -n 's/^MemTotal:[^0-9]*\\([0-9]*\\) kB/\\1/p' /proc/meminfo)"
 tell load "$(cut -d ' ' -f 1 /proc/loadavg)"
+} 2>/dev/null
 """.strip()
 """A script: ``key=value``, a line for each that the device tells."""
 
 STATE = """
+{
 for z in /sys/class/thermal/thermal_zone*; do read -r t <"$z/temp" && echo "zone $t"; done
 for f in /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq; do read -r k <"$f" && echo "clock $k"; done
 for s in /sys/class/power_supply/*; do
@@ -34,6 +37,7 @@ for s in /sys/class/power_supply/*; do
 done
 dumpsys battery | sed 's/^ */battery /'
 :
+} 2>/dev/null
 """.strip()
 """A script: temperatures, clocks, power supplies, and what Android says of its battery."""
 
