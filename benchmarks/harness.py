@@ -45,7 +45,7 @@ from .sustained import sustained
 __all__ = ["ONE_RUN", "Measured", "OpenSession", "Site", "bench", "bench_at", "bench_in_turns", "describe_machine"]
 ONE_RUN: Mapping[str, Any] = {"runs": 1, "cold_runs": 0, "curve_seconds": 0, "energy_seconds": 0}
 """Keys of the spec for who takes turns himself."""
-CLOCK = "measured:clock"
+_CLOCK = "measured:clock"
 _NO_TEXT = "no token that was drawn has text"
 _NO_BANDWIDTH = "the bandwidth of a device is not measured"
 Measured = Benchmark | EdgekdError
@@ -347,7 +347,7 @@ def _sustain(what: str, samples: _Samples, plan: _Plan) -> None:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def of_runs(key: str, samples: Iterable[float | None], source: str = CLOCK, reason: str = _NO_TEXT) -> Figure:
+def of_runs(key: str, samples: Iterable[float | None], source: str = _CLOCK, reason: str = _NO_TEXT) -> Figure:
     """The median of one sample a process, with its interval; null where one has none."""
     found = list(samples)
     known = [sample for sample in found if sample is not None]
@@ -415,12 +415,12 @@ class _Summary:
 
         def icl(q: int) -> Figure:
             key, each = f"icl_p{q}_s", [percentile(r.icl_s, q) for r in decodes if r.icl_s]
-            return figure(key, percentile(gaps, q), CLOCK, each) if gaps else unknown(key, _NO_TEXT)
+            return figure(key, percentile(gaps, q), _CLOCK, each) if gaps else unknown(key, _NO_TEXT)
 
         return {
             "decode_tokens_per_s": of_runs("decode_tokens_per_s", rates),
             "itl_s": of_runs("itl_s", [r.itl_s for r in decodes]),
-            "icl_s": figure("icl_s", median(gaps), CLOCK, gaps) if gaps else unknown("icl_s", _NO_TEXT),
+            "icl_s": figure("icl_s", median(gaps), _CLOCK, gaps) if gaps else unknown("icl_s", _NO_TEXT),
             **{f"icl_p{q}_s": icl(q) for q in (50, 95, 99)},
             "sampling_s": of_runs("sampling_s", [s for r in decodes for s in r.sampling_s]),
             "bytes_per_token": figure("bytes_per_token", read, "computed:manifest"),

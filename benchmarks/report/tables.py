@@ -11,6 +11,7 @@ from ...proof import (
     METRICS,
     Benchmark,
     BenchSettings,
+    Evaluation,
     Figure,
     Hop,
     Host,
@@ -61,7 +62,7 @@ class Table:
 # --- teacher, student, baseline ---------------------------------------------------------------------------------------
 
 
-def kept_share(model: ModelQuality | None, teacher: ModelQuality | None) -> float | None:
+def kept_share(model: Evaluation | None, teacher: Evaluation | None) -> float | None:
     """Share of the teacher's next-token accuracy."""
     return show.ratio(model and model.next_token_accuracy, teacher and teacher.next_token_accuracy)
 
@@ -86,10 +87,9 @@ def retention_table(quality: Quality) -> Table:
     """A line for each source of a mixture: what of the teacher's accuracy is kept there; empty for one source."""
     student, rows = quality.student, []
     for source, of_student in (student.by_source if student else {}).items():
-        others = [model.by_source.get(source) if model else None for model in (quality.teacher, quality.baseline)]
-        teacher, baseline = others
+        teacher, baseline = (model and model.by_source.get(source) for model in (quality.teacher, quality.baseline))
         accuracies = [e and e.next_token_accuracy for e in (teacher, of_student)]
-        kept = [show.ratio(e and e.next_token_accuracy, accuracies[0]) for e in (of_student, baseline)]
+        kept = [kept_share(e, teacher) for e in (of_student, baseline)]
         texts = [*map(METRICS["next_token_accuracy"].text, accuracies), *map(show.percent, kept)]
         texts += [METRICS[key].text(getattr(of_student, key)) for key in ("perplexity", "kl_to_teacher", "tokens")]
         rows.append(Row(source, [Cell(text) for text in texts]))

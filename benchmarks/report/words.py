@@ -53,7 +53,7 @@ def _retention_words(quality: Quality) -> str:
     if not teacher or not student or not student.by_source:
         return ""
     kept = {
-        source: ratio(of_student.next_token_accuracy, of_teacher.next_token_accuracy)
+        source: kept_share(of_student, of_teacher)
         for source, of_student in student.by_source.items()
         if (of_teacher := teacher.by_source.get(source))
     }
