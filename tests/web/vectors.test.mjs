@@ -57,6 +57,15 @@ for (const { name, manifest, files, target, expect } of read("manifests").cases)
   });
 }
 
+test("manifests: a golden id outside of the vocabulary is refused, as the apps do", async () => {
+  const { manifest } = read("manifests").cases.find((one) => one.name === "golden answers");
+  const given = JSON.parse(manifest);
+  given.parity.golden[0].prompt_ids = [given.contract.vocab_size - 1];
+  assert.equal(await refused(() => parseManifest(JSON.stringify(given), [given.target])), "none");
+  given.parity.golden[0].prompt_ids = [given.contract.vocab_size];
+  assert.equal(await refused(() => parseManifest(JSON.stringify(given), [given.target])), "bad_value");
+});
+
 for (const { name, bundle, signature, public_key, files, expect } of read("bundles").cases) {
   test(`bundles: ${name}`, async () => {
     const texts = Object.entries({ ...files, [SUMS]: bundle, [SIGNATURE]: signature }).filter(([, text]) => text !== null);

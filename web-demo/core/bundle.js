@@ -1,6 +1,6 @@
 /** A bundle: files that `edgekd bundle` lists, signed by whoever has the page's key; docs/bundles.md is the format. */
 
-import { isInside } from "./manifest.js";
+import { isInside, isObject } from "./manifest.js";
 import { Refusal } from "./refusal.js";
 import { sha256OfBlob } from "./sha256.js";
 
@@ -54,7 +54,7 @@ function listed(text) {
   if (sums.schema_version > SCHEMA) {
     throw new Refusal("newer_schema", `${SUMS} has schema ${sums.schema_version}; this page reads up to ${SCHEMA}.`, "Update the page.");
   }
-  if (typeof sums.files !== "object" || sums.files === null) throw bad("files");
+  if (!isObject(sums.files)) throw bad("files");
   for (const [name, told] of Object.entries(sums.files)) {
     if (!isInside(name)) throw new Refusal("leaves_folder", `${SUMS} lists ${name}.`, AGAIN);
     if (typeof told?.sha256 !== "string" || !Number.isInteger(told.bytes)) throw bad(`files.${name}`);

@@ -7,7 +7,7 @@ export const NEWEST_SCHEMA = 1;
 const MAX_TOKENS = 2 ** 24;
 const AGAIN = "Export the artifact again.";
 
-const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+export const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 const isCount = (value) => Number.isInteger(value) && value >= 1 && value <= MAX_TOKENS;
 const isText = (value) => typeof value === "string" && value.length > 0;
 const isOptional = (value, type) => value == null || typeof value === type;
@@ -30,8 +30,8 @@ function checkContract(contract) {
   check(ids == null || (isObject(ids) && Object.values(ids).every(isId)), "contract.special_ids", "ids by text");
 }
 
-function checkGolden(parity) {
-  const isIds = (ids) => Array.isArray(ids) && ids.every((id) => Number.isInteger(id) && id >= 0);
+function checkGolden(parity, vocabSize) {
+  const isIds = (ids) => Array.isArray(ids) && ids.every((id) => Number.isInteger(id) && id >= 0 && id < vocabSize);
   const isAnswer = ({ prompt_ids, tokens, text, messages }) =>
     isIds(prompt_ids) && isIds(tokens) && isOptional(text, "string") && (messages == null || (Array.isArray(messages) && messages.every(isObject)));
   const golden = parity?.golden ?? [];
@@ -67,7 +67,7 @@ export function parseManifest(text, targets) {
   }
   check(manifest.main_file in manifest.files, "main_file", "among files");
   checkContract(manifest.contract);
-  checkGolden(manifest.parity);
+  checkGolden(manifest.parity, manifest.contract.vocab_size);
   return manifest;
 }
 
