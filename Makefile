@@ -98,7 +98,8 @@ test-web: setup
 
 test-arm64: setup
 	$(call debian,qemu-aarch64-static aarch64-linux-gnu-g++ cmake unzip,qemu-user-static g++-aarch64-linux-gnu cmake unzip)
-	PYTHON=$(BIN)/python JOBS=$(JOBS) tests/arm64/build.sh
+	@$(MAKE) --no-print-directory $(LLAMA_SOURCE)
+	PYTHON=$(BIN)/python JOBS=$(JOBS) LLAMA_SOURCE=$(LLAMA_SOURCE) tests/arm64/build.sh
 	$(BIN)/python -m pytest -rs -s tests/test_arm64.py
 
 metrics:
@@ -131,9 +132,10 @@ device-runner: setup $(LLAMA_SOURCE)
 
 $(LLAMA_SOURCE): constraints.txt
 	@command -v cmake >/dev/null || { echo "cmake is needed: apt install cmake, or brew install cmake." >&2; exit 1; }
+	rm -rf build/llama-source build/llama_cpp_python-*.tar.gz
 	mkdir -p build/llama-source
 	$(PIP) download -c constraints.txt --no-deps --no-binary llama-cpp-python -d build llama-cpp-python
-	tar -xzf build/llama_cpp_python-*.tar.gz -C build/llama-source --strip-components 1
+	tar -xzmf build/llama_cpp_python-*.tar.gz -C build/llama-source --strip-components 1
 	@touch $@
 
 # A backend of the installed llama.cpp's own version, which GGML_BACKEND_PATH adds to it: 4 minutes of one core.

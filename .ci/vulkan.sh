@@ -19,14 +19,7 @@ if ! python3 -I "$flags" vulkan >/dev/null 2>&1; then
     headers=$(cd "$out" && pwd)/headers
     if [ ! -d "$headers/usr/include/spirv" ]; then
         command -v dpkg >/dev/null || { echo "Newer headers of Vulkan and SPIR-V are needed: install them." >&2; exit 1; }
-        mkdir -p "$headers/apt/lists/partial" "$headers/apt/cache/archives/partial"
-        mirror=$(awk '/^URIs:/{print $2}' /etc/apt/sources.list.d/debian.sources 2>/dev/null | grep -v security | head -1)
-        echo "deb ${mirror:-http://deb.debian.org/debian} trixie main" > "$headers/apt/sources.list"
-        apt=(-o "Dir::Etc::sourcelist=$headers/apt/sources.list" -o Dir::Etc::sourceparts=- -o APT::Sandbox::User=root
-            -o "Dir::State::lists=$headers/apt/lists" -o "Dir::Cache=$headers/apt/cache")
-        (cd "$headers/apt" && apt-get "${apt[@]}" update -qq && apt-get "${apt[@]}" download -qq libvulkan-dev spirv-headers)
-        for package in "$headers"/apt/*.deb; do dpkg -x "$package" "$headers"; done
-        rm -rf "$headers/apt"
+        "$(dirname "$0")/unpack_debian.sh" "$headers" trixie "$(dpkg --print-architecture)" libvulkan-dev spirv-headers
     fi
     options=("-DVulkan_INCLUDE_DIR=$headers/usr/include" "-DSPIRV-Headers_DIR=$headers/usr/share/cmake/SPIRV-Headers"
         "-DVulkan_LIBRARY=$(ldconfig -p | awk '/libvulkan\.so\.1 /{print $NF; exit}')")

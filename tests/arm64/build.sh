@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes what test_arm64.py runs, in build/arm64, once and again when constraints.txt changes: a program over llama.cpp, cross-compiled from the source archive of the
-# pinned llama-cpp-python; one over the C++ libraries in ExecuTorch's wheel for arm64; and Debian's arm64 Python with onnxruntime's
-# wheel, unpacked beside each other and not installed. PYTHON is the interpreter whose pip fetches them.
+# Makes what test_arm64.py runs, in build/arm64, once and again when constraints.txt changes: a program over llama.cpp,
+# cross-compiled from the source that make unpacks; one over the C++ libraries in ExecuTorch's wheel for arm64; and Debian's
+# arm64 Python with onnxruntime's wheel, unpacked beside each other and not installed. PYTHON is the interpreter whose pip
+# fetches them, LLAMA_SOURCE the folder of llama.cpp.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python} out=$PWD/build/arm64 here=$PWD/tests/arm64
@@ -10,16 +11,8 @@ pip=("$python" -m pip --disable-pip-version-check)
 wheels=(--no-deps -c constraints.txt --only-binary :all: --python-version 3.11
     --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64)
 
-version() { sed -n "s/^$1==//p" constraints.txt; }
-
 if [ ! "$out/gguf_logits" -nt constraints.txt ]; then
-    number=$(version llama-cpp-python)
-    llama=$out/llama.cpp-$number built=$out/llama-$number
-    if [ ! -f "$llama/CMakeLists.txt" ]; then
-        "${pip[@]}" download -q --no-deps --no-binary llama-cpp-python -d "$out/downloads" "llama-cpp-python==$number"
-        mkdir -p "$llama"
-        tar -xzf "$out/downloads/llama_cpp_python-$number.tar.gz" -C "$llama" --strip-components 3 --wildcards '*/vendor/llama.cpp'
-    fi
+    llama=${LLAMA_SOURCE:?make test-arm64 names it} built=$out/llama
     # The instructions of phones of the last years; what is below has slower kernels of its own, which are not run here.
     cmake -S "$llama" -B "$built" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
         -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_BUILD_TYPE=Release \
@@ -32,7 +25,7 @@ if [ ! "$out/gguf_logits" -nt constraints.txt ]; then
 fi
 
 if [ ! "$out/executorch_logits" -nt constraints.txt ]; then
-    number=$(version executorch)
+    number=$(sed -n 's/^executorch==//p' constraints.txt)
     "${pip[@]}" download -q "${wheels[@]}" -d "$out/downloads" "executorch==$number"
     rm -rf "$out/executorch"
     unzip -q "$out/downloads/executorch-$number"-*.whl 'executorch/lib/*' 'executorch/include/*' -d "$out"
@@ -45,17 +38,9 @@ if [ ! "$out/executorch_logits" -nt constraints.txt ]; then
 fi
 
 if [ ! "$out/site" -nt constraints.txt ]; then
-    root=$out/root apt=$out/apt
-    mkdir -p "$root" "$apt/lists/partial" "$apt/cache/archives/partial"
-    mirror=$(awk '/^URIs:/{print $2}' /etc/apt/sources.list.d/debian.sources 2>/dev/null | grep -v security | head -1)
-    echo "deb ${mirror:-http://deb.debian.org/debian} bookworm main" >"$apt/sources.list"
-    options=(-o APT::Architecture=arm64 -o APT::Architectures=arm64 -o "Dir::Etc::sourcelist=$apt/sources.list"
-        -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$apt/lists" -o Dir::State::status=/dev/null -o "Dir::Cache=$apt/cache"
-        -o APT::Sandbox::User=root)
-    apt-get "${options[@]}" update -qq
-    (cd "$apt" && apt-get "${options[@]}" download -qq python3.11-minimal libpython3.11-minimal libpython3.11-stdlib \
-        libc6 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 libssl3 libbz2-1.0 liblzma5)
-    for package in "$apt"/*.deb; do dpkg -x "$package" "$root"; done
+    root=$out/root
+    .ci/unpack_debian.sh "$root" bookworm arm64 python3.11-minimal libpython3.11-minimal libpython3.11-stdlib \
+        libc6 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 libssl3 libbz2-1.0 liblzma5
     # onnxruntime asks these files for the processor, qemu would show it this machine's, and it crashes where a line is missing.
     mkdir -p "$root/proc" "$root/sys/devices/system/cpu"
     printf '%s\n' 'processor : 0' 'BogoMIPS : 50.00' 'Features : fp asimd aes crc32 atomics fphp asimdhp cpuid asimdrdm asimddp i8mm' \
