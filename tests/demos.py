@@ -1,4 +1,4 @@
-"""What the tests of the demos share: artifacts of the shipped teacher with golden answers, and tools."""
+"""What the tests of the demos share: artifacts of the shipped teacher with golden answers, tools, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ def tool(*names: str, get: str) -> str:
     if found is None:
         pytest.skip(f"{names[0]} is not installed: {get}")
     return found
+
+
+def llama_cpp() -> tuple[Path, Path]:
+    """The folders of headers and libraries of this machine's llama.cpp; where there are none, the test is skipped."""
+    package = Path(pytest.importorskip("llama_cpp").__file__).parent
+    include = package.parent / "include"
+    if not (include / "llama.h").is_file():
+        pytest.skip(f"{include} has no llama.h")
+    return include, package / "lib"
 
 
 def make_artifact(target: str, out: Path) -> Artifact:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from demos import IDS, QUESTION, ROOT, make_artifact, make_bundle, tool
+from demos import IDS, QUESTION, ROOT, llama_cpp, make_artifact, make_bundle, tool
 from edgekd import targets
 from edgekd.bundle import SUMS
 from edgekd.conversation import chat_ids, render_chat
@@ -38,14 +38,11 @@ def classes() -> Path:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The app's JNI source, linked to the libllama of this machine."""
-    llama = Path(pytest.importorskip("llama_cpp").__file__).parent
-    include = llama.parent / "include"
-    if not (include / "llama.h").is_file():
-        pytest.skip(f"{include} has no llama.h")
+    include, lib = llama_cpp()
     java = Path(tool("javac", get="apt install openjdk-17-jdk-headless")).resolve().parents[1] / "include"
     out = tmp_path_factory.mktemp("jni") / "libedgekd_jni.so"
     flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{java}", f"-I{java}/linux", f"-I{include}"]
-    link = [f"-L{llama}/lib", f"-Wl,-rpath,{llama}/lib", "-lllama", "-o", str(out)]
+    link = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-lllama", "-o", str(out)]
     subprocess.run(["cc", *flags, str(DEMO / "native/edgekd_jni.c"), *link], check=True)
     return out
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cases import mean_kl
 from demos import ROOT, make_artifact, tool
 from edgekd import targets
 from edgekd.manifest import Artifact, load_artifact
@@ -72,7 +73,7 @@ def expected(artifact: Artifact, windows: np.ndarray) -> np.ndarray:
     session = targets.open_artifact(artifact, threads=1)
     rows = [row for window in windows.tolist() for row in read(session, window)]
     session.close()
-    return np.array(rows)
+    return np.array(rows, np.float64)
 
 
 def read(session: Session, window: list[int]) -> list[np.ndarray]:
@@ -87,23 +88,13 @@ def on_arm64(target: str, model: Path, windows: np.ndarray, folder: Path) -> np.
     words = [*command(target), model, folder / "ids", WINDOW, BEGIN, folder / "logits"]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.returncode} {done.stderr[-2000:]}"
-    return np.fromfile(folder / "logits", np.float32).reshape(WINDOWS * (WINDOW - BEGIN + 1), -1)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def kl(reference: np.ndarray, other: np.ndarray) -> float:
-    """Mean KL(reference || other) in nats per token."""
-    p, q = log_softmax(reference), log_softmax(other)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+    logits = np.fromfile(folder / "logits", np.float32).astype(np.float64)
+    return logits.reshape(WINDOWS * (WINDOW - BEGIN + 1), -1)
 
 
 def test_arm64_computes_the_same(artifact: Artifact, windows: np.ndarray, expected: np.ndarray, tmp_path: Path) -> None:
     found = on_arm64(artifact.manifest.target, artifact.main_file, windows, tmp_path)
-    apart = kl(expected, found)
+    apart = mean_kl(expected, found)
     same = float((expected.argmax(-1) == found.argmax(-1)).mean())
     print(f"{artifact.folder.name}: KL {apart:.2g}, the same likeliest token at {same:.1%} of {len(found)} positions")
     assert apart <= MOST_KL
@@ -118,6 +109,6 @@ def test_other_weights_are_seen(artifact: Artifact, windows: np.ndarray, expecte
     data = np.fromfile(tmp_path / weights, np.uint8)
     data[len(data) * 70 // 100 : len(data) * 72 // 100] ^= 0x88
     data.tofile(tmp_path / weights)
-    apart = kl(expected, on_arm64(manifest.target, tmp_path / main.name, windows, tmp_path))
+    apart = mean_kl(expected, on_arm64(manifest.target, tmp_path / main.name, windows, tmp_path))
     print(f"{artifact.folder.name}: KL {apart:.2g} with other weights")
     assert not apart <= MOST_KL

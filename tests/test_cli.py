@@ -1,21 +1,18 @@
 """The command as a user types it: help, exit codes, and one clear sentence for bad input, before any work."""
 
-import contextlib
 import errno
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 
-from edgekd import cli
 from edgekd.files import write_sealed
 from edgekd.manifest import write_artifact
+from typed import edgekd
 
 BASE = """
 name: tiny
@@ -27,29 +24,6 @@ targets: [{{target: gguf, recipes: [fp16]}}]
 verify: {{context: 32}}
 bench: {{prompt_tokens: [8], decode_tokens: 8}}
 """
-
-
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def edgekd(*arguments, cwd="."):
-    """The entry point in this process: torch is imported once, not once a test."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        contextlib.chdir(cwd),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        mock.patch.object(sys, "argv", ["edgekd", *map(str, arguments)]),
-    ):
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

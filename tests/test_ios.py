@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demos import IDS, QUESTION, ROOT, make_artifact, make_bundle, tool
+from demos import IDS, QUESTION, ROOT, llama_cpp, make_artifact, make_bundle, tool
 from edgekd import targets
 from edgekd.conversation import chat_ids, render_chat
 from edgekd.files import Json, digest
@@ -145,12 +145,10 @@ def swift() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The libllama of this machine with its headers, in a folder that Swift's toolchain sees."""
-    package = Path(pytest.importorskip("llama_cpp").__file__).parent
-    if not (package.parent / "include/llama.h").is_file():
-        pytest.skip(f"{package.parent / 'include'} has no llama.h")
+    include, lib = llama_cpp()
     folder = tmp_path_factory.mktemp("llama")
-    shutil.copytree(package / "lib", folder / "lib")
-    shutil.copytree(package.parent / "include", folder / "include")
+    shutil.copytree(lib, folder / "lib")
+    shutil.copytree(include, folder / "include")
     return folder
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import json
 import os
 import shutil
@@ -15,11 +12,10 @@ import threading
 import time
 from itertools import count
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from edgekd import cli
+from demos import llama_cpp, tool
 from edgekd.benchmarks.devices import readings
 from edgekd.benchmarks.devices.bench import choose_runner
 from edgekd.benchmarks.devices.device import Ssh, ask, connect
@@ -30,23 +26,13 @@ from edgekd.benchmarks.report.history import key_of
 from edgekd.errors import EdgekdError
 from edgekd.proof import Host
 from edgekd.spec import BenchSpec
+from typed import edgekd
 
 ROOT = Path(__file__).parents[2]
 RUNNER = ROOT / "benchmarks" / "devices" / "runner"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sh, sshd and ELF as Linux has them")
 QUICK = ("--runs", "2", "--cold-runs", "1", "--curve-seconds", "0", "--energy-seconds", "0", "--threads", "1")
 LENGTHS = ("--prompt-tokens", "8", "--prompt-tokens", "24", "--decode-tokens", "8")
-
-
-def edgekd(*words):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv = mock.patch.object(sys, "argv", ["edgekd", *map(str, words)])
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +44,8 @@ def artifact(tmp_path_factory, export_gguf):
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
     """``edgekd-llama``, built against the llama.cpp of the wheel."""
-    package = Path(importlib.import_module("llama_cpp").__file__).parent
-    compiler, headers = shutil.which("g++") or shutil.which("c++"), package.parent / "include"
-    if not compiler or not (headers / "llama.h").is_file():
-        pytest.skip("no C++ compiler, or no headers beside llama-cpp-python")
-    out, libraries = tmp_path_factory.mktemp("runner") / "edgekd-llama", package / "lib"
+    compiler, (headers, libraries) = tool("g++", "c++", get="apt install g++"), llama_cpp()
+    out = tmp_path_factory.mktemp("runner") / "edgekd-llama"
     words = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{headers}", RUNNER / "edgekd-llama.cpp"]
     links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base", "-o", out]
     subprocess.run([compiler, *words, *links], check=True)

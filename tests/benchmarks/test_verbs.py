@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
-from unittest import mock
 
 import pytest
 
-from edgekd import cli
 from edgekd.proof import BenchRecord
-
-
-def edgekd(*words):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv = mock.patch.object(sys, "argv", ["edgekd", *map(str, words)])
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-    return code, out.getvalue(), err.getvalue()
+from typed import edgekd
 
 
 @pytest.fixture(scope="module")
