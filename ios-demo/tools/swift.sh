@@ -8,7 +8,7 @@ root=${SWIFT_ROOT:-$demo/build/swift}
 
 if [ "${1:-}" = --get ]; then
     if command -v swift >/dev/null || [ -x "$root/usr/libexec/swift/bin/swift" ]; then exit; fi
-    command -v debootstrap >/dev/null || apt-get install -y --no-install-recommends debootstrap
+    command -v debootstrap >/dev/null || { apt-get update -qq && apt-get install -y --no-install-recommends debootstrap; }
     mirror=$(awk '/^URIs:/{print $2}' /etc/apt/sources.list.d/debian.sources 2>/dev/null | grep -v security | head -1)
     rm -rf "$root.partial"
     mkdir -p "$(dirname "$root")"
