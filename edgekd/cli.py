@@ -260,6 +260,43 @@ def distill(
     typer.echo(f"student: {opened.student}")
 
 
+@app.command(epilog="Example: edgekd student builtin:pycode-16m --target-parameters 8M --fits iphone-15-pro")
+def student(
+    teacher: ModelArgument,
+    target_parameters: Annotated[str, typer.Option(metavar="1.2B", help="Weights that the student is to have.")],
+    fits: Annotated[str, typer.Option(metavar="NAME", help="A device: a profile's name, or a YAML file of one.")],
+    recipe: Annotated[str, typer.Option(help="On the portable grid: how the weights are stored.")] = "portable-int4",
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that its cache holds. Default: the teacher's, 4096 at most.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search depth and widths of a student for a device's memory, by the teacher's config.json alone, and print the
+    lines of the spec that cut it."""
+    from dataclasses import asdict
+
+    from .checkpoint import Checkpoint
+    from .console import shapes_table
+    from .runs.fits import search, written
+    from .spec import CutStudent, of_options
+    from .student import resolve_model
+
+    wanted = {"profile": fits, "recipe": recipe} | ({} if context is None else {"context": context})
+    spec = of_options(CutStudent, init="cut", parameters=target_parameters, fits=wanted)
+    found = search(spec, Checkpoint(resolve_model(teacher, files=["config.json"])).config, Path())
+    if as_json:
+        rows = [
+            {**asdict(shape), "spare_bytes": found.spare_bytes(shape), "chosen": shape == found.chosen}
+            for shape in found.shapes
+        ]
+        told = {"device": found.device, "budget_bytes": found.budget_bytes, "context": found.context}
+        lines = written(spec, found).model_dump(exclude_defaults=True) if found.chosen else None
+        print_json({**told, "shapes": rows, "student": lines})
+    else:
+        shapes_table(found)
+    found.taken()
+
+
 @app.command(epilog="Example: edgekd quantize runs/quickstart/student student-int4 --method gptq --text notes.txt")
 def quantize(
     model: ModelArgument,

@@ -27,13 +27,14 @@ from rich.table import Table
 from .conversation import Message, TooLong, check_prompt, fitted_chat, text_ids
 from .conversation import render_chat as render_chat  # where scripts that people have import it from
 from .errors import EdgekdError
-from .formats import duration, plain, significant, size
+from .formats import count, duration, plain, significant, size
 from .proof import METRICS
 
 if TYPE_CHECKING:
     from .benchmarks.compare import Compared
     from .benchmarks.cost import Cost
     from .benchmarks.predict import Estimate, Prediction
+    from .distill.shape import Search
     from .doctor import Check
     from .manifest import Contract
     from .memory import Proposal
@@ -181,6 +182,28 @@ def training_table(ways: Sequence[Proposal], capture: PlannedCapture | None, mac
     if capture:
         once = f"once {duration(capture.seconds)} in {size(capture.gpu_bytes or capture.ram_bytes)} of memory"
         typer.echo(plain(f"teacher's cache: {size(capture.disk_bytes)} at most, {once}"))
+
+
+def shapes_table(found: Search) -> None:
+    """The shapes of a student, the deepest first, what each takes of a device, and the spec's lines of the chosen."""
+    room = plain(size(found.budget_bytes))
+    table = Table(title=f"{found.device}: {room} for an app", title_justify="left", box=None, pad_edge=False)
+    for name in ("layers", "hidden", "MLP", "heads", "parameters", "weights", f"cache of {found.context}", "left"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for shape in found.shapes:
+        spare = found.spare_bytes(shape)
+        left = plain(size(spare)) if spare >= 0 else f"lacks {plain(size(-spare))}"
+        needs = (plain(size(shape.weight_bytes)), plain(size(shape.cache_bytes)), left)
+        widths = (str(shape.layers), str(shape.hidden_size), str(shape.intermediate_size))
+        heads = f"{shape.heads}/{shape.kv_heads}"
+        chosen = "chosen" if shape == found.chosen else ""
+        table.add_row(*widths, heads, plain(count(shape.parameters)), *needs, chosen)
+    STDOUT.print(table)
+    if chosen_shape := found.chosen:
+        typer.echo("student:\n  init: cut")
+        for key in ("layers", "hidden_size", "intermediate_size"):
+            typer.echo(f"  {key}: {getattr(chosen_shape, key)}")
 
 
 def quality_table(quality: Quality) -> None:

@@ -73,6 +73,8 @@ class _Strict(BaseModel):
 
 SourceName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Weight = Annotated[float, Field(ge=1e-3, le=1e3)]
+Amount = Annotated[str, Field(pattern=r"^[0-9]{1,4}(\.[0-9]{1,3})?[kMB]$")]
+_SCALES = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 
 class OneTeacher(_Strict):
@@ -151,11 +153,28 @@ class TeacherSpec(OneTeacher):
         return [weight / (sum(weights) or 1.0) for weight in weights]
 
 
+class FitsSpec(_Strict):
+    """A device whose memory the student is to fit."""
+
+    profile: Name = Field(description="A shipped profile such as iphone-15-pro, or a YAML file of one.")
+    recipe: Name = Field("portable-int4", description="On the portable grid: how the weights are stored there.")
+    context: Length | None = Field(
+        None, description=f"Tokens that its cache holds; default: the teacher's context, {DEFAULT_CONTEXT} at most."
+    )
+
+
 class CutStudent(_Strict):
     """A student cut from the teacher."""
 
     init: Literal["cut"]
-    layers: Few = Field(description="Layers to keep.")
+    layers: Few | None = Field(
+        None, description="Layers to keep; or parameters and fits, which choose layers and widths."
+    )
+    # Not dumped: a run has the shape in their place, and its stages' keys are those of a spec that names it.
+    parameters: Amount | None = Field(
+        None, exclude=True, description="With fits: how many weights it is to have, such as 350M or 1.2B."
+    )
+    fits: FitsSpec | None = Field(None, exclude=True, description="With parameters: what it is to fit.")
     hidden_size: Width | None = Field(None, description="Channels to keep. Default: all.")
     intermediate_size: Width | None = Field(None, description="MLP units to keep per layer. Default: all.")
     choose: Literal["greedy", "even"] = Field(
@@ -164,6 +183,28 @@ class CutStudent(_Strict):
         "outputs stay nearest to the teacher's; keep the channels and units of largest activations. even: evenly "
         "spaced layers, the first and the last among them; the channels and units of largest weights.",
     )
+
+    @model_validator(mode="after")
+    def _has_one_shape(self) -> Self:
+        if (self.parameters is None) != (self.fits is None):
+            raise ValueError("parameters and fits belong together; give both")
+        if (self.layers is None) == (self.fits is None):
+            raise ValueError("give layers, or parameters and fits in their place")
+        if self.fits and (self.hidden_size or self.intermediate_size):
+            raise ValueError("parameters and fits choose hidden_size and intermediate_size; leave those out")
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Layers to keep, where they are known."""
+        assert self.layers is not None
+        return self.layers
+
+    @property
+    def wanted(self) -> int:
+        """The number that ``parameters`` says."""
+        assert self.parameters is not None
+        return round(float(self.parameters[:-1]) * _SCALES[self.parameters[-1]])
 
 
 class ConfigStudent(_Strict):

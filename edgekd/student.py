@@ -32,12 +32,13 @@ _GENERATION = "generation_config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
-def resolve_model(reference: str, base: Path = Path()) -> Path:
+def resolve_model(reference: str, base: Path = Path(), files: Sequence[str] = _HUB_FILES) -> Path:
     """The folder of a model named in a spec.
 
     Args:
         reference: a folder relative to ``base``, ``builtin:NAME``, or ``hub:ORGANISATION/NAME``, which downloads, with
             ``@REVISION`` (a branch, tag or commit) where it is not to be the newest.
+        files: what is downloaded.
 
     Raises:
         SpecError: there is no such model.
@@ -49,21 +50,21 @@ def resolve_model(reference: str, base: Path = Path()) -> Path:
             raise SpecError(f"{reference}: no such built-in model.", f"There are: {', '.join(shipped)}.")
         return folder
     if reference.startswith("hub:"):
-        return _downloaded(reference)
+        return _downloaded(reference, files)
     folder = base / reference
     if not (folder / "config.json").is_file():
         raise SpecError(f"{folder}: not a model folder: it has no config.json.", "Name a folder, builtin: or hub:.")
     return folder
 
 
-def _downloaded(reference: str) -> Path:
+def _downloaded(reference: str, files: Sequence[str]) -> Path:
     """The folder of a hub model; what of it was downloaded before is not again."""
     from huggingface_hub import errors, snapshot_download
 
     name, _, revision = reference.removeprefix("hub:").partition("@")
     try:
         with online():
-            return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except errors.GatedRepoError as error:
         raise SpecError(
             f"{reference}: its owners ask you to accept their terms first.",
@@ -372,7 +373,7 @@ def init_student(
     teacher = Checkpoint(teacher_folder)
     _ = teacher.tensors  # names a damaged file before a model is built
     if spec.init == "cut" and kept is None:
-        kept = Kept(evenly_spaced_layers(teacher.decoder.size("num_hidden_layers"), spec.layers))
+        kept = Kept(evenly_spaced_layers(teacher.decoder.size("num_hidden_layers"), spec.depth))
     config = _transformers_config(student_config(spec, teacher.config, base, kept.layers if kept else None))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -394,18 +395,18 @@ def _cut_config(spec: CutStudent, teacher: Mapping[str, object], kept: Sequence[
     if "num_hidden_layers" not in teacher:
         raise SpecError("student.init: cut: the teacher's config.json has no num_hidden_layers.", "Use init: config.")
     layers = read_decoder(teacher).size("num_hidden_layers")
-    if spec.layers > layers:
+    if spec.depth > layers:
         raise SpecError(
-            f"student.layers: {spec.layers} layers cannot be cut from a teacher of {layers}.",
+            f"student.layers: {spec.depth} layers cannot be cut from a teacher of {layers}.",
             f"Set student.layers to {layers} or fewer.",
         )
-    if spec.choose == "even" and spec.layers == 1 < layers:
+    if spec.choose == "even" and spec.depth == 1 < layers:
         raise SpecError(
             f"student.layers: 1 cannot keep the first and the last of the teacher's {layers} layers.",
             "Set student.layers to 2 or more, or student.choose to greedy.",
         )
-    kept = kept or evenly_spaced_layers(layers, spec.layers)
-    config = {**teacher, "num_hidden_layers": spec.layers, "dtype": "float32"}
+    kept = kept or evenly_spaced_layers(layers, spec.depth)
+    config = {**teacher, "num_hidden_layers": spec.depth, "dtype": "float32"}
     config.pop("torch_dtype", None)
     return config | _cut_by_layer(kept, teacher, layers) | _cut_widths(spec, teacher)
 

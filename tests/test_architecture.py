@@ -39,7 +39,7 @@ LAYERS = [
 # Modules of one layer that may know each other; distill, targets, verify and benchmarks never do.
 SIBLINGS = {2, 4}
 # A run reads from the first to the last; each knows those before it alone.
-RUNS = ["records", "deploy", "run", "preflight", "verbs", "work", "chain", "runner", "results"]
+RUNS = ["records", "deploy", "fits", "run", "preflight", "verbs", "work", "chain", "runner", "results"]
 HEAVY = ["torch", "transformers", "datasets", "llama_cpp", "gguf", "plotly", "jinja2", "onnx", "coremltools"]
 
 

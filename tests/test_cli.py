@@ -51,6 +51,7 @@ VERBS = [
     "run",
     "plan",
     "distill",
+    "student",
     "import",
     "quantize",
     "export",
@@ -160,6 +161,39 @@ def test_a_tokenizer_that_exceeds_the_embedding(project):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"vocab_size": 300}))
     refused(edgekd("run", "spec.yaml", cwd=project), "the tokenizer has 320 ids, the embedding 300 rows")
+
+
+def test_a_student_for_a_device_is_printed_as_the_lines_of_a_spec(project):
+    words = ("student", "teacher", "--target-parameters", "47.5k", "--fits", "iphone-15-pro", "--context", "100")
+    result = edgekd(*words, cwd=project)
+    assert result.returncode == 0, result.stderr
+    table, lines = result.stdout.split("student:\n")
+    assert "47,520" in table and "chosen" in table and "2/1" in table
+    keys = "{" + ", ".join(line.strip() for line in lines.splitlines()) + "}"
+    (project / "spec.yaml").write_text(BASE.format(teacher="teacher").replace("{init: cut, layers: 2}", keys))
+    assert edgekd("plan", "spec.yaml", cwd=project).returncode == 0
+    told = json.loads(edgekd(*words, "--json", cwd=project).stdout)
+    assert told["student"] == {"init": "cut", "layers": 3, "hidden_size": 32, "intermediate_size": 64}
+    [shape] = told["shapes"]
+    assert shape["chosen"] and shape["parameters"] == 47520
+    assert shape["spare_bytes"] == told["budget_bytes"] - shape["weight_bytes"] - shape["cache_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("amount", "device", "said"),
+    [
+        ("47.5k", "iphone-15", ["unknown profile 'iphone-15'; did you mean 'iphone-15-pro'?"]),
+        (
+            "1.2B",
+            "iphone-15-pro",
+            ["no student cut from this teacher", "the nearest has 131,712 parameters (layers 3"],
+        ),
+        ("much", "iphone-15-pro", ["the command line: key 'parameters'"]),
+    ],
+)
+def test_a_student_for_a_device_that_cannot_be(project, amount, device, said):
+    words = ("student", "teacher", "--target-parameters", amount, "--fits", device)
+    refused(edgekd(*words, cwd=project), *said)
 
 
 def test_more_layers_than_the_teacher(project):

@@ -20,6 +20,7 @@ from edgekd.targets import spec_model
 
 MODEL = spec_model()
 
+FITS = "parameters: 1.2B, fits: {profile: iphone-15-pro}"
 BASE = """
 name: q
 teacher: {model: x}
@@ -56,6 +57,18 @@ def test_yaml_12_floats_are_numbers(tmp_path):
         (BASE + "distill: {stps: 3}", "unknown key 'distill.stps'; did you mean 'steps'?"),
         (BASE + "zzz: 1", "unknown key 'zzz'; valid keys: name, seed, teacher"),
         (BASE.replace("layers: 4", "layrs: 4"), "unknown key 'student.layrs'; did you mean 'layers'?"),
+        (BASE.replace("layers: 4", ""), "key 'student': give layers, or parameters and fits in their place."),
+        (BASE.replace("layers: 4", "parameters: 1.2B"), "key 'student': parameters and fits belong together"),
+        (BASE.replace("layers: 4", FITS + ", layers: 4"), "give layers, or parameters and fits in their place"),
+        (
+            BASE.replace("layers: 4", FITS + ", hidden_size: 64"),
+            "choose hidden_size and intermediate_size; leave those",
+        ),
+        (BASE.replace("layers: 4", FITS.replace("1.2B", "1.2b")), "key 'student.parameters': string should match"),
+        (
+            BASE.replace("layers: 4", FITS.replace("profile", "profil")),
+            "'student.fits.profil'; did you mean 'profile'?",
+        ),
         (BASE.replace("recipes", "recipe"), "unknown key 'targets.0.recipe'; did you mean 'recipes'?"),
         (BASE + "verify: {thresholds: {int8: {top1: 3}}}", "'verify.thresholds.int8.top1'; did you mean 'top1_min'?"),
         (BASE + "distill: {steps: '3'}", "key 'distill.steps': input should be a valid integer (given: '3')"),

@@ -57,7 +57,7 @@ def choose(spec: CutStudent, teacher: PreTrainedModel, ids: Tensor, tell: Tell |
         ids: int64 ``(B, T)``, text like that of the training.
         tell: told of the share of the work that is done, and a note.
     """
-    *_, (layers, _) = road(teacher, ids, spec.layers, tell)
+    *_, (layers, _) = road(teacher, ids, spec.depth, tell)
     return with_widths(spec, teacher, ids, layers)
 
 

@@ -11,6 +11,7 @@ from ..checkpoint import Checkpoint
 from ..spec import Method, Spec, TargetSpec
 from ..student import check_model, load_model, load_tokenizer, resolve_model, student_config
 from ..targets import label, load_recipe, section, stand_in
+from .fits import shaped
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +178,8 @@ def resolve(spec: Spec, *, base: Path, folder: Path, words: Sequence[str], more_
     """
     named = spec.teacher.each if spec.teacher and not spec.teacher.served else []
     teachers = [Model(Checkpoint(resolve_model(one.model, base)), one.trust_remote_code) for one in named]
+    if spec.student.init == "cut":
+        spec = spec.model_copy(update={"student": shaped(spec.student, teachers[0].config, base)})
     initial = None
     if spec.student.init == "checkpoint":
         initial = Model(Checkpoint(resolve_model(spec.student.model, base)))
