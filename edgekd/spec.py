@@ -810,7 +810,7 @@ def _explain(raw: dict[str, object], error: ValidationError, model: type[BaseMod
     # A mistyped key is both unknown and missing: the unknown one says more.
     complaints = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     first = complaints[0]
-    where = _yaml_path(raw, first["loc"])
+    where = _yaml_path(raw, first["loc"], missing=first["type"] == "missing")
     if first["type"].startswith("union_tag"):  # the key that chooses among sections
         where = [*where, name := first["ctx"]["discriminator"].strip("'")]
     key = repr(".".join(str(part) for part in where) or "(top level)")[:_MAX_SHOWN]
@@ -838,13 +838,17 @@ def nearest(word: str, valid: Sequence[str], title: str = "there are") -> str:
     return f"did you mean {near[0]!r}?" if near else f"{title}: {', '.join(valid)}."
 
 
-def _yaml_path(raw: Any, loc: tuple[int | str, ...]) -> list[int | str]:
-    """``loc`` without the names of union members that pydantic puts in."""
+def _yaml_path(raw: Any, loc: tuple[int | str, ...], *, missing: bool) -> list[int | str]:
+    """``loc`` without the names of union members that pydantic puts in.
+
+    Args:
+        missing: its last part is a key that is not there.
+    """
     path: list[int | str] = []
     for i, part in enumerate(loc):
         if part == "[key]":
             continue
-        if isinstance(raw, dict) and part not in raw and i < len(loc) - 1:
+        if isinstance(raw, dict) and part not in raw and not (missing and i == len(loc) - 1):
             continue
         path.append(part)
         try:
@@ -870,4 +874,5 @@ def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
 
 
 def _deref(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    node = next((one for one in node.get("anyOf", ()) if "$ref" in one), node)  # a section that may be left out
     return schema["$defs"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node

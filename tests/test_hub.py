@@ -23,7 +23,7 @@ huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 500  # what has come of a file i
 from edgekd.errors import EdgekdError
 from edgekd.student import resolve_model
 try:
-    print(resolve_model({reference!r}))
+    print(resolve_model({reference!r}{more}))
 except EdgekdError as error:
     print("error:", error)
 """
@@ -127,8 +127,8 @@ def hub(files):
     hub.server.server_close()
 
 
-def resolve(hub, home, reference="hub:someone/model"):
-    return run(RESOLVE.format(reference=reference), home, HF_ENDPOINT=hub.address).strip()
+def resolve(hub, home, reference="hub:someone/model", more=""):
+    return run(RESOLVE.format(reference=reference, more=more), home, HF_ENDPOINT=hub.address).strip()
 
 
 def test_a_model_comes_whole_and_nothing_that_runs(hub, files, tmp_path):
@@ -139,6 +139,13 @@ def test_a_model_comes_whole_and_nothing_that_runs(hub, files, tmp_path):
     hub.asked.clear()
     assert Path(resolve(hub, tmp_path)) == folder
     assert not any("/resolve/" in path and path.endswith(".safetensors") for path, _ in hub.asked)
+
+
+def test_what_reads_the_configuration_alone_downloads_nothing_else(hub, files, tmp_path):
+    folder = Path(resolve(hub, tmp_path, more=", files=['config.json']"))
+    assert {path.name for path in folder.iterdir()} == {"config.json"}
+    resolve(hub, tmp_path)
+    assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
 def test_a_revision_is_pinned(hub, tmp_path):
