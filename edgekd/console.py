@@ -186,14 +186,14 @@ def training_table(ways: Sequence[Proposal], capture: PlannedCapture | None, mac
 
 def shapes_table(found: Search) -> None:
     """The shapes of a student, the deepest first, what each takes of a device, and the spec's lines of the chosen."""
-    room = plain(size(found.budget_bytes))
-    table = Table(title=f"{found.device}: {room} for an app", title_justify="left", box=None, pad_edge=False)
-    for name in ("layers", "hidden", "MLP", "heads", "parameters", "weights", f"cache of {found.context}", "left"):
+    title = f"{found.device}: {plain(size(found.budget_bytes))} for an app; cache of {found.context} tokens"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("layers", "hidden", "MLP", "heads", "parameters", "weights", "cache", "left"):
         table.add_column(name, justify="right")
     table.add_column("")
     for shape in found.shapes:
         spare = found.spare_bytes(shape)
-        left = plain(size(spare)) if spare >= 0 else f"lacks {plain(size(-spare))}"
+        left = f"{'-' * (spare < 0)}{plain(size(abs(spare)))}"
         needs = (plain(size(shape.weight_bytes)), plain(size(shape.cache_bytes)), left)
         widths = (str(shape.layers), str(shape.hidden_size), str(shape.intermediate_size))
         heads = f"{shape.heads}/{shape.kv_heads}"

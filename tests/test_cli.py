@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import resources
 from unittest import mock
 
 import pytest
@@ -177,6 +178,17 @@ def test_a_student_for_a_device_is_printed_as_the_lines_of_a_spec(project):
     [shape] = told["shapes"]
     assert shape["chosen"] and shape["parameters"] == 47520
     assert shape["spare_bytes"] == told["budget_bytes"] - shape["weight_bytes"] - shape["cache_bytes"]
+
+
+def test_a_student_that_no_device_holds_is_shown_all_the_same(project):
+    profile = (resources.files("edgekd.benchmarks.profiles") / "iphone-15-pro.yaml").read_text()
+    (project / "watch.yaml").write_text(profile.replace("value: 3\n", "value: 0.00005\n"))
+    words = ("student", "teacher", "--target-parameters", "47.5k", "--fits", "watch.yaml", "--context", "100")
+    result = edgekd(*words, cwd=project)
+    assert result.returncode == 2 and "gives an app 50.0 kB" in result.stderr
+    assert "47,520" in result.stdout and " -" in result.stdout and "student:" not in result.stdout
+    told = edgekd(*words, "--json", cwd=project)
+    assert told.returncode == 2 and json.loads(told.stdout)["student"] is None
 
 
 @pytest.mark.parametrize(
