@@ -28,6 +28,8 @@ TOLERANCE = Fraction(1, 50)
 CACHE_BYTES = 2
 """Of a number in the key-value cache, float16, as llama.cpp keeps it."""
 _STEPS = (256, 128, 64, GROUP)
+_LARGEST = {"num_hidden_layers": 2**9, "hidden_size": 2**15, "intermediate_size": 2**18}
+"""Far beyond any model's: the widths and depths of a file that names more would be minutes in the counting."""
 _UNEVENNESS = FEWEST_CHANNELS / FEWEST_UNITS
 """Most that the share of channels that stay may be of the share of MLP units, and the other way round."""
 
@@ -112,11 +114,12 @@ def shapes(config: Mapping[str, object], recipe: Recipe, wanted: int, context: i
         for units in _steps(teacher.intermediate, FEWEST_UNITS)
         if _unevenness(teacher, hidden, units) <= _UNEVENNESS
     }
+    most = math.floor(TOLERANCE * wanted)
     depths = range(teacher.layers, min(fewest, teacher.layers) - 1, -1)
     found = []
     for layers in depths:
         off = {widths: abs(rest + layers * each - wanted) for widths, (rest, each) in counts.items()}
-        near = [widths for widths in counts if off[widths] <= TOLERANCE * wanted]
+        near = [widths for widths in counts if off[widths] <= most]
         if near:
             hidden, units = min(near, key=lambda widths: (_unevenness(teacher, *widths), off[widths], widths))
             found.append(_shape(teacher, recipe, context, layers, hidden, units))
@@ -135,11 +138,12 @@ def _countable(config: Mapping[str, object], recipe: Recipe) -> Architecture:
     """The teacher, where its students can be counted before they are made."""
     teacher = read_architecture(config)
     if teacher.unknown or None in teacher.attention:
-        what = f"edgekd does not know every part of a {teacher.model_type!r:.100}, and cannot count its cuts"
-        raise SpecError(
-            f"student.fits: {what}.",
-            "Write layers instead of parameters and fits.",
-        )
+        cause = f"student.fits: edgekd does not know every part of a {teacher.model_type!r:.100}, to count its cuts."
+        raise SpecError(cause, "Write layers instead of parameters and fits.")
+    sizes = (teacher.layers, teacher.hidden, teacher.intermediate)
+    for (key, most), value in zip(_LARGEST.items(), sizes, strict=True):
+        if value > most:
+            raise SpecError(f"config.json: {key}: {value} is more than any teacher has, at most {most}.", "Correct it.")
     if recipe.native:
         raise SpecError(
             f"student.fits.recipe: how much {recipe.name} stores is known to {recipe.native.target} alone.",

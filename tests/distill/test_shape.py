@@ -155,6 +155,13 @@ def test_a_number_that_no_shape_has_names_the_nearest(wanted, nearest):
     assert shapes(QWEN, INT4, told, 128, fewest=1)[0].parameters == pytest.approx(told, rel=0.02)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "intermediate_size"])
+def test_a_file_that_names_absurd_sizes_is_no_minutes_of_work(key):
+    value = 2**16 if key == "num_hidden_layers" else 2**31 - 512
+    with pytest.raises(SpecError, match=f"config.json: {key}: {value} is more than any teacher has"):
+        shapes(QWEN | {key: value}, INT4, 10**6, 128, 1)
+
+
 def test_what_cannot_be_counted_is_refused():
     with pytest.raises(SpecError, match="gguf-q4_k_m stores is known to gguf alone"):
         shapes(QWEN, load_recipe("gguf-q4_k_m"), 10**6, 128, 1)
