@@ -204,7 +204,7 @@ def capture_of(
 
 def _loaded_bytes(student: Architecture, teachers: Sequence[Architecture], weights: TeacherWeights) -> int:
     """RAM of models that have been read, before a GPU has them."""
-    read = "float32" if weights == "float32" else "bfloat16"
+    read: TeacherWeights = "float32" if weights == "float32" else "bfloat16"
     return CONTEXT_BYTES["cpu"] + 4 * student.parameters() + sum(teacher_bytes(one, read) for one in teachers)
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from edgekd import cli
 from edgekd.files import write_sealed
 from edgekd.manifest import write_artifact
 from typed import edgekd
