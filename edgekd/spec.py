@@ -396,6 +396,10 @@ class OnPolicySpec(_Strict):
             raise ValueError("loss needs a divergence, and no cross_entropy: the labels are the student's own words")
         return self
 
+    def prompt_of(self, context: int) -> int:
+        """Tokens of a window of ``context`` before what the student writes."""
+        return self.prompt_tokens or context // 2
+
 
 class MatchSpec(_Strict):
     """Layers of the student that are to give what the teacher's do."""
@@ -693,7 +697,7 @@ class Spec(_Strict):
         if spec.match and (teacher.signal != "online" or teacher.more):
             raise ValueError("distill.match: it reads the inside of one teacher that runs beside the student")
         if spec.on_policy:
-            prompt = spec.on_policy.prompt_tokens or self.data.context // 2
+            prompt = spec.on_policy.prompt_of(self.data.context)
             if prompt + spec.on_policy.max_new_tokens > self.data.context:
                 words = f"{prompt} prompt_tokens and {spec.on_policy.max_new_tokens} max_new_tokens"
                 raise ValueError(f"distill.on_policy: {words} are more than data.context {self.data.context}")

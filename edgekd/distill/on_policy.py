@@ -77,7 +77,7 @@ class Writing:
         """What of a window the student goes on from: its document up to the first learned token behind
         ``prompt_tokens``; nothing where the context leaves no room behind it."""
         ids, learned = windows.ids[window].long(), windows.loss_mask[window]
-        wanted = self.spec.prompt_tokens or self.context // 2
+        wanted = self.spec.prompt_of(self.context)
         places = learned[wanted:].nonzero().squeeze(-1)
         if not len(places) or (end := wanted + int(places[0])) + self.spec.max_new_tokens > self.context:
             return ids[:0]
