@@ -8,7 +8,7 @@ import hashlib
 import json
 import lzma
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ def prepare(
     *,
     seed: int,
     base: Path,
+    splits: Collection[str] = SPLITS,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, object]:
     """Write ``train.safetensors``, ``validation.safetensors`` and ``test.safetensors`` into ``out_dir``.
@@ -63,6 +64,7 @@ def prepare(
     Args:
         seed: with a document's own text, decides its split (the standard library is split by module).
         base: folder that relative paths start from.
+        splits: those that will be read, of which none may be empty.
         on_progress: called with the number of documents read so far.
 
     Returns:
@@ -70,14 +72,14 @@ def prepare(
         the same of each source of a mixture; under ``warnings``, sentences that the user must see.
 
     Raises:
-        SpecError: a file is missing, there is no such column or it is of another type, a split fills no window, or
-            more than 5 % of the rows are unusable and ``spec.allow_skipped`` is not set.
+        SpecError: a file is missing, there is no such column or it is of another type, one of ``splits`` fills no
+            window, or more than 5 % of the rows are unusable and ``spec.allow_skipped`` is not set.
     """
     if tokenizer.eos_token_id is None:
         raise SpecError("teacher.model: its tokenizer has no end-of-text token to join documents with.")
     if any(source.chat for source in spec.each.values()) and not tokenizer.chat_template:
         raise SpecError("data.chat: the teacher's tokenizer has no chat template.", "Add chat_template.jinja to it.")
-    reading = _Reading(spec, tokenizer, seed, base, on_progress)
+    reading = _Reading(spec, tokenizer, seed, base, splits, on_progress)
     with ExitStack() as opened:
         of_sources = {name: {s: _packer(spec, tokenizer, out_dir.parent) for s in SPLITS} for name in spec.each}
         for packers in of_sources.values():
@@ -102,10 +104,11 @@ class _Reading:
         tokenizer: PreTrainedTokenizerFast,
         seed: int,
         base: Path,
+        splits: Collection[str],
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self._spec, self._tokenizer, self._seed, self._base = spec, tokenizer, seed, base
-        self._on_progress = on_progress
+        self._splits, self._on_progress = splits, on_progress
         self._seen: set[bytes] = set()
         self._before = 0
 
@@ -130,7 +133,7 @@ class _Reading:
         figures = {**dropped, **figures, "unusable_chats_skipped": skips.total()}
         figures["skipped_by_reason"] = dict(skips.most_common())
         for split, packer in packers.items():
-            figures |= _of_split(split, packer, source, spec.context)
+            figures |= _of_split(split, packer, source, spec.context, needed=split in self._splits)
         return figures | {"warnings": warnings}
 
     def _pack(
@@ -174,13 +177,13 @@ def _processes(spec: TextSource, base: Path) -> int:
     return (psutil.cpu_count(logical=False) or 1) if much else 1
 
 
-def _of_split(split: str, packer: Packer, spec: TextSource, context: int) -> dict[str, object]:
+def _of_split(split: str, packer: Packer, spec: TextSource, context: int, *, needed: bool) -> dict[str, object]:
     """Figures of a split.
 
     Raises:
         SpecError: it fills no window.
     """
-    if not packer.windows:
+    if needed and not packer.windows:
         raise SpecError(
             f"data: the {split} split of {_named(spec)} has {packer.documents} documents with {packer.tokens} "
             f"tokens, less than one window of data.context {context} to learn from.",

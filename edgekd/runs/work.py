@@ -38,7 +38,7 @@ Tell = Callable[[float, str], None]
 
 def prepare_data(run: Run, spec: DataSpec, out: Path, tell: Tell) -> Figures:
     """Read, split and pack a text."""
-    from ..distill.data import prepare
+    from ..distill.data import SPLITS, prepare
 
     return prepare(
         spec,
@@ -46,6 +46,7 @@ def prepare_data(run: Run, spec: DataSpec, out: Path, tell: Tell) -> Figures:
         out,
         seed=run.spec.seed,
         base=run.base,
+        splits=SPLITS if spec is run.spec.data else ("train",),  # of a calibration text no other is read
         on_progress=lambda count: tell(0, f"{count} documents"),
     )
 

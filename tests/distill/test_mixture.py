@@ -81,6 +81,15 @@ def test_a_source_without_a_window_is_named(tmp_path, tokenizer):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_split_that_nobody_reads_may_be_empty(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", "a", 8)
+    few = DataSpec.model_validate({"source": "jsonl", "paths": ["a.jsonl"], **SHARES | {"test_share": 0.01}})
+    with pytest.raises(SpecError, match="the test split of"):
+        prepare(few, tokenizer, tmp_path / "all", seed=0, base=tmp_path)
+    prepare(few, tokenizer, tmp_path / "train", seed=0, base=tmp_path, splits=("train",))
+    assert len(load_windows(tmp_path / "train", "train")) and not len(load_windows(tmp_path / "train", "test"))
+
+
 @given(
     st.integers(0, 2**32),
     st.lists(st.tuples(st.integers(1, 40), st.floats(0.001, 1000)), min_size=1, max_size=5),
