@@ -143,10 +143,10 @@ def test_reading_a_local_table_leaves_nothing_at_home(tmp_path: Path) -> None:
     assert list(home.rglob("*")) == []
 
 
-def test_waiting_threads_do_not_spin_unless_the_user_wants_it(tmp_path):
-    script = "import edgekd, os; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, said in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+def test_waiting_threads_spin_for_microseconds_unless_the_user_wants_another_thing(tmp_path):
+    script = "import edgekd, os; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
+    for given, said in ((None, "PASSIVE 1000"), ("ACTIVE", "ACTIVE None"), ("PASSIVE", "PASSIVE None")):
+        environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
         environment |= {"OMP_WAIT_POLICY": given} if given else {}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == said
