@@ -252,21 +252,14 @@ class _Battery:
         self._thread.join()
 
 
+def _bench_for_energy(artifact, runner, seconds):
+    words = ("bench", artifact.folder, "--device", "adb", "--runner", runner, *LENGTHS, *QUICK[:6], "--threads", "1")
+    return edgekd(*words, "--energy-seconds", str(seconds), "--json")
+
+
 def test_a_phone_tells_its_name_temperature_and_energy(artifact, runner, phone):
     with _Battery(phone):
-        words = (
-            "bench",
-            artifact.folder,
-            "--device",
-            "adb",
-            "--runner",
-            runner,
-            *LENGTHS,
-            *QUICK[:6],
-            "--threads",
-            "1",
-        )
-        code, out, err = edgekd(*words, "--energy-seconds", "4", "--json")
+        code, out, err = _bench_for_energy(artifact, runner, seconds=4)
     assert code == 0, err
     told = json.loads(out)
     assert told["machine"]["device"] == "Acme Anvil 7" and told["machine"]["os"] == "Android 16"
@@ -282,19 +275,7 @@ def test_a_phone_tells_its_name_temperature_and_energy(artifact, runner, phone):
 def test_a_phone_on_its_cable_has_no_energy(artifact, runner, phone):
     phone.program("dumpsys", "echo '  USB powered: true'; echo '  temperature: 312'")
     with _Battery(phone, status="Charging"):
-        words = (
-            "bench",
-            artifact.folder,
-            "--device",
-            "adb",
-            "--runner",
-            runner,
-            *LENGTHS,
-            *QUICK[:6],
-            "--threads",
-            "1",
-        )
-        code, out, err = edgekd(*words, "--energy-seconds", "1", "--json")
+        code, out, err = _bench_for_energy(artifact, runner, seconds=1)
     assert code == 0, err
     energy = json.loads(out)["decode_energy_j_per_token"]
     assert energy["value"] is None and energy["gross"] is None and "charged or relieved (USB)" in energy["reason"]

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from random_models import random_qwen3
 
 from edgekd.distill import cache as module
 from edgekd.distill.cache import Cache, CachedTeacher, bytes_per_token, capture, decode, encode, key_of
@@ -22,14 +22,7 @@ VOCAB = 300
 
 
 def model(seed, layers=2):
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
-    made = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True, bos_token_id=None)).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(3)
-    return made
+    return random_qwen3(seed, vocab=VOCAB, layers=layers, mlp=64)
 
 
 def windows(count=12, seed=7):

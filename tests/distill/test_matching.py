@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from random_models import random_qwen3
 
 from edgekd.distill.matching import Matching, layer_pairs, relative_error
 from edgekd.distill.pack import Windows
@@ -17,14 +17,7 @@ VOCAB = 64
 
 
 def model(seed, layers=2, hidden=32):
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
-    made = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True, bos_token_id=None)).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(3)
-    return made
+    return random_qwen3(seed, vocab=VOCAB, layers=layers, hidden=hidden)
 
 
 def windows(count=24, seed=7):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from random_models import random_qwen3
 
 from edgekd.distill.evaluate import evaluate
 from edgekd.distill.on_policy import Writing, generate
@@ -23,14 +23,7 @@ VOCAB, END = 64, 5
 
 
 def model(seed, layers=1, scale=4):
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
-    made = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True, bos_token_id=None)).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(scale)
-    return made
+    return random_qwen3(seed, vocab=VOCAB, layers=layers, scale=scale)
 
 
 def windows(count=24, width=32, seed=7):

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_models import random_ids, save_random_decoder
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from edgekd.checkpoint import Checkpoint
 from edgekd.errors import EdgekdError
@@ -189,25 +189,7 @@ def test_bad_matrices() -> None:
 
 
 def make(folder: Path, kind: str, *, tied: bool, mlp: int = 96) -> Path:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=mlp,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
-def windows(count: int = 24, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 96, (count, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    return save_random_decoder(folder, kind, layers=2, tied=tied, mlp=mlp)
 
 
 def kinds_of(folder: Path, embedding: Kind = "int8", off_grid: Kind = "int8") -> dict[str, Kind]:
@@ -233,7 +215,7 @@ def mean_kl(folder: Path, changed: dict[str, torch.Tensor], ids: torch.Tensor) -
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_student_is_nearer_than_by_rounding_or_search(tmp_path: Path, kind: str, tied: bool) -> None:
-    folder, ids = make(tmp_path, kind, tied=tied), windows()
+    folder, ids = make(tmp_path, kind, tied=tied), random_ids()
     source = Checkpoint(folder)
     found = {name: (q, scale) for name, q, scale in gptq_student(folder, ids, kinds_of(folder))}
     assert torch.is_grad_enabled(), "two walks at once must not leave gradients off"
@@ -241,7 +223,7 @@ def test_the_student_is_nearer_than_by_rounding_or_search(tmp_path: Path, kind: 
     assert found.keys() == linears and len(linears) == (14 if tied else 15)
     embedding = {EMBEDDING: dequantize_int8(*quantize_int8_rows(source.tensor(EMBEDDING)))}
     moments = second_moments(folder, ids)
-    held_out = windows(8, seed=2)
+    held_out = random_ids(8, seed=2)
     by_gptq, by_search, by_rounding = (
         mean_kl(folder, embedding | {name: dequantize_int4(*block) for name, block in kind_of.items()}, held_out)
         for kind_of in (
@@ -254,17 +236,17 @@ def test_the_student_is_nearer_than_by_rounding_or_search(tmp_path: Path, kind: 
 
 
 def test_a_tied_int4_head_goes_first_and_the_layers_make_up_for_it(tmp_path: Path) -> None:
-    folder, ids = make(tmp_path, "qwen3", tied=True), windows()
+    folder, ids = make(tmp_path, "qwen3", tied=True), random_ids()
     found = {name: (q, scale) for name, q, scale in gptq_student(folder, ids, kinds_of(folder, "int4"))}
     assert next(iter(found)) == EMBEDDING and len(found) == 15
-    held_out = windows(8, seed=2)
+    held_out = random_ids(8, seed=2)
     rounded = {name: dequantize_int4(*quantize_int4(Checkpoint(folder).tensor(name))) for name in found}
     whole = {name: dequantize_int4(*block) for name, block in found.items()}
     assert mean_kl(folder, whole, held_out) < 0.9 * mean_kl(folder, rounded, held_out)
 
 
 def test_what_is_not_int4_is_not_returned_but_counts(tmp_path: Path) -> None:
-    folder, ids = make(tmp_path, "llama", tied=True, mlp=80), windows(8)
+    folder, ids = make(tmp_path, "llama", tied=True, mlp=80), random_ids(8)
     first = list(gptq_student(folder, ids, kinds_of(folder)))
     assert not any("down_proj" in name for name, _, _ in first) and len(first) == 12
     again = list(gptq_student(folder, ids, kinds_of(folder)))
@@ -277,7 +259,7 @@ def test_what_is_not_int4_is_not_returned_but_counts(tmp_path: Path) -> None:
 
 def test_the_inputs_are_the_quantized_layers_and_the_target_is_the_student_s_own_output(tmp_path: Path) -> None:
     """The last Linear of the model, from the formula: inputs of the quantized model, outputs of the other."""
-    folder, ids = make(tmp_path, "llama", tied=True), windows()
+    folder, ids = make(tmp_path, "llama", tied=True), random_ids()
     blocks = {name: (q, scale) for name, q, scale in gptq_student(folder, ids, kinds_of(folder, "plain"))}
     last = "model.layers.1.mlp.down_proj"
     caught: list[torch.Tensor] = []
@@ -309,7 +291,7 @@ def test_a_tensor_that_cannot_be_quantized_is_named(tmp_path: Path) -> None:
     weights[HEAD][3, 5] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(EdgekdError, match=r"tensor 'lm_head\.weight' holds NaN or infinite weights"):
-        list(gptq_student(folder, windows(4), kinds_of(folder)))
+        list(gptq_student(folder, random_ids(4), kinds_of(folder)))
 
 
 def test_less_than_a_window(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from random_models import random_ids, save_random_decoder
 
 from edgekd.checkpoint import Checkpoint
 from edgekd.errors import EdgekdError
@@ -27,25 +27,7 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(folder: Path, kind: str, *, tied: bool = True, mlp: int = 128) -> Path:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=mlp,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
-def windows(count: int = 24) -> torch.Tensor:
-    return torch.randint(0, 96, (count, 32), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    return save_random_decoder(folder, kind, layers=3, tied=tied, mlp=mlp)
 
 
 def measured(folder: Path, names: list[str], ids: torch.Tensor) -> dict[str, float]:
@@ -68,7 +50,7 @@ def measured(folder: Path, names: list[str], ids: torch.Tensor) -> dict[str, flo
 def test_they_are_near_the_measured_kl(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgekd.quant.calibrate.BATCH_TOKENS", 96)  # several batches
     monkeypatch.setattr(sensitivity, "WINDOWS", 24)
-    folder, ids = make(tmp_path, kind), windows()
+    folder, ids = make(tmp_path, kind), random_ids()
     found = sensitivity.sensitivities(folder, ids)
     names = [name for name in Checkpoint(folder) if name.endswith("proj.weight")]
     assert found.keys() == set(names)
@@ -83,7 +65,7 @@ def test_they_are_near_the_measured_kl(tmp_path: Path, kind: str, monkeypatch: p
 def test_what_saves_most_for_a_bit_is_kept_in_int8_and_the_budget_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, ids = make(tmp_path, "llama", tied=False), windows(4)
+    folder, ids = make(tmp_path, "llama", tied=False), random_ids(4)
     source = Checkpoint(folder)
     linears = [name for name in source if name.endswith("proj.weight")]
     first, second = "model.layers.1.self_attn.v_proj.weight", "model.layers.2.mlp.down_proj.weight"
@@ -112,7 +94,7 @@ def test_what_saves_most_for_a_bit_is_kept_in_int8_and_the_budget_holds(
 def test_a_quantized_student_of_a_budget(tmp_path: Path, method: str) -> None:
     folder = make(tmp_path / "student", "llama")
     recipe = load_recipe("portable-mixed").with_bits(6.6)
-    figures = quantize(folder, tmp_path / "out", recipe, method=method, ids=windows(8))
+    figures = quantize(folder, tmp_path / "out", recipe, method=method, ids=random_ids(8))
     assert figures["recipe"] == "portable-mixed" and figures["bits_per_weight"] <= 6.6
     opened = open_quantized(tmp_path / "out")
     kinds = [kind for name, kind in opened.kinds.items() if name.endswith("proj.weight")]
@@ -126,9 +108,9 @@ def test_too_small_a_budget_and_no_text_are_refused(tmp_path: Path) -> None:
     folder = make(tmp_path / "student", "llama")
     recipe = load_recipe("portable-mixed")
     with pytest.raises(EdgekdError, match=r"this student has \d\.\d\d\. Give at least \d\.\d\d\.$") as refused:
-        quantize(folder, tmp_path / "out", recipe.with_bits(4.5), method="gptq", ids=windows(4))
+        quantize(folder, tmp_path / "out", recipe.with_bits(4.5), method="gptq", ids=random_ids(4))
     least = float(str(refused.value).rstrip(".").rsplit(" ", 1)[1])
-    quantize(folder, tmp_path / "least", recipe.with_bits(least), ids=windows(4))
+    quantize(folder, tmp_path / "least", recipe.with_bits(least), ids=random_ids(4))
     with pytest.raises(EdgekdError, match="needs calibration text"):
         quantize(folder, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
