@@ -67,9 +67,16 @@ def ways_to_begin() -> dict[str, list[str]]:
     return {yaml.safe_load("\n".join(part))["init"]: [first, *part] for part in parts}
 
 
-def spec_of(way: str, folder: Path) -> Spec:
-    """The template, one way to begin and every optional key but those of other data sources uncommented."""
-    chosen = sections() | {"student": ways_to_begin()[way]}
+def spec_of(way: str, folder: Path, *, sized: bool = False) -> Spec:
+    """The template, one way to begin and every optional key but those of other data sources uncommented.
+
+    Args:
+        sized: of a cut student the keys that stand in place of its shape, which stay out without.
+    """
+    shape, in_place = ("layers", "hidden_size", "intermediate_size"), ("parameters", "fits")
+    left_out = shape if sized else in_place
+    student = [line for line in ways_to_begin()[way] if not line.strip().startswith(tuple(f"{k}:" for k in left_out))]
+    chosen = sections() | {"student": student}
     chosen["data"] = [line for line in TEMPLATE.splitlines() if line in ("data:", *chosen["data"])]
     path = folder / "my-model.yaml"
     path.write_text("\n".join(line for lines in chosen.values() for line in lines))
@@ -79,6 +86,11 @@ def spec_of(way: str, folder: Path) -> Spec:
 def test_the_template_shows_every_way_to_begin(tmp_path: Path) -> None:
     assert set(ways_to_begin()) == {"cut", "config", "checkpoint"}
     assert {target.target for target in spec_of("cut", tmp_path).targets} == {"gguf", "onnx", "coreml", "executorch"}
+
+
+def test_the_template_shows_a_student_by_size_and_device(tmp_path: Path) -> None:
+    sized = spec_of("cut", tmp_path, sized=True).student
+    assert sized.parameters and sized.fits and sized.layers is None
 
 
 @pytest.mark.parametrize("way", ["cut", "config", "checkpoint"])
